@@ -1,0 +1,121 @@
+"""The error tree: one root that a caller can catch at any height.
+
+Every error says what was seen, what was expected and what to change, keeps these as
+fields, and survives pickling (Ray raises it again in another process).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PTuningError(Exception):
+    """Root of every error that ptuning raises on purpose.
+
+    `message` is one sentence; `seen`, `expected` and `fix` are optional and are printed
+    after it. Further keyword arguments become entries of `fields`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        seen: object = None,
+        expected: object = None,
+        fix: str | None = None,
+        **fields: Any,
+    ) -> None:
+        parts = [message]
+        if seen is not None:
+            parts.append(f"seen: {seen}")
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if fix is not None:
+            parts.append(f"to fix: {fix}")
+        super().__init__("; ".join(parts))
+        self.message, self.seen, self.expected, self.fix = message, seen, expected, fix
+        self.fields = fields
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {"seen": self.seen, "expected": self.expected, "fix": self.fix, **self.fields}
+        return (_rebuild, (type(self), self.message, state))
+
+
+def _rebuild(cls: type[PTuningError], message: str, state: dict[str, Any]) -> PTuningError:
+    return cls(message, **state)
+
+
+class ConfigError(PTuningError):
+    """A configuration value, key or file that cannot be used (exit code 2)."""
+
+
+class DataError(PTuningError):
+    """Input rows that cannot be used: unreadable files, too many bad rows."""
+
+
+class TemplateError(DataError):
+    """A prompt template that cannot encode an example."""
+
+
+class BackboneError(PTuningError):
+    """The frozen model cannot be loaded or used."""
+
+
+class ModelNotFound(BackboneError):
+    """No model under that name, directory or file."""
+
+
+class UnsupportedModel(BackboneError):
+    """The model's architecture cannot take a prefix inside its attention."""
+
+
+class OutOfMemory(BackboneError):
+    """The model does not fit into this machine's free memory."""
+
+
+class BackboneChanged(BackboneError):
+    """The frozen weights are not what they were: fingerprints differ."""
+
+
+class MethodError(PTuningError):
+    """A tuning method's settings do not fit the backbone."""
+
+
+class ArtifactError(PTuningError):
+    """A prefix file that must not be used."""
+
+
+class CorruptArtifact(ArtifactError):
+    """Not a prefix file, cut short, or its digest is not the one asked for."""
+
+
+class WrongBackbone(ArtifactError):
+    """The prefix was trained on another backbone."""
+
+
+class WrongUser(ArtifactError):
+    """The prefix belongs to another user or has another name."""
+
+
+class WrongShape(ArtifactError):
+    """The prefix's tensors do not have the backbone's shape."""
+
+
+class WrongMethod(ArtifactError):
+    """The prefix was made by a method or format this version cannot apply."""
+
+
+class TrainingError(PTuningError):
+    """One user's training failed; neighbours are unaffected."""
+
+
+class RegistryError(PTuningError):
+    """The model registry refused, cannot be reached, or holds something unexpected."""
+
+
+class RunError(PTuningError):
+    """A pipeline run cannot go on."""
+
+
+class ServeError(PTuningError):
+    """The service cannot start or answer."""

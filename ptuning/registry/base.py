@@ -1,0 +1,96 @@
+"""The registry's protocol: what the run writes and the service reads, whatever stands behind it.
+
+A user's prefixes are versions of one registered model per (user_key, prefix_name), with
+two aliases: `candidate` (newest) and `champion` (served).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+from pydantic import Field
+
+from ptuning.types import Config
+
+Alias = Literal["candidate", "champion"]
+
+
+class RegistryConfig(Config):
+    uri: str | None = Field(
+        None,
+        description="MLflow tracking and registry URI (http://…, postgresql://…, sqlite:///…); "
+        "none: the store's embedded mlflow.db",
+    )
+    experiment: str = Field("ptuning", description="MLflow experiment that holds one run per pack")
+    prefix_name: str = Field(
+        "default", description="which of a user's named prefixes this run trains"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """One candidate to register. `uri` is where its prefix file lies."""
+
+    user_key: str
+    prefix_name: str
+    digest: str
+    uri: str
+    training_digest: str
+    data_digest: str
+    promote: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    description: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One registered version. `version` is a string, as MLflow gives it."""
+
+    user_key: str
+    prefix_name: str
+    version: str
+    digest: str
+    uri: str
+    training_digest: str
+    data_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Current:
+    """A user's two aliases now; either may be missing."""
+
+    candidate: Version | None = None
+    champion: Version | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackRecord:
+    """What one MLflow run of a pack holds: parameters and metrics shown in the UI."""
+
+    run_id: str
+    pack_id: str
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Registry(Protocol):
+    def register(self, pack: PackRecord, entries: Sequence[Registration]) -> list[Version]:
+        """Register each entry as a version, move `candidate` to it, and `champion` too if
+        `promote`. Idempotent: an entry whose digest is already a version of its model makes no
+        second version, and a pack registered twice makes no second MLflow run."""
+
+    def champion(self, user_key: str, prefix_name: str = "default") -> Version | None:
+        """The serving version, or None. Raises RegistryError if the registry can't be asked:
+        'unreachable' must never read as 'has none'."""
+
+    def current(
+        self, user_keys: Iterable[str], prefix_name: str = "default"
+    ) -> dict[str, Current]:
+        """Both aliases of many users at once; users never registered are absent."""
+
+    def set_alias(self, version: Version, alias: Alias) -> None:
+        """Point one alias of the version's own model at it."""

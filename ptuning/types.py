@@ -1,0 +1,121 @@
+"""Values that cross the library's seams.
+
+Shape letters used in comments and names everywhere:
+
+    U users (slots of a pack)   R rows of a batch   T tokens   P virtual tokens
+    L layers   H key-value heads   D head dimension   E hidden size   V vocabulary
+    N supervised positions of a batch
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Status = Literal["trained", "unchanged", "too_few", "failed"]
+Decision = Literal["promoted", "rejected", "pending"]
+
+
+class Config(BaseModel):
+    """Base of every component's configuration: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row of one user: a prompt (or messages) and the completion to learn.
+
+    Either `prompt` and `completion`, or `messages` whose last is the assistant's.
+    `timestamp` is in epoch milliseconds.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Message, ...] | None = None
+    timestamp: int | None = None
+    split: Split | None = None
+    init_words: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochLoss:
+    """One line of a training history; both in nats per completion token."""
+
+    epoch: int
+    train: float | None
+    valid: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """Why a candidate was promoted or not. Gains are in nats per completion token."""
+
+    decision: Decision
+    reason: str
+    gain_over_base: float | None = None
+    gain_over_champion: float | None = None
+    confidence: float | None = None  # share of bootstrap resamples above min_gain
+    weak: bool = False  # too few validation tokens for the bootstrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitLosses:
+    """Summed nats and token counts of one prefix, row by row, on one split of one user."""
+
+    nats: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def nll(self) -> float | None:
+        """Nats per completion token over all tokens, or None without tokens."""
+        total = sum(self.tokens)
+        return sum(self.nats) / total if total else None
+
+
+@dataclass(kw_only=True)
+class UserReport:
+    """What a run says of one user. `losses[who][split]`, who in base/champion/candidate/other."""
+
+    user_key: str
+    status: Status
+    digest: str | None = None
+    decision: Decision | None = None
+    error: str | None = None
+    stage: str | None = None
+    steps: int = 0
+    tokens: int = 0
+    history: list[EpochLoss] = field(default_factory=list)
+    losses: dict[str, dict[str, SplitLosses]] = field(default_factory=dict)
+    gate: Gate | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def user_key(user_id: str) -> str:
+    """The user's name outside partitions: lower-case base32 of SHA-256 of the id's UTF-8 bytes.
+
+    52 characters of [a-z2-7], safe as a file name, in MLflow and in an engine's cache keys.
+    The id is not normalised: ids that differ in one byte are different users.
+    """
+    digest = hashlib.sha256(user_id.encode("utf-8")).digest()
+    return base64.b32encode(digest).decode("ascii").rstrip("=").lower()
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that depends on nothing but `parts` (never on process, order or time)."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1
