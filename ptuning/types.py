@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,9 +52,8 @@ class Example:
     init_words: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class EpochLoss:
-    """One line of a training history; both in nats per completion token."""
+class EpochLoss(TypedDict):
+    """One line of a training history; losses in nats per completion token."""
 
     epoch: int
     train: float | None

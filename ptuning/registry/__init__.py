@@ -1,0 +1,69 @@
+"""The model registry: a protocol, MLflow behind it, and a fake that tests can trust.
+
+Importing this package imports neither MLflow nor SQLAlchemy (3 s and 150 MB): a process
+pays for them when it opens a registry that needs them.
+"""
+
+from __future__ import annotations
+
+import threading
+from urllib.parse import urlsplit
+
+from ptuning.errors import ConfigError
+from ptuning.registry.base import (
+    Alias,
+    Current,
+    PackRecord,
+    Registration,
+    Registry,
+    RegistryConfig,
+    Version,
+)
+from ptuning.registry.memory import MemoryRegistry
+
+__all__ = [
+    "Alias",
+    "Current",
+    "MemoryRegistry",
+    "PackRecord",
+    "Registration",
+    "Registry",
+    "RegistryConfig",
+    "Version",
+    "open_registry",
+]
+
+_MLFLOW_SCHEMES = frozenset({"http", "https", "postgresql", "sqlite"})
+_named: dict[str, MemoryRegistry] = {}
+_named_lock = threading.Lock()
+
+
+def open_registry(config: RegistryConfig, default_uri: str) -> Registry:
+    """The registry that `config.uri` names, or the one at `default_uri` where it names none.
+
+    `sqlite:///…`, `postgresql[+driver]://…` and `http[s]://…` are MLflow's. For tests,
+    `memory://NAME` is one registry per name in this process, and `memory://` a new one each
+    time. Raises ConfigError for any other scheme and RegistryError for a database that cannot
+    be opened; a server is first asked when it is first needed.
+    """
+    uri = config.uri or default_uri
+    scheme = urlsplit(uri).scheme.split("+")[0]
+    if scheme == "memory":
+        return _memory(uri)
+    if scheme not in _MLFLOW_SCHEMES:
+        raise ConfigError(
+            "registry.uri has a scheme that no registry here understands",
+            seen=repr(scheme or uri),
+            expected="http(s)://…, postgresql://…, sqlite:///… or memory://…",
+            fix="set registry.uri; a file is sqlite:/// followed by its path",
+        )
+    from ptuning.registry.mlflow import MlflowRegistry
+
+    return MlflowRegistry(uri, config.experiment)
+
+
+def _memory(uri: str) -> MemoryRegistry:
+    if not urlsplit(uri).netloc:
+        return MemoryRegistry()
+    with _named_lock:
+        return _named.setdefault(uri, MemoryRegistry())

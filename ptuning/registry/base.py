@@ -6,15 +6,20 @@ two aliases: `candidate` (newest) and `champion` (served).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from pydantic import Field
 
+from ptuning.errors import RegistryError
 from ptuning.types import Config
 
 Alias = Literal["candidate", "champion"]
+PREFIX_NAME_PATTERN = "[a-z0-9][a-z0-9_-]{0,63}"
+_USER_KEY = re.compile("[a-z2-7]{52}")
+_PREFIX_NAME = re.compile(PREFIX_NAME_PATTERN)
 
 
 class RegistryConfig(Config):
@@ -25,7 +30,9 @@ class RegistryConfig(Config):
     )
     experiment: str = Field("ptuning", description="MLflow experiment that holds one run per pack")
     prefix_name: str = Field(
-        "default", description="which of a user's named prefixes this run trains"
+        "default",
+        pattern=f"^{PREFIX_NAME_PATTERN}$",
+        description="which of a user's named prefixes this run trains",
     )
 
 
@@ -87,10 +94,32 @@ class Registry(Protocol):
         """The serving version, or None. Raises RegistryError if the registry can't be asked:
         'unreachable' must never read as 'has none'."""
 
-    def current(
-        self, user_keys: Iterable[str], prefix_name: str = "default"
-    ) -> dict[str, Current]:
+    def current(self, user_keys: Iterable[str], prefix_name: str = "default") -> dict[str, Current]:
         """Both aliases of many users at once; users never registered are absent."""
 
     def set_alias(self, version: Version, alias: Alias) -> None:
         """Point one alias of the version's own model at it."""
+
+
+def check_names(user_key: str, prefix_name: str) -> None:
+    """Refuse names that a registry must never see: they end up in filters and model names."""
+    if not _USER_KEY.fullmatch(user_key):
+        raise RegistryError(
+            "not a user key",
+            seen=repr(user_key),
+            expected="52 characters of [a-z2-7]",
+            fix="pass ptuning.types.user_key(user_id), not the id itself",
+        )
+    if not _PREFIX_NAME.fullmatch(prefix_name):
+        raise RegistryError(
+            "not a prefix name",
+            seen=repr(prefix_name),
+            expected=PREFIX_NAME_PATTERN,
+            fix="use lower-case letters, digits, - and _, at most 64 characters",
+        )
+
+
+def check_alias(alias: str) -> None:
+    """Refuse aliases other than `candidate` and `champion`."""
+    if alias not in get_args(Alias):
+        raise RegistryError("unknown alias", seen=repr(alias), expected=get_args(Alias))

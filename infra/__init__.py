@@ -1,0 +1,1 @@
+"""What surrounds the product: demo data, benchmarks, images, dashboards."""

@@ -1,0 +1,258 @@
+"""The prefix file: one user's keys and values with what they belong to. Safetensors, no pickle.
+
+The bytes are a pure function of the training (no times, no metrics), so their SHA-256, the
+digest, is the prefix's identity everywhere. Loading refuses a file of another backbone,
+user, shape or method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from ptuning.backbone import DECODER, Backbone
+from ptuning.errors import CorruptArtifact, WrongBackbone, WrongMethod, WrongShape, WrongUser
+from ptuning.types import Config
+
+FORMAT = "1"
+_METHODS = ("prefix",)
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TEXT_FIELDS = (
+    "format",
+    "backbone",
+    "backbone_fingerprint",
+    "template_digest",
+    "user_key",
+    "prefix_name",
+    "data_digest",
+    "training_digest",
+)
+
+
+class ArtifactConfig(Config):
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="dtype of the keys and values in a prefix file"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixMeta:
+    """What a prefix belongs to: a pure function of its training."""
+
+    method: dict[str, Any]
+    backbone: str
+    backbone_fingerprint: str
+    template_digest: str
+    user_key: str
+    prefix_name: str = "default"
+    data_digest: str = ""
+    training_digest: str = ""
+    format: str = FORMAT
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """One user's prefix. `kv[stack]` is `[L, 2, H, P, D]`, keys as after rotary embedding."""
+
+    kv: dict[str, Tensor]
+    meta: PrefixMeta
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return int(next(iter(self.kv.values())).shape[-2])
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        tensors = {
+            "kv" if stack == DECODER else f"kv.{stack}": kv.detach().cpu().contiguous()
+            for stack, kv in self.kv.items()
+        }
+        texts = {name: getattr(self.meta, name) for name in _TEXT_FIELDS}
+        method = json.dumps(self.meta.method, sort_keys=True)
+        return _canonical(save_safetensors(tensors, {**texts, "method": method}))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the prefix file, lower-case hex."""
+        return hashlib.sha256(self._bytes).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The prefix file's bytes."""
+        return self._bytes
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the prefix file; a reader or a crash never meets half of it."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+        attempt.write_bytes(self._bytes)
+        os.replace(attempt, target)
+        return target
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        backbone: Backbone,
+        *,
+        user_key: str | None = None,
+        prefix_name: str | None = None,
+        digest: str | None = None,
+    ) -> Prefix:
+        """Read and check a prefix file. Raises CorruptArtifact, WrongBackbone, WrongUser,
+        WrongShape or WrongMethod, each saying what was seen and expected."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise CorruptArtifact(
+                "the prefix file cannot be read", seen=str(error), fix="check the path"
+            ) from error
+        return cls.from_bytes(
+            data, backbone, user_key=user_key, prefix_name=prefix_name, digest=digest
+        )
+
+    @classmethod
+    def from_bytes(
+        cls,
+        data: bytes,
+        backbone: Backbone,
+        *,
+        user_key: str | None = None,
+        prefix_name: str | None = None,
+        digest: str | None = None,
+    ) -> Prefix:
+        """As `load`, from bytes already read."""
+        prefix = _parse(data)
+        if digest is not None and prefix.digest != digest:
+            raise CorruptArtifact(
+                "the prefix file is not the one that was asked for",
+                seen=prefix.digest,
+                expected=digest,
+                fix="restore the file from a backup or train the user again",
+            )
+        prefix.check(backbone)
+        meta = prefix.meta
+        if user_key is not None and meta.user_key != user_key:
+            raise WrongUser(
+                "the prefix belongs to another user", seen=meta.user_key, expected=user_key
+            )
+        if prefix_name is not None and meta.prefix_name != prefix_name:
+            raise WrongUser(
+                "the prefix has another name", seen=meta.prefix_name, expected=prefix_name
+            )
+        return prefix
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise unless this prefix was trained on this backbone and has its shape."""
+        meta = self.meta
+        if meta.backbone_fingerprint != backbone.fingerprint:
+            raise WrongBackbone(
+                "the prefix was trained on another backbone",
+                seen=f"{meta.backbone} ({meta.backbone_fingerprint[:12]})",
+                expected=f"{backbone.name} ({backbone.fingerprint[:12]})",
+                fix="load the backbone it was trained on, or train the user on this one",
+            )
+        if meta.template_digest != backbone.template.digest:
+            raise WrongBackbone(
+                "the prefix was trained with another tokenizer or template",
+                seen=meta.template_digest[:12],
+                expected=backbone.template.digest[:12],
+                fix="load the backbone with the template of the training (data.template)",
+            )
+        if set(self.kv) != set(backbone.facts.stacks):
+            raise WrongShape(
+                "the prefix has other stacks than the backbone",
+                seen=sorted(self.kv),
+                expected=sorted(backbone.facts.stacks),
+            )
+        for stack, kv in self.kv.items():
+            expected = backbone.facts.kv_shape(stack, self.num_virtual_tokens)
+            if tuple(kv.shape) != expected:
+                raise WrongShape(
+                    "the prefix's keys and values do not fit the backbone",
+                    seen=tuple(kv.shape),
+                    expected=expected,
+                )
+            if not bool(torch.isfinite(kv).all()):
+                raise CorruptArtifact("the prefix holds values that are not finite", seen=stack)
+
+
+def make_prefix(
+    kv: dict[str, Tensor], meta: PrefixMeta, config: ArtifactConfig | None = None
+) -> Prefix:
+    """A prefix in the configured dtype."""
+    dtype = _DTYPES[(config or ArtifactConfig()).dtype]
+    return Prefix({stack: tensor.detach().cpu().to(dtype) for stack, tensor in kv.items()}, meta)
+
+
+def training_digest(*parts: object) -> str:
+    """SHA-256 of all that decides a training's result: settings, data, backbone, seed."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _canonical(data: bytes) -> bytes:
+    """The same safetensors file with its header in sorted order.
+
+    The writer keeps metadata in a hash map, whose order differs from process to process; a
+    digest needs one order. Offsets in the header are relative, so only its length matters.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(
+        json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    ).encode("utf-8")
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def _parse(data: bytes) -> Prefix:
+    try:
+        tensors = load_safetensors(data)
+        size = int.from_bytes(data[:8], "little")
+        texts = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CorruptArtifact(
+            "not a safetensors file, or cut short", seen=f"{len(data)} bytes: {error}"
+        ) from error
+    if texts.get("format") != FORMAT:
+        raise WrongMethod(
+            "not a prefix file of a format this version reads",
+            seen=texts.get("format"),
+            expected=FORMAT,
+            fix="check that the file is a ptuning prefix; update ptuning if it is newer",
+        )
+    missing = [name for name in (*_TEXT_FIELDS, "method") if name not in texts]
+    if missing:
+        raise CorruptArtifact("the prefix file lacks metadata", seen=f"no {', '.join(missing)}")
+    method = json.loads(texts["method"])
+    if method.get("type") not in _METHODS:
+        raise WrongMethod(
+            "the prefix was made by a method this version cannot apply",
+            seen=method.get("type"),
+            expected=", ".join(_METHODS),
+        )
+    kv = {
+        DECODER if name == "kv" else name.removeprefix("kv."): tensor
+        for name, tensor in tensors.items()
+        if name == "kv" or name.startswith("kv.")
+    }
+    if not kv or any(tensor.ndim != 5 for tensor in kv.values()):
+        raise WrongShape(
+            "the prefix file has no keys and values of five dimensions",
+            seen={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+            expected="kv [L, 2, H, P, D]",
+        )
+    return Prefix(kv, PrefixMeta(method=method, **{name: texts[name] for name in _TEXT_FIELDS}))

@@ -1,0 +1,208 @@
+"""Text to tokens: the only place where a row becomes input ids and labels.
+
+Training and serving both come through here, so a request is encoded as a training row's
+prompt was. The prompt and the completion are tokenised apart: a token never straddles the
+border, at the price of a few more tokens than joint tokenisation would give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from ptuning.errors import DataError, TemplateError
+from ptuning.types import Example, Message
+
+IGNORE = -100  # label of an unsupervised position, as in torch.nn.functional.cross_entropy
+TemplateKind = Literal["auto", "chat", "plain"]
+
+# A private-use character that no text of a template holds: it marks where a message's
+# content stands in the rendered template.
+_MARK = "\ue0a7{}\ue0a8"
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one row, and its labels: -100 where unsupervised. Both have length T."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are learned from."""
+        return sum(label != IGNORE for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer together with the way a row is written for it (`chat` or `plain`)."""
+
+    tokenizer: Any
+    kind: Literal["chat", "plain"]
+
+    @classmethod
+    def of(cls, tokenizer: Any, kind: TemplateKind = "auto") -> Template:
+        """`auto` is `chat` where the tokenizer has a chat template, else `plain`."""
+        has_chat = bool(getattr(tokenizer, "chat_template", None))
+        if kind == "chat" and not has_chat:
+            raise TemplateError(
+                "data.template is 'chat' but the tokenizer has no chat template",
+                fix="set data.template to 'plain' or 'auto'",
+            )
+        resolved: Literal["chat", "plain"] = "chat" if has_chat and kind != "plain" else "plain"
+        return cls(tokenizer, resolved)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides how text becomes tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        parts = {
+            "kind": self.kind,
+            "chat_template": self.tokenizer.chat_template if self.kind == "chat" else None,
+            "begin": self._begin,
+            "end": self.end_token_id,
+            "tokenizer": backend.to_str() if backend is not None else self.tokenizer.get_vocab(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
+
+    @cached_property
+    def end_token_id(self) -> int:
+        """The token that ends a completion: end of turn (chat) or end of text (plain)."""
+        token: int | None = self.tokenizer.eos_token_id
+        if self.kind == "chat":
+            mark = _MARK.format(0)
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+            tail = self._render(turns, generation=False).partition(mark)[2]
+            special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+            token = next((i for i in self.ids(tail) if i in special), token)
+        if token is None:
+            raise TemplateError(
+                "the tokenizer has no end-of-text token, so a completion cannot end",
+                fix="set the tokenizer's eos_token",
+            )
+        return int(token)
+
+    @cached_property
+    def _begin(self) -> list[int]:
+        if self.kind == "chat":
+            return []  # chat templates write their own beginning
+        begin = self.tokenizer.bos_token_id
+        adds_one = self.tokenizer("x")["input_ids"][:1] == [begin]
+        return [begin] if begin is not None and adds_one else []
+
+    def encode(self, example: Example, max_length: int = 512) -> Encoded:
+        """Encode one row to at most `max_length` tokens (virtual tokens not counted).
+
+        The oldest tokens of the prompt's text are cut first; the template's own tokens and
+        the completion never are. Raises DataError where the completion does not fit.
+        """
+        if example.completion is not None:
+            completion, turns = example.completion, None
+        elif example.messages:
+            completion, turns = example.messages[-1].content, example.messages[:-1]
+        else:
+            raise DataError("the example has neither a completion nor messages")
+        answer = [*self.ids(completion), self.end_token_id]
+        if len(answer) == 1:
+            raise DataError("the completion has no tokens", seen=repr(completion[:80]))
+        prompt = self.encode_prompt(
+            turns if turns is not None else example.prompt or "", max_length - len(answer)
+        )
+        return Encoded([*prompt, *answer], [IGNORE] * len(prompt) + answer)
+
+    def encode_prompt(self, prompt: str | Sequence[Message], max_length: int = 512) -> list[int]:
+        """Ids of a prompt (text, or the turns before the answer), at most `max_length` of them."""
+        if self.kind == "plain":
+            text = prompt if isinstance(prompt, str) else _plain_turns(prompt)
+            ids, removable = [*self._begin, *self.ids(text)], None
+            removable = [False] * len(self._begin) + [True] * (len(ids) - len(self._begin))
+        else:
+            turns = (
+                [{"role": "user", "content": prompt}]
+                if isinstance(prompt, str)
+                else [{"role": turn.role, "content": turn.content} for turn in prompt]
+            )
+            ids, removable = self._chat_ids(turns)
+        excess = len(ids) - max_length
+        if excess <= 0:
+            return ids
+        if excess > sum(removable):
+            raise DataError(
+                "the row does not fit into the maximum length even without its prompt's text",
+                seen=f"{len(ids) - sum(removable)} tokens of template before the completion",
+                expected=f"at most {max_length}",
+                fix="raise data.max_length or shorten the completion",
+            )
+        kept = []
+        for token, can_go in zip(ids, removable, strict=True):
+            if can_go and excess:
+                excess -= 1
+            else:
+                kept.append(token)
+        return kept
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _render(self, turns: list[dict[str, str]], *, generation: bool) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=generation,
+                # Some templates print today's date: a prefix must not depend on the day.
+                strftime_now=lambda _format: "1 January 2025",
+                date_string="1 January 2025",
+            )
+        except Exception as error:  # jinja raises what the template's author chose
+            raise TemplateError(
+                "the chat template refuses these messages",
+                seen=f"roles {[turn['role'] for turn in turns]}: {error}",
+                fix="use roles the model's template knows, alternating user and assistant",
+            ) from error
+        return str(rendered)
+
+    def _chat_ids(self, turns: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+        """Ids of a rendered conversation, and which of them are text of its messages."""
+        rendered = self._render(turns, generation=True)
+        coded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        spans = self._content_spans(turns, rendered)
+        removable, position = [], 0
+        for start, end in coded["offset_mapping"]:
+            while position < len(spans) and spans[position][1] <= start:
+                position += 1
+            inside = position < len(spans) and spans[position][0] <= start < end
+            removable.append(inside and end <= spans[position][1])
+        return list(coded["input_ids"]), removable
+
+    def _content_spans(self, turns: list[dict[str, str]], rendered: str) -> list[tuple[int, int]]:
+        """Where each message's text stands in the rendering; [] where the template rewrites it."""
+        marked = [turn | {"content": _MARK.format(n)} for n, turn in enumerate(turns)]
+        rest, spans, at = self._render(marked, generation=True), [], 0
+        for n, turn in enumerate(turns):
+            before, found, rest = rest.partition(_MARK.format(n))
+            at += len(before)
+            content = turn["content"]
+            if found and not rendered.startswith(content, at):
+                content = content.strip()  # many templates trim
+            if not found or not rendered.startswith(content, at):
+                return []
+            spans.append((at, at + len(content)))
+            at += len(content)
+        return spans if rendered[at:] == rest else []
+
+
+def _plain_turns(turns: Sequence[Message]) -> str:
+    """Turns for a model without a chat template: one `role: text` line each."""
+    lines = [f"{turn.role}: {turn.content}" for turn in turns]
+    return "\n".join([*lines, "assistant:"])

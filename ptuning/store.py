@@ -1,0 +1,89 @@
+"""The store: one directory or object-store prefix that holds partitions, prefixes and runs.
+
+Every write goes to a name of its attempt and is moved into place once, so that a reader
+sees a whole file or none. On object stores a put is already atomic, and the move is a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from typing import Any
+
+import fsspec  # type: ignore[import-untyped]
+
+from ptuning.errors import RunError
+
+
+class Store:
+    """Paths below one root (local path, `s3://…`, `gs://…`), read and written whole."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = str(root).rstrip("/") or "/"
+        if "://" not in self.root:
+            self.root = os.path.abspath(os.path.expanduser(self.root))
+        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        self.is_local = "file" in self.fs.protocol
+
+    def path(self, *parts: str) -> str:
+        """The full path or URI of a name below the root."""
+        return "/".join([self.root, *parts])
+
+    def _inner(self, name: str) -> str:
+        return f"{self._base}/{name}"
+
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self._inner(name)))
+
+    def list(self, name: str) -> list[str]:
+        """Names of the entries of a folder, sorted; [] where there is none."""
+        try:
+            found = self.fs.ls(self._inner(name), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(str(entry).rsplit("/", 1)[-1] for entry in found)
+
+    def read(self, name: str) -> bytes:
+        with self.fs.open(self._inner(name), "rb") as file:
+            return bytes(file.read())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file; a reader or a crash never meets half of it."""
+        target = self._inner(name)
+        attempt = f"{target}.{uuid.uuid4().hex}.tmp"
+        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        if not self.is_local:
+            self.fs.pipe_file(target, data)
+            return
+        with open(attempt, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(attempt, target)
+
+    def read_json(self, name: str) -> Any:
+        """The file's JSON value; RunError (with the name) where it is not JSON."""
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            raise RunError(
+                "a file of the store is not valid JSON",
+                seen=f"{self.path(name)}: {error}",
+                fix="remove that file and run again; it will be made anew",
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        self.write(name, text.encode("utf-8"))
+
+
+def prefix_path(user_key: str, digest: str) -> str:
+    """Where a prefix file lies below a store's root."""
+    return f"prefixes/{user_key[:2]}/{user_key}/{digest}.safetensors"
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes behind a path or URI, as a registry version names it."""
+    with fsspec.open(uri, "rb") as file:
+        return bytes(file.read())

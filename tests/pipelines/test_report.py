@@ -1,0 +1,375 @@
+"""The end of a run: summary.json, users.parquet, the terminal and the page."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from pipelines.report import (
+    DUMBBELLS_SHOWN,
+    STAGES,
+    USERS_SCHEMA,
+    USERS_SHOWN,
+    RunFacts,
+    RunProgress,
+    html_report,
+    print_report,
+    redact,
+    summary,
+    users_table,
+)
+from ptuning.errors import RunError
+from ptuning.types import Gate, SplitLosses, UserReport, user_key
+
+HOSTILE = '<script>alert("1")</script>&\'x'
+
+
+def losses(
+    base: float, own: float, other: float | None = None, test: float | None = None
+) -> dict[str, dict[str, SplitLosses]]:
+    """Losses of 100 validation tokens, and of 50 test tokens where `test` is given."""
+    found = {"base": base, "candidate": own} | ({"other": other} if other is not None else {})
+    result = {
+        who: {"valid": SplitLosses(nats=(value * 60, value * 40), tokens=(60, 40))}
+        for who, value in found.items()
+    }
+    if test is not None:
+        result["base"]["test"] = SplitLosses(nats=(base * 50,), tokens=(50,))
+        result["candidate"]["test"] = SplitLosses(nats=(test * 50,), tokens=(50,))
+    return result
+
+
+def trained(user_id: str, base: float, own: float, **extra: float) -> tuple[str, UserReport]:
+    decision = "promoted" if own < base else "rejected"
+    report = UserReport(
+        user_key=user_key(user_id),
+        status="trained",
+        decision=decision,
+        digest="ab" * 32,
+        steps=24,
+        tokens=900,
+        losses=losses(base, own, **extra),
+        gate=Gate(decision=decision, reason=f"{decision} for {user_id}"),
+    )
+    return user_id, report
+
+
+def failed(user_id: str, error: str, stage: str | None = "tune") -> tuple[str, UserReport]:
+    key = user_key(user_id)
+    return user_id, UserReport(user_key=key, status="failed", error=error, stage=stage)
+
+
+def too_few(user_id: str) -> tuple[str, UserReport]:
+    return user_id, UserReport(user_key=user_key(user_id), status="too_few")
+
+
+def facts_of(*users: tuple[str, UserReport]) -> RunFacts:
+    return RunFacts(
+        run_id="20250101-ab12",
+        users=users,
+        users_total=len(users),
+        rows_read=500,
+        rows_kept=497,
+        rows_quarantined=3,
+        tokens_trained=9000,
+        seconds={"partition": 2.0, "tune": 90.0, "evaluate": 10.0},
+        split_rows={user_key("ann"): {"train": 32, "valid": 8, "test": 0}},
+        store="./my store",
+        registry_uri="sqlite:///store/mlflow.db",
+        report_path="store/runs/x/report.html",
+    )
+
+
+@pytest.fixture
+def facts() -> RunFacts:
+    return facts_of(
+        trained("ann", 3.0, 2.5, other=2.8),
+        trained("bob", 4.0, 3.0, other=2.9),
+        trained("cyd", 3.5, 3.6, other=3.7),
+        too_few("dan"),
+        failed("eve", "loss of 'eve' is not finite"),
+    )
+
+
+def printed(facts: RunFacts) -> str:
+    stream = io.StringIO()
+    print_report(Console(file=stream, width=100), facts)
+    return stream.getvalue()
+
+
+# ---------------------------------------------------------------- summary.json
+
+
+def test_summary_has_every_key_of_the_contract(facts: RunFacts) -> None:
+    result = json.loads(json.dumps(summary(facts), allow_nan=False))
+    assert result == {
+        "run_id": "20250101-ab12",
+        "users": {
+            "total": 5,
+            "trained": 3,
+            "unchanged": 0,
+            "too_few": 1,
+            "failed": 1,
+            "promoted": 2,
+            "rejected": 1,
+            "pending": 0,
+        },
+        "rows": {"read": 500, "kept": 497, "quarantined": 3},
+        "tokens_trained": 9000,
+        "seconds": {
+            **dict.fromkeys(STAGES, 0.0),
+            "partition": 2.0,
+            "tune": 90.0,
+            "evaluate": 10.0,
+            "total": 102.0,
+        },
+        "nll": {"base": pytest.approx(3.5), "candidate": pytest.approx(3.0)},
+        "failures": [
+            {
+                "user_key": user_key("eve"),
+                "stage": "tune",
+                "error": "loss of '<user>' is not finite",
+            }
+        ],
+    }
+
+
+def test_summary_of_an_empty_run_keeps_its_keys() -> None:
+    result = summary(facts_of())
+    assert result["users"]["total"] == 0
+    assert result["nll"] == {"base": None, "candidate": None}
+    assert result["failures"] == []
+
+
+def test_test_losses_are_there_only_with_test_rows(facts: RunFacts) -> None:
+    assert "nll_test" not in summary(facts)
+    with_test = summary(facts_of(*facts.users, trained("fay", 3.0, 2.5, test=2.6)))
+    assert with_test["nll_test"] == {"base": pytest.approx(3.0), "candidate": pytest.approx(2.6)}
+
+
+def test_a_loss_that_is_not_finite_is_no_part_of_a_median() -> None:
+    users = trained("ann", 3.0, float("nan")), trained("bob", 4.0, 3.0)
+    assert summary(facts_of(*users))["nll"]["candidate"] == pytest.approx(3.0)
+
+
+def test_a_user_without_a_report_stops_the_summary(facts: RunFacts) -> None:
+    with pytest.raises(RunError, match="total 6, trained 3") as caught:
+        summary(replace(facts, users_total=6))
+    assert caught.value.fields["run_id"] == facts.run_id
+
+
+def test_a_trained_user_without_a_decision_stops_the_summary(facts: RunFacts) -> None:
+    facts.users[0][1].decision = None
+    with pytest.raises(RunError, match="trained must be promoted"):
+        summary(facts)
+
+
+def test_a_report_under_another_users_id_stops_the_summary() -> None:
+    _, report = trained("ann", 3.0, 2.5)
+    with pytest.raises(RunError, match="another user's id"):
+        summary(facts_of(("bob", report)))
+    with pytest.raises(RunError, match="two reports"):
+        summary(facts_of(("ann", report), ("ann", report)))
+
+
+def test_a_stage_that_the_contract_does_not_have_stops_the_summary(facts: RunFacts) -> None:
+    with pytest.raises(RunError, match="tuning"):
+        summary(replace(facts, seconds={"tuning": 1.0}))
+
+
+def test_an_error_loses_the_users_id_but_keeps_its_words() -> None:
+    assert redact("bad row of a@b.c: a word", "a@b.c") == "bad row of <user>: a word"
+    assert redact("a word in a hat", "at") == "a word in a hat"
+    assert "x\ny" not in redact("seen: 'x\\ny'", "x\ny")
+    assert redact("seen: 'x\\ny'", "x\ny") == "seen: '<user>'"
+
+
+# ---------------------------------------------------------------- users.parquet
+
+
+def test_users_table_has_one_row_per_user_with_losses(facts: RunFacts) -> None:
+    table = users_table(facts)
+    assert table.schema == USERS_SCHEMA
+    ann = table.to_pylist()[0]
+    assert (ann["user_id"], ann["user_key"]) == ("ann", user_key("ann"))
+    assert (ann["rows_train"], ann["rows_valid"], ann["rows_test"]) == (32, 8, 0)
+    assert ann["nll_base_valid"] == pytest.approx(3.0)
+    assert ann["nll_candidate_valid"] == pytest.approx(2.5)
+    assert ann["nll_other_valid"] == pytest.approx(2.8)
+    assert ann["nll_champion_valid"] is None
+    assert ann["gate_reason"] == "promoted for ann"
+    assert table.to_pylist()[4]["error"] == "loss of 'eve' is not finite"
+
+
+def test_users_table_of_an_empty_run_has_the_same_schema_on_disk(tmp_path) -> None:
+    pq.write_table(users_table(facts_of()), tmp_path / "users.parquet")
+    assert pq.read_table(tmp_path / "users.parquet").schema.equals(USERS_SCHEMA)
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+def test_terminal_report_says_outcomes_losses_time_and_where_to_look(facts: RunFacts) -> None:
+    text = printed(facts)
+    assert "2 promoted, 1 rejected, 0 pending" in text
+    assert "3.500" in text
+    assert "67 %" in text  # two of three beat the base, and two another user's prefix
+    assert "100 tokens/s" in text
+    assert "ptuning serve --store './my store'" in text
+    assert "mlflow ui --backend-store-uri sqlite:///store/mlflow.db" in text
+
+
+def test_terminal_report_shows_an_error_as_it_is() -> None:
+    text = printed(facts_of(failed("eve", "seen [bold]3[/bold] [/nothing]")))
+    assert "seen [bold]3[/bold] [/nothing]" in text
+
+
+def test_terminal_report_cuts_a_long_list_of_failures() -> None:
+    text = printed(facts_of(*(failed(f"u{number}", "no") for number in range(8))))
+    assert text.count("in tune: no") == 5
+    assert "and 3 more" in text
+
+
+def test_reports_never_print_the_registrys_password(facts: RunFacts) -> None:
+    secret = replace(facts, registry_uri="postgresql://me:hunter2@db:5432/mlflow")
+    assert "hunter2" not in printed(secret)
+    assert "hunter2" not in html_report(secret)
+
+
+# ---------------------------------------------------------------- report.html
+
+
+class Page(HTMLParser):
+    """Every tag, attribute and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name.endswith(("src", "href"))]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_is_one_file_without_scripts_or_outside_resources(facts: RunFacts) -> None:
+    page = Page(html_report(facts))
+    assert "svg" in page.tags
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert all(link.startswith("#") for link in page.links)
+    assert "3.500 → 3.000" in page.text
+
+
+def test_page_escapes_whatever_comes_from_data() -> None:
+    users = (
+        trained(HOSTILE, 3.0, 2.5),
+        failed("eve", f"seen: {HOSTILE}", stage=HOSTILE),
+        failed(HOSTILE + "2", f"of {HOSTILE}2, <b>"),
+    )
+    hostile = replace(facts_of(*users), run_id=HOSTILE, store=HOSTILE, registry_uri=HOSTILE)
+    text = html_report(hostile)
+    assert "<script" not in text
+    assert f"seen: {HOSTILE}" in Page(text).text
+
+
+def test_page_says_keys_and_never_ids() -> None:
+    users = trained("ann@example.org", 3.0, 2.5), failed("eve@example.org", "of eve@example.org")
+    text = html_report(facts_of(*users))
+    assert "example.org" not in text
+    assert user_key("ann@example.org")[:12] in text
+
+
+def test_page_of_the_same_run_is_the_same_file(facts: RunFacts) -> None:
+    assert html_report(facts) == html_report(facts)
+
+
+def test_page_of_many_users_cuts_the_table_and_draws_gains() -> None:
+    users = [trained(f"user {number}", 3.0, 2.9 - number / 999) for number in range(230)]
+    page = Page(html_report(facts_of(*users)))
+    assert f"The first {USERS_SHOWN} of 230." in page.text
+    assert page.tags.count("tr") < 230
+    assert len(users) > DUMBBELLS_SHOWN
+
+
+@pytest.mark.parametrize("users", [(), (too_few("dan"),)])
+def test_page_of_a_run_that_trained_nobody_says_so(users: tuple[tuple[str, UserReport]]) -> None:
+    assert "No user was trained." in html_report(facts_of(*users))
+
+
+def test_page_draws_users_who_gained_nothing() -> None:
+    users = [trained(f"user {number}", 3.0, 3.0) for number in range(DUMBBELLS_SHOWN + 1)]
+    assert "<svg" in html_report(facts_of(*users))
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_progress_in_a_log_prints_at_most_one_line_every_ten_seconds() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with RunProgress(Console(file=stream, width=100), clock=clock) as progress:
+        progress.stage("tune", total=100)
+        for done in range(1, 26):
+            clock.now += 1.0
+            progress.update(done, tokens=done * 500)
+    assert stream.getvalue().splitlines() == [
+        "tune: 10 of 100 users, 500 tokens/s, 1 min 30 s left",
+        "tune: 20 of 100 users, 500 tokens/s, 1 min 20 s left",
+        "tune: 25 of 100 users, 500 tokens/s, 25.0 s",
+    ]
+
+
+def test_progress_ends_each_stage_with_a_line_and_starts_the_next_at_zero() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with RunProgress(Console(file=stream, width=100), clock=clock) as progress:
+        progress.stage("partition", unit="rows")
+        progress.update(300)
+        progress.stage("tune", total=2)
+    assert stream.getvalue().splitlines() == [
+        "partition: 300 rows, 0.0 s",
+        "tune: 0 of 2 users, 0.0 s",
+    ]
+
+
+def test_progress_on_a_terminal_shows_a_bar() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100)
+    with RunProgress(console) as progress:
+        progress.stage("tune", total=4)
+        progress.update(3, tokens=100)
+    assert "3/4" in stream.getvalue()
+
+
+def test_progress_stops_its_bar_when_the_run_fails() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    progress = RunProgress(console)
+
+    def fail() -> None:
+        with progress:
+            progress.stage("tune", total=4)
+            raise RunError("stop")
+
+    with pytest.raises(RunError):
+        fail()
+    with RunProgress(console):  # a console holds one live bar: the first has let go of it
+        pass
