@@ -26,7 +26,6 @@ from ptuning.data.encode import Template
 from ptuning.data.examples import (
     DataConfig,
     Fit,
-    Row,
     assign_splits,
     check_row,
     data_digest,
@@ -233,16 +232,17 @@ class BucketJob:
 class _Gathered:
     """A row of a bucket with its origin and how many tokens of it are supervised."""
 
-    row: Row
+    user_id: str
+    example: Example
     source_file: str
-    number: int
+    row: int
     supervised: int = 0
 
 
 def survey(job: BucketJob, template: Template) -> tuple[dict[str, int], pa.Table]:
     """Train + valid rows of each user of a bucket, and the rows that cannot be encoded."""
     good, bad = _measure(_gather(job, None), template, job.config.max_length)
-    counts = Counter(item.row.user_id for item in good if item.row.example.split != "test")
+    counts = Counter(item.user_id for item in good if item.example.split != "test")
     return dict(counts), bad
 
 
@@ -254,10 +254,10 @@ def finish(
     `keep` names the users to keep (None: all). Nothing is written for an empty bucket.
     """
     good, bad = _measure(_gather(job, keep), template, job.config.max_length)
-    good.sort(key=lambda item: item.row.user_id)
+    good.sort(key=lambda item: item.user_id)
     columns: dict[str, list[object]] = {name: [] for name in BUCKET_SCHEMA.names}
     index: list[dict[str, object]] = []
-    for user_id, items in groupby(good, key=lambda item: item.row.user_id):
+    for user_id, items in groupby(good, key=lambda item: item.user_id):
         examples, entry = _finish_user(list(items), job)
         index.append(entry)
         for example in examples:
@@ -277,11 +277,7 @@ def _gather(job: BucketJob, keep: frozenset[str] | None) -> list[_Gathered]:
     if keep is not None:
         table = table.filter(pc.is_in(table["user_id"], pa.array(sorted(keep), pa.string())))
     return [
-        _Gathered(
-            Row(values["user_id"], user_key(values["user_id"]), example_of(values)),
-            values["source_file"],
-            values["row"],
-        )
+        _Gathered(values["user_id"], example_of(values), values["source_file"], values["row"])
         for values in table.to_pylist()
     ]
 
@@ -290,21 +286,19 @@ def _measure(
     items: list[_Gathered], template: Template, max_length: int
 ) -> tuple[list[_Gathered], pa.Table]:
     fit = Fit(template, max_length)
-    supervised = fit.supervised([item.row.example for item in items])
+    supervised = fit.supervised([item.example for item in items])
     good, bad = [], []
     for item, tokens in zip(items, supervised, strict=True):
-        reason = fit.reason(item.row.example, tokens)
+        reason = fit.reason(item.example, tokens)
         if reason is None:
             good.append(replace(item, supervised=tokens))
         else:
-            bad.append(
-                {"source_file": item.source_file, "row": item.number, "reason": _clean(reason)}
-            )
+            bad.append({"source_file": item.source_file, "row": item.row, "reason": _clean(reason)})
     return good, pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)
 
 
 def _finish_user(items: list[_Gathered], job: BucketJob) -> tuple[list[Example], dict[str, object]]:
-    rows = [item.row.example for item in items]
+    rows = [item.example for item in items]
     splits = assign_splits(rows)
     rows = [replace(row, split=split) for row, split in zip(rows, splits, strict=True)]
     kept = select_rows(rows, job.config.max_rows)
@@ -312,8 +306,8 @@ def _finish_user(items: list[_Gathered], job: BucketJob) -> tuple[list[Example],
     times = [example.timestamp for example in examples if example.timestamp is not None]
     count = Counter(example.split for example in examples)
     return examples, {
-        "user_id": items[0].row.user_id,
-        "user_key": items[0].row.user_key,
+        "user_id": items[0].user_id,
+        "user_key": user_key(items[0].user_id),
         "bucket": job.bucket,
         "rows": len(examples),
         "supervised_tokens": sum(items[position].supervised for position in kept),

@@ -199,9 +199,9 @@ def _inspect_files(files: list[InputFile], piece_bytes: int) -> list[Inspected]:
 def _groups(items: Sequence[Any], size: Callable[[Any], int], limit: int) -> list[list[Any]]:
     """Neighbours together up to `limit` bytes and 500 items."""
     groups: list[list[Any]] = []
-    filled = limit
+    filled = 0
     for item in items:
-        if filled + size(item) > limit or len(groups[-1]) >= 500:
+        if not groups or filled + size(item) > limit or len(groups[-1]) >= 500:
             groups.append([])
             filled = 0
         groups[-1].append(item)
@@ -354,7 +354,7 @@ class _Work:
         table = table.sort_by([("source_file", "ascending"), ("row", "ascending")])
         if not read:
             raise DataError("the inputs hold no rows", seen=f"{len(self._files)} files")
-        if table.num_rows <= self.config.max_bad_fraction * read:
+        if table.num_rows / read <= self.config.max_bad_fraction:
             return table
         name = f"{self.folder}/quarantine.parquet"
         _write_table(self.store, name, table)

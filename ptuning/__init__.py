@@ -8,6 +8,7 @@ Needs torch and transformers only. Names are imported when they are first used, 
 `import ptuning` itself is instant.
 """
 
+# ruff: noqa: F401 - the TYPE_CHECKING imports mirror _HOMES
 from __future__ import annotations
 
 import importlib
@@ -57,7 +58,7 @@ _HOMES = {
     "tune": "tune",
     "user_key": "types",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605 - computed from one table
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

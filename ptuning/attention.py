@@ -42,7 +42,9 @@ class RowPrefix:
     visible: Tensor | None = None
 
     @classmethod
-    def of_slots(cls, kv_ULPHD: dict[str, Tensor], slots_R: Tensor, dtype: torch.dtype) -> RowPrefix:
+    def of_slots(
+        cls, kv_ULPHD: dict[str, Tensor], slots_R: Tensor, dtype: torch.dtype
+    ) -> RowPrefix:
         """Gather each row's prefix from a pack's `[U, L, 2, H, P, D]` (differentiable).
 
         `unbind` rather than a slice per layer: the backward of L slices would add L tensors
@@ -81,7 +83,7 @@ class AttentionContext:
     _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def widened(self, mask: Tensor, prefix: RowPrefix) -> Tensor:
-        """The layer's mask `[R, 1, T, S]` with P columns before it; made once per mask, not layer."""
+        """The layer's mask `[R, 1, T, S]` widened by P columns; made once per mask, not layer."""
         made = self._masks.get(id(mask))
         if made is not None and made[0] is mask:
             return made[1]
@@ -123,7 +125,7 @@ def _own_eager(module: nn.Module) -> AttentionFunction:
             seen=type(module).__name__,
             fix="set backbone.attention to 'sdpa'",
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFunction:
@@ -142,9 +144,7 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
             if context.capture:
                 context.captured[layer_of(module)] = torch.stack([key, value], dim=1)
             if context.prefix is not None:
-                key, value, attention_mask = _prepend(
-                    context, module, key, value, attention_mask
-                )
+                key, value, attention_mask = _prepend(context, module, key, value, attention_mask)
         return base(module)(module, query, key, value, attention_mask, **kwargs)
 
     return attend

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,7 +147,7 @@ class Backbone:
         fingerprint: str,
         template: TemplateKind = "auto",
         gradient_checkpointing: bool = False,
-        runner: nn.Module | None = None,
+        shard: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         model.requires_grad_(False)
         model.eval()
@@ -157,7 +158,8 @@ class Backbone:
             fingerprint,
         )
         self.template = Template.of(tokenizer, template)
-        self.runner: nn.Module = runner if runner is not None else FrozenPass(model)
+        whole = FrozenPass(model)
+        self.runner: nn.Module = whole if shard is None else shard(whole)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         accepted = inspect.signature(model.forward).parameters
@@ -200,9 +202,7 @@ class Backbone:
         heads, head_dim = shapes.pop()
         return Facts(
             stacks={
-                DECODER: StackFacts(
-                    layers=len(context.modules), heads=heads, head_dim=head_dim
-                )
+                DECODER: StackFacts(layers=len(context.modules), heads=heads, head_dim=head_dim)
             },
             hidden_size=int(config.hidden_size),
             vocab_size=int(config.vocab_size),
@@ -213,7 +213,7 @@ class Backbone:
         self,
         context: AttentionContext,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | dict[str, Tensor],
         *,
         position_offset: int | Tensor,
         position_ids: Tensor | None = None,
@@ -229,6 +229,7 @@ class Backbone:
         }
         if self._takes_positions:
             if position_ids is None:
+                assert isinstance(attention_mask, Tensor)
                 # Real tokens start where the prefix ends; masked tokens get any valid position.
                 counted = (attention_mask.cumsum(-1) - 1).clamp_min(0)
                 position_ids = counted + position_offset
@@ -312,19 +313,22 @@ class Backbone:
     def step(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
+        attention_mask: Tensor | dict[str, Tensor],
         position_ids: Tensor,
         prefix: RowPrefix | None,
         cache: Any,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Logits `[R, V]` at the last column, fp32; `cache` is updated in place.
 
         For generation. `attention_mask` is `[R, S+T]` over cached and new tokens (or an
-        already prepared 4D mask), `position_ids` `[R, T]` absolute.
+        already prepared 4D mask, or one per layer type), `position_ids` `[R, T]` absolute.
+        `last`, Long `[R]`, names each row's last column where rows are padded on the right.
         """
         context = AttentionContext(prefix=prefix)
         rows = torch.arange(input_ids.shape[0], device=self.device)
-        last = torch.full_like(rows, input_ids.shape[1] - 1)
+        if last is None:
+            last = torch.full_like(rows, input_ids.shape[1] - 1)
         with torch.no_grad():
             return self._call(
                 context,
@@ -344,12 +348,12 @@ class Backbone:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
             held = getattr(tensor, "ds_tensor", tensor).detach()
-            words = held.contiguous().view(torch.uint8).flatten().cpu()
-            padded = functional.pad(words, (0, -len(words) % 8)).view(torch.int64)
+            octets = held.contiguous().flatten().view(torch.uint8)
+            words = functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
             # A sum and a position-weighted sum of 64-bit words, exact modulo 2**64: about the
             # speed of memory, and any single changed weight changes both.
-            weights = torch.arange(1, len(padded) + 1, dtype=torch.int64)
-            sums = (int(padded.sum()), int((padded * weights).sum()))
+            places = torch.arange(1, len(words) + 1, dtype=torch.int64, device=words.device)
+            sums = (int(words.sum()), int((words * places).sum()))
             digest.update(f"{name}:{tuple(held.shape)}:{sums}".encode())
         return digest.hexdigest()
 

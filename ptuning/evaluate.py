@@ -1,4 +1,4 @@
-"""Gates: does a candidate beat what the user has now?
+"""Losses and gates: does a candidate beat what the user has now?
 
 The gate is a pure function of one user's losses and a seed. It resamples that user's own
 validation rows, since rows of one person are few and unlike each other: a mean over eight
@@ -8,14 +8,21 @@ not independent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
+from torch import Tensor
 
-from ptuning.types import Config, Gate, SplitLosses
+from ptuning.artifact import Prefix
+from ptuning.backbone import Backbone
+from ptuning.data.encode import Encoded
+from ptuning.errors import DataError
+from ptuning.train.step import LocalDriver, Machine, predicted, score_rows
+from ptuning.types import Config, Example, Gate, SplitLosses
 
 _Floats = npt.NDArray[np.float64]
 _CHUNK = 4_000_000  # elements of a matrix of resamples x rows: 32 MB
@@ -163,3 +170,53 @@ def _told(comparison: _Comparison) -> str:
 
 def _rejected(reason: str) -> Gate:
     return Gate(decision="rejected", reason=reason)
+
+
+def encode(backbone: Backbone, example: Example, max_length: int = 512) -> Encoded:
+    """Token ids and labels of one example, as training and serving see it."""
+    return backbone.template.encode(example, max_length)
+
+
+def nll(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    prefix: Prefix | None = None,
+    *,
+    max_length: int = 512,
+    tokens_per_microbatch: int = 1024,
+) -> float:
+    """Nats per completion token over all tokens of `examples`, under a prefix or the base model.
+
+    Raises DataError where there is nothing to score.
+    """
+    if prefix is not None:
+        prefix.check(backbone)
+    rows = [encode(backbone, example, max_length) for example in examples]
+    kv = (
+        None
+        if prefix is None
+        else {s: t.float().unsqueeze(0).to(backbone.device) for s, t in prefix.kv.items()}
+    )
+    machine = score_split(backbone, [rows], kv, tokens_per_microbatch)
+    (losses,) = LocalDriver(backbone).run(machine)
+    if losses.nll is None:
+        raise DataError("there are no completion tokens to score", seen=f"{len(rows)} examples")
+    return losses.nll
+
+
+def score_split(
+    backbone: Backbone,
+    users: Sequence[Sequence[Encoded]],
+    kv: dict[str, Tensor] | None,
+    budget: int,
+) -> Machine[list[SplitLosses]]:
+    """Losses of each user's rows under that user's slot of `kv` (`[U, L, 2, H, P, D]`)."""
+    rows = [row for user in users for row in user]
+    slots = [slot for slot, user in enumerate(users) for _ in user]
+    sums = yield from score_rows(backbone, rows, slots, kv, budget)
+    result, at = [], 0
+    for user in users:
+        nats = tuple(sums[at : at + len(user)])
+        result.append(SplitLosses(nats=nats, tokens=tuple(predicted(row) for row in user)))
+        at += len(user)
+    return result

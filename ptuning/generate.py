@@ -36,7 +36,8 @@ def generate(
     """
     if len(prompts) != len(prefixes):
         raise ConfigError(
-            "one prefix or None per prompt", seen=f"{len(prompts)} prompts, {len(prefixes)} prefixes"
+            "one prefix or None per prompt",
+            seen=f"{len(prompts)} prompts, {len(prefixes)} prefixes",
         )
     if max_new_tokens < 1 or temperature < 0:
         raise ConfigError(
@@ -104,9 +105,7 @@ def _generate_ids(
     done, output = [False] * rows, [[] for _ in range(rows)]  # type: list[bool], list[list[int]]
     for _ in range(max_new_tokens):
         logits = backbone.step(ids, mask, positions, prefix, cache)
-        chosen = [
-            _choose(logits[row].cpu(), temperature, generators[row]) for row in range(rows)
-        ]
+        chosen = [_choose(logits[row].cpu(), temperature, generators[row]) for row in range(rows)]
         for row, token in enumerate(chosen):
             done[row] = done[row] or token in stops
             if not done[row]:

@@ -90,9 +90,11 @@ def _downloaded(name: str) -> str:
 def _packaged(alias: str) -> Path:
     module, package, file = ALIASES[alias]
     spec = importlib.util.find_spec(module)
-    folder = Path(spec.submodule_search_locations[0]) if spec and (
-        spec.submodule_search_locations
-    ) else None
+    folder = (
+        Path(spec.submodule_search_locations[0])
+        if spec and (spec.submodule_search_locations)
+        else None
+    )
     if folder is None or not (folder / file).is_file():
         raise ModelNotFound(
             f"the model {alias!r} comes in a package that is not installed",
@@ -211,7 +213,7 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
     implementation = attention_module.implementation(attention)
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+            return AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=dtype, attn_implementation=implementation
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -296,7 +298,7 @@ def _free_memory(device: torch.device) -> int | None:
     return None
 
 
-class _quiet:  # noqa: N801 - a context manager used like a function
+class _quiet:
     """No progress bars or advice from Transformers while it loads; errors still raise."""
 
     def __enter__(self) -> None:

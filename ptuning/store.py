@@ -6,12 +6,15 @@ sees a whole file or none. On object stores a put is already atomic, and the mov
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import uuid
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from ptuning.errors import RunError
 
@@ -56,11 +59,38 @@ class Store:
         if not self.is_local:
             self.fs.pipe_file(target, data)
             return
-        with open(attempt, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(attempt, data)
         os.replace(attempt, target)
+
+    @contextlib.contextmanager
+    def open_write(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write piece by piece; it appears whole when the block ends without error."""
+        buffer = io.BytesIO()
+        yield buffer
+        self.write(name, buffer.getvalue())
+
+    def write_once(self, name: str, value: Any) -> bool:
+        """Write a JSON file unless the name is taken; says whether this call wrote it.
+
+        The first writer wins even where two race (on local file systems; object stores have
+        no such operation here, so there the check and the put are two steps).
+        """
+        target, data = self._inner(name), _json_bytes(value)
+        if not self.is_local:
+            if self.fs.exists(target):
+                return False
+            self.fs.pipe_file(target, data)
+            return True
+        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        attempt = f"{target}.{uuid.uuid4().hex}.tmp"
+        _write_synced(attempt, data)
+        try:
+            os.link(attempt, target)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(attempt)
+        return True
 
     def read_json(self, name: str) -> Any:
         """The file's JSON value; RunError (with the name) where it is not JSON."""
@@ -74,8 +104,19 @@ class Store:
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        self.write(name, text.encode("utf-8"))
+        self.write(name, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8")
+
+
+def _write_synced(path: str, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def prefix_path(user_key: str, digest: str) -> str:

@@ -62,7 +62,9 @@ def tune(
             continue
         rows = arrange(examples, data.max_rows)
         try:
-            ready.append((user_id, rows, prepare(backbone.template, recipe, user_key(user_id), rows)))
+            ready.append(
+                (user_id, rows, prepare(backbone.template, recipe, user_key(user_id), rows))
+            )
         except PTuningError as error:
             results[user_id] = TuneResult(status="failed", error=str(error))
     size = recipe.train.pack_users

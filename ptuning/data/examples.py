@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from itertools import groupby
 
 from pydantic import Field
@@ -69,6 +70,9 @@ class DataConfig(Config):
     )
 
 
+_user_key = lru_cache(maxsize=1 << 16)(user_key)  # a user has many rows; base32 is slow
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One checked input row."""
@@ -106,7 +110,7 @@ def check_row(raw: Mapping[str, object]) -> Row:
         split=split,
         init_words=_text(values, "init_words", absent),
     )
-    return Row(user_id, user_key(user_id), example)
+    return Row(user_id, _user_key(user_id), example)
 
 
 def _text(values: Mapping[str, object], name: str, absent: set[str]) -> str | None:

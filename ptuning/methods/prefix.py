@@ -74,7 +74,9 @@ class PrefixTuning(Config):
             if start is None:
                 start = {
                     stack: 0.02
-                    * torch.randn(facts.kv_shape(stack, self.num_virtual_tokens), generator=generator)
+                    * torch.randn(
+                        facts.kv_shape(stack, self.num_virtual_tokens), generator=generator
+                    )
                     for stack in facts.stacks
                 }
             return Parameters({f"kv.{stack}": kv.clone() for stack, kv in start.items()})

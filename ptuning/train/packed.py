@@ -61,9 +61,7 @@ def train_pack(
         leaves = slots.leaves()
         yield from _one_step(backbone, config, progress, active, leaves)
         rates = [
-            learning_rate_at(
-                config, peak, progress[slot].result.steps, progress[slot].total_steps
-            )
+            learning_rate_at(config, peak, progress[slot].result.steps, progress[slot].total_steps)
             for slot in active
         ]
         slots.update(leaves, active, rates, config)
@@ -119,13 +117,13 @@ def _one_step(
     rows, owners, weights = [], [], []
     for slot in active:
         one = progress[slot]
-        batch = [one.user.train[row] for row in one.next_batch()]
-        labels = sum(predicted(row) for row in batch)
-        rows += batch
-        owners += [slot] * len(batch)
-        weights += [1.0 / max(1, labels)] * len(batch)
+        own = [one.user.train[row] for row in one.next_batch()]
+        labels = sum(predicted(row) for row in own)
+        rows += own
+        owners += [slot] * len(own)
+        weights += [1.0 / max(1, labels)] * len(own)
         one.tokens += labels
-        one.result.tokens += sum(len(row.input_ids) for row in batch)
+        one.result.tokens += sum(len(row.input_ids) for row in own)
     for group in microbatches([len(row.input_ids) for row in rows], config.tokens_per_microbatch):
         batch = collate([rows[r] for r in group], backbone.device)
         if not len(batch.targets):

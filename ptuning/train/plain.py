@@ -27,9 +27,7 @@ from ptuning.train.step import collate, predicted
 from ptuning.types import EpochLoss
 
 
-def train_user(
-    backbone: Backbone, method: Method, config: TrainConfig, user: UserRows
-) -> Trained:
+def train_user(backbone: Backbone, method: Method, config: TrainConfig, user: UserRows) -> Trained:
     """Train one user's prefix; the best epoch by validation loss is kept."""
     parameters = _initial(backbone, method, user)
     trained = {name: p.unsqueeze(0).requires_grad_() for name, p in parameters.trained.items()}
@@ -43,9 +41,7 @@ def train_user(
 
     for epoch in range(1, config.epochs + 1):
         nats, tokens = 0.0, 0
-        for rows in epoch_batches(
-            len(user.train), config.batch_size, seed=user.seed, epoch=epoch
-        ):
+        for rows in epoch_batches(len(user.train), config.batch_size, seed=user.seed, epoch=epoch):
             batch = [user.train[row] for row in rows]
             kv = method.compile(trained, fixed, backbone.facts)
             nll = _nll(backbone, kv, batch)
@@ -93,9 +89,7 @@ def _nll(backbone: Backbone, kv: dict[str, Tensor], rows: list[Encoded]) -> Tens
     return backbone.token_nll(batch, RowPrefix.of_slots(kv, slots, backbone.dtype))
 
 
-def _mean_nll(
-    backbone: Backbone, kv: dict[str, Tensor], rows: tuple[Encoded, ...]
-) -> float | None:
+def _mean_nll(backbone: Backbone, kv: dict[str, Tensor], rows: tuple[Encoded, ...]) -> float | None:
     tokens = sum(predicted(row) for row in rows)
     if not tokens:
         return None

@@ -74,7 +74,7 @@ class LocalDriver:
             try:
                 work = machine.send(result)  # type: ignore[arg-type]
             except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
+                return stop.value
             result = self._execute(work)
 
     def _execute(self, work: Work) -> Result:

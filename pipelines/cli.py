@@ -1,0 +1,232 @@
+"""The command line. Verbs import what they need when they run, so that --help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# No telemetry unless the user turns it on, decided before Ray or MLflow is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+import click
+
+DONE, FAILED, USAGE, SOME_FAILED = 0, 1, 2, 3
+
+_SETTINGS = (
+    click.option(
+        "--store",
+        default="./ptuning-store",
+        show_default=True,
+        help="Directory or object-store prefix that holds partitions, prefixes and runs.",
+    ),
+    click.option("--model", help="Backbone: `smollm2`, a directory, a hub id or a .gguf file."),
+    click.option("--config", "config_file", help="YAML file with configuration sections."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="One configuration value, such as train.epochs=5; may be repeated.",
+    ),
+)
+
+
+def _configured(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SETTINGS):
+        function = option(function)
+    return function
+
+
+def _load(model: str | None, file: str | None, settings: Sequence[str]) -> Any:
+    from pipelines.config import load_config
+
+    more = [f"backbone.name={model}"] if model else []
+    return load_config(file, [*settings, *more])
+
+
+class _Keys(click.Command):
+    """A command whose help ends with every configuration key it understands."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_help_text(ctx, formatter)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        from pipelines.config import known_keys
+
+        rows = []
+        for key, field in known_keys():
+            default = field.get_default(call_default_factory=True)
+            shown = "none" if default is None else default
+            rows.append((key, f"{field.description or ''} [default: {shown}]"))
+        with formatter.section("Configuration keys (--set, --config, PTUNING_SECTION__KEY)"):
+            formatter.write_dl(rows)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="ptuning")
+def cli() -> None:
+    """One frozen language model, one small trained prefix per user.
+
+    \b
+    Train a prefix for every user in a file, register them, promote those that help:
+        ptuning run --data messages.parquet
+    Ask as one of the users, here or over HTTP:
+        ptuning generate --user alice "What should I cook tonight?"
+        ptuning serve
+    See what has run:
+        ptuning status
+    """
+
+
+@cli.command(cls=_Keys)
+@click.option(
+    "--data",
+    "sources",
+    multiple=True,
+    required=True,
+    metavar="PATH",
+    help="Parquet, JSONL(.gz) or CSV: a file, directory, glob, s3:// or gs://; may be repeated.",
+)
+@_configured
+def run(
+    sources: tuple[str, ...],
+    store: str,
+    model: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+) -> int:
+    """Train, gate, register and promote one prefix per user.
+
+    Rows have `user_id`, and `prompt` and `completion` (or `messages`); optional `timestamp`,
+    `split`, `init_words`. Run the same command again to resume after a stop; users whose
+    rows and settings are unchanged are not trained again.
+
+    \b
+    Examples:
+        ptuning run --data rows.jsonl
+        ptuning run --data 'logs/*.parquet' --set data.max_rows=40 --set train.epochs=5
+        ptuning run --data rows.csv --config run.yaml --store s3://bucket/ptuning
+
+    Exit codes: 0 done, 1 failed, 2 usage, 3 done but some users failed.
+    """
+    config = _load(model, config_file, settings)
+    from rich.console import Console
+
+    from pipelines.report import RunProgress, print_report
+    from pipelines.run import execute
+    from ptuning.store import Store
+
+    console = Console()
+    with RunProgress(console) as progress:
+        facts = execute(sources, Store(store), config, progress)
+    print_report(console, facts)
+    failed = any(report.status == "failed" for _, report in facts.users)
+    return SOME_FAILED if failed else DONE
+
+
+@cli.command()
+@click.option("--user", "user_id", required=True, help="The user's id, as in the data.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0.0))
+@click.option("--seed", default=0, show_default=True)
+@_configured
+@click.argument("prompts", nargs=-1, required=True)
+def generate(
+    user_id: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    store: str,
+    model: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+    prompts: tuple[str, ...],
+) -> int:
+    """Answer prompts with a user's champion, without a service.
+
+    \b
+    Examples:
+        ptuning generate --user alice "What should I cook tonight?"
+        ptuning generate --user alice --temperature 0.8 --seed 1 "Hello" "Good morning"
+    """
+    config = _load(model, config_file, settings)
+    from pipelines.answer import answer
+
+    answers, served_by = answer(
+        config, store, user_id, list(prompts), max_new_tokens, temperature, seed
+    )
+    click.echo(served_by, err=True)
+    for text in answers:
+        click.echo(text)
+    return DONE
+
+
+@cli.command(cls=_Keys)
+@click.option("--host", help="Address to bind to; loopback unless told otherwise.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
+@_configured
+def serve(
+    host: str | None,
+    port: int | None,
+    store: str,
+    model: str | None,
+    config_file: str | None,
+    settings: tuple[str, ...],
+) -> int:
+    """Serve every user from one OpenAI-style endpoint, in mixed batches.
+
+    \b
+    Example:
+        ptuning serve --port 8000
+        curl http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' \\
+          -d '{"model": "smollm2", "user": "alice",
+               "messages": [{"role": "user", "content": "Hi"}]}'
+    """
+    more = [f"serve.host={host}"] if host else []
+    more += [f"serve.port={port}"] if port is not None else []
+    config = _load(model, config_file, [*settings, *more])
+    from pipelines.deploy import serve_forever
+
+    serve_forever(config, store)
+    return DONE
+
+
+@cli.command()
+@click.option("--store", default="./ptuning-store", show_default=True, help="The store.")
+def status(store: str) -> int:
+    """List the store's runs: when, how far, and what came of them."""
+    from rich.console import Console
+
+    from pipelines.status import print_status
+    from ptuning.store import Store
+
+    print_status(Console(), Store(store))
+    return DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one readable line and the right exit code."""
+    from ptuning.errors import ConfigError, PTuningError
+
+    try:
+        code = cli.main(
+            args=list(arguments) if arguments is not None else None, standalone_mode=False
+        )
+    except click.ClickException as error:
+        error.show()
+        code = USAGE
+    except click.exceptions.Abort:
+        click.echo("stopped; the same command resumes", err=True)
+        code = FAILED
+    except ConfigError as error:
+        click.echo(f"ptuning: {error}", err=True)
+        code = USAGE
+    except PTuningError as error:
+        click.echo(f"ptuning: {error}", err=True)
+        code = FAILED
+    sys.exit(code if isinstance(code, int) else DONE)

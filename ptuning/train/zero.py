@@ -1,0 +1,159 @@
+"""A backbone sharded over a gang by DeepSpeed ZeRO-3, and its ranks driven in lock-step.
+
+Every rank holds a part of each weight and all ranks gather it together, so all must call
+the backbone at the same moments: before each call they agree whether anybody has work and
+whether anybody needs a backward pass, and a rank without work makes an empty call. What is
+traded is time for memory: the gather costs the same however few rows a call has.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ptuning.backbone import Backbone
+from ptuning.data.encode import TemplateKind
+from ptuning.load import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    fingerprint_of,
+    load_tokenizer,
+    locate,
+    read_model,
+)
+from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
+
+
+def load_sharded(
+    name: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    device: str = "auto",
+    template: TemplateKind = "auto",
+    gradient_checkpointing: bool = False,
+) -> Backbone:
+    """Load a backbone of which this rank holds its share. The process group must exist.
+
+    The weights are sharded while they are read, so that no rank ever holds the whole model.
+    """
+    place = choose_device(device)
+    if place.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # Its shared-memory op is compiled at first use, which needs a compiler on every host.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    resolved = choose_dtype(dtype, place)
+    settings = _settings(resolved, place)
+    # from_pretrained shards while this object is alive.
+    keep_alive = HfDeepSpeedConfig(settings)
+    source = locate(name)
+    model = read_model(source, resolved, choose_attention(attention, place))
+    model.requires_grad_(False)
+    del keep_alive
+    return Backbone(
+        model,
+        load_tokenizer(name),
+        name=source.name,
+        fingerprint=fingerprint_of(source),
+        template=template,
+        gradient_checkpointing=gradient_checkpointing,
+        shard=lambda whole: deepspeed.initialize(model=whole, config=settings)[0].module,
+    )
+
+
+def _settings(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Settings that keep a frozen model really sharded: the defaults leave a small one gathered
+    (infra/decisions.md)."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 0 if device.type == "cpu" else 20_000_000,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 10_000,
+            "memory_efficient_linear": True,
+        },
+    }
+
+
+class LockstepDriver:
+    """Runs this rank's machine beside its peers' on one sharded backbone."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def run(self, machine: Machine[T]) -> T:
+        """Drive the machine to its end, then make empty calls until every rank is done."""
+        result: Result | None = None
+        value: list[T] = []
+        while True:
+            work: Work | None = None
+            if not value:
+                try:
+                    work = machine.send(result)  # type: ignore[arg-type]
+                except StopIteration as stop:
+                    value.append(stop.value)
+            anybody, backward = self._agree(work)
+            if not anybody:
+                return value[0]
+            result = self._execute(work, backward=backward)
+
+    def _agree(self, work: Work | None) -> tuple[bool, bool]:
+        """Whether any rank has work, and whether any rank trains; the same answer on all."""
+        flags = torch.tensor(
+            [work is not None, isinstance(work, Train)],
+            dtype=torch.int32,
+            device=self.backbone.device,
+        )
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags[0]), bool(flags[1])
+
+    def _execute(self, work: Work | None, *, backward: bool) -> Result | None:
+        with torch.set_grad_enabled(backward):
+            result, loss = self._forward(work, backward=backward)
+            if backward:
+                loss.backward()
+        return result
+
+    def _forward(self, work: Work | None, *, backward: bool) -> tuple[Result | None, Tensor]:
+        """The rank's result, and a loss whose backward visits every layer as its peers' does."""
+        backbone = self.backbone
+        if isinstance(work, Train):
+            nll = backbone.token_nll(work.batch, prefix_of(work, backbone))
+            return nll.detach(), (work.weights * nll).sum()
+        if isinstance(work, Score):
+            prefix = (
+                backbone.empty_prefix(len(work.batch.input_ids), requires_grad=backward)
+                if work.kv is None
+                else prefix_of(_with_gradient(work, backward), backbone)
+            )
+            nll = backbone.token_nll(work.batch, prefix)
+            return nll.detach(), 0.0 * nll.sum()
+        ids = (
+            work.input_ids
+            if isinstance(work, Capture)
+            else torch.zeros((1, 1), dtype=torch.long, device=backbone.device)
+        )
+        captured, logits = backbone.capture(
+            ids, backbone.empty_prefix(len(ids), requires_grad=backward)
+        )
+        return (captured if work is not None else None), 0.0 * logits.sum()
+
+
+def _with_gradient(work: Score, backward: bool) -> Score:
+    """The same work on leaves that carry a (discarded) gradient, where peers train."""
+    if not backward or work.kv is None:
+        return work
+    kv = {stack: tensor.detach().clone().requires_grad_() for stack, tensor in work.kv.items()}
+    return Score(work.batch, kv, work.slots)

@@ -1,0 +1,96 @@
+"""Who may ask as which user.
+
+Without a keys file the body's `user` is trusted, and the service may listen on loopback only.
+With one, a caller shows `Authorization: Bearer KEY` and may name the users listed for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ptuning.errors import ConfigError
+from serve.config import ServeConfig
+from serve.events import Refused
+
+ANYONE = "*"
+
+
+class Keys:
+    """Callers' keys, held as SHA-256: a lookup's time says nothing about a key's characters."""
+
+    def __init__(self, users_of: Mapping[str, frozenset[str] | None]) -> None:
+        self._users_of = users_of  # digest of a key -> its users, None: any
+
+    @classmethod
+    def read(cls, path: str) -> Keys:
+        """From the JSON file `{"key": ["user", …] or "*", …}`. Raises ConfigError."""
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                "serve.api_keys_file cannot be read", seen=f"{type(error).__name__}: {error}"
+            ) from error
+        users_of: dict[str, frozenset[str] | None] = {}
+        good = isinstance(entries, dict) and bool(entries)
+        for key, users in entries.items() if good else ():
+            listed = isinstance(users, list) and all(isinstance(user, str) for user in users)
+            if not key or not (listed or users == ANYONE):
+                good = False
+                break
+            users_of[_digest(key)] = None if users == ANYONE else frozenset(users)
+        if not good:
+            raise ConfigError(
+                "serve.api_keys_file has another form than it should",
+                expected='{"key": ["user", …] or "*", …}, at least one key, none of them empty',
+            )
+        return cls(users_of)
+
+    def check_caller(self, authorization: str | None) -> frozenset[str] | None:
+        """The users this caller may name; None: any. Raises Refused (401)."""
+        scheme, _, key = (authorization or "").partition(" ")
+        digest = _digest(key.strip())
+        if scheme.lower() != "bearer" or digest not in self._users_of:
+            raise Refused(
+                "a valid key is needed: send it as `Authorization: Bearer KEY`",
+                status=401,
+                code="invalid_api_key",
+            )
+        return self._users_of[digest]
+
+    def check(self, authorization: str | None, user: str | None) -> None:
+        """Raises Refused: 401 without a valid key, 403 for a user that is not the caller's."""
+        users = self.check_caller(authorization)
+        if users is not None and user is not None and user not in users:
+            raise Refused(
+                "this key may not ask as that user", status=403, code="forbidden", param="user"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(config: ServeConfig) -> None:
+    """Raises ConfigError where strangers could name any user."""
+    if config.api_keys_file is None and not is_loopback(config.host):
+        raise ConfigError(
+            "without credentials the service trusts the user in a request, so it listens on "
+            "loopback only",
+            seen=f"serve.host={config.host}",
+            expected="127.0.0.1, ::1 or localhost",
+            fix="set serve.api_keys_file, or leave serve.host at 127.0.0.1",
+        )
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

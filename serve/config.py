@@ -1,0 +1,66 @@
+"""What the service can be told. The fields' descriptions are the reference."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ptuning.types import Config
+
+
+class ServeConfig(Config):
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; beyond loopback only with serve.api_keys_file",
+    )
+    port: int = Field(8000, ge=1, le=65535, description="TCP port of the HTTP service")
+    model_name: str | None = Field(
+        None, description="name in /v1/models and in requests; none: the backbone's own name"
+    )
+    api_keys_file: str | None = Field(
+        None,
+        description='JSON file {"key": ["user", …] or "*", …}: who may ask as which users; '
+        "none: every caller on this machine is trusted",
+    )
+    unknown_user: Literal["base", "404"] = Field(
+        "base",
+        description="what answers a user without a champion: the base model, or an error 404",
+    )
+    max_rows: int = Field(16, ge=1, description="requests that are decoded together per replica")
+    max_queue: int = Field(
+        64, ge=0, description="requests that may wait per replica; one more is answered 429"
+    )
+    prefill_tokens: int = Field(
+        1024, ge=1, description="prompt tokens that newcomers may add to one step, with padding"
+    )
+    max_length: int = Field(1024, ge=1, description="most prompt tokens of a request")
+    max_tokens_default: int = Field(64, ge=1, description="max_tokens where a request has none")
+    max_tokens_limit: int = Field(1024, ge=1, description="largest max_tokens of a request")
+    temperature_default: float = Field(
+        1.0, ge=0, le=2, description="temperature where a request has none (OpenAI's default)"
+    )
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="largest request body in bytes")
+    refresh_seconds: float = Field(
+        5.0, gt=0, description="how long a user's champion is trusted before it is asked again"
+    )
+    max_stale_seconds: float = Field(
+        300.0,
+        ge=0,
+        description="how long after its last confirmation a champion still answers while the "
+        "registry cannot be asked; then 503",
+    )
+    registry_timeout_s: float = Field(
+        3.0, gt=0, description="longest wait of a request for the registry, in seconds"
+    )
+    prefix_cache_mb: int = Field(256, ge=0, description="prefixes kept in memory per replica, MB")
+    replicas: int = Field(1, ge=1, description="engine replicas; each holds the whole backbone")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves per engine replica")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves per engine replica")
+    num_threads: int = Field(
+        0, ge=0, description="torch threads per engine replica; 0: the machine's cores, shared"
+    )
+    request_timeout_s: float = Field(
+        300.0, gt=0, description="longest time of one request, queue included; then 504"
+    )
+    start_timeout_s: float = Field(300.0, gt=0, description="longest wait for a healthy service")

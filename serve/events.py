@@ -1,0 +1,132 @@
+"""What passes between the HTTP side and an engine: one request's question and its events.
+
+Expected failures are events (`Failed`), not exceptions: an exception that crosses Ray is
+wrapped and loses its class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ptuning.errors import ServeError
+from ptuning.types import Message
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """An error as OpenAI's clients read it, with its HTTP status."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+
+    @property
+    def type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class Refused(ServeError):
+    """A request that gets a `Problem` instead of an answer."""
+
+    def __init__(
+        self, message: str, *, status: int, code: str | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message, status=status, code=code, param=param)
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(message=self.message, **self.fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_refused, (asdict(self.problem),))
+
+
+def _refused(fields: dict[str, Any]) -> Refused:
+    return Refused(fields.pop("message"), **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One checked request. `user_key` is None where the request names no user."""
+
+    user_key: str | None
+    prefix_name: str
+    prompt: str | tuple[Message, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixInfo:
+    """Which prefix answers: what a response carries as `prefix`."""
+
+    name: str
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The first event: the row is in the batch. `prefix` is None where the base answers."""
+
+    prefix: PrefixInfo | None
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A piece of the answer's text; never half a character, never part of a stop string."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The last event of an answer. `completion_tokens` counts the end token too."""
+
+    reason: FinishReason
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The last event of a request without an answer (or with half of one)."""
+
+    problem: Problem
+
+
+Event = Started | Delta | Finished | Failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A whole answer: the events of one request put together."""
+
+    prefix: PrefixInfo | None
+    text: str
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int

@@ -1,0 +1,205 @@
+"""One replica's work without Ray: from a checked request to its events.
+
+Encodes the prompt as training did, finds the user's champion, hands both to the engine and
+passes its events on. A client that leaves closes the generator, which frees the row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ptuning.backbone import Backbone
+from ptuning.errors import DataError, ServeError
+from ptuning.registry.base import Registry
+from serve.batcher import QueueFull
+from serve.config import ServeConfig
+from serve.engine import Engine, HeldPrefix, Request
+from serve.events import Answer, Ask, Delta, Event, Failed, Finished, Problem, Refused, Started
+from serve.metrics import FAMILIES, Metrics, Snapshot
+from serve.prefix_cache import PrefixCache, file_loader
+
+_NOT_OURS = frozenset({"ptuning_requests_total", "ptuning_replicas"})  # the HTTP side's
+_NO_LIMIT = 1 << 40
+
+
+class Service:
+    """A backbone with its engine and prefix cache. Use from one event loop."""
+
+    def __init__(self, config: ServeConfig, backbone: Backbone, registry: Registry) -> None:
+        self.config, self.backbone = config, backbone
+        self.metrics = Metrics()
+        self.prefixes = PrefixCache(registry, file_loader(backbone), config, metrics=self.metrics)
+        self.engine = Engine(
+            backbone,
+            max_rows=config.max_rows,
+            max_queue=config.max_queue,
+            prefill_tokens=config.prefill_tokens,
+            metrics=self.metrics,
+        )
+        # One thread: a fast tokenizer must not be reconfigured while another thread uses it.
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="ptuning-encode")
+        self._longest_token = max(len(token) for token in backbone.tokenizer.get_vocab())
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        """The request's events: Started, Deltas, Finished; or Failed, at any point."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.request_timeout_s
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        request_id = uuid.uuid4().hex
+
+        def emit(event: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        try:
+            async with asyncio.timeout_at(deadline):
+                prompt = await self._encode(ask)
+                prefix = await self._prefix(ask)
+            self._check_positions(ask, prompt, prefix)
+            self.engine.submit(_request(request_id, ask, prompt, prefix, emit))
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    event = await events.get()
+                yield event
+                if isinstance(event, Finished | Failed):
+                    return
+        except Refused as error:
+            yield Failed(problem=error.problem)
+        except QueueFull as error:
+            yield Failed(problem=Problem(status=429, message=str(error), code="queue_full"))
+        except TimeoutError:
+            limit = f"{self.config.request_timeout_s:g} s"
+            message = f"the answer was not complete within {limit}"
+            yield Failed(problem=Problem(status=504, message=message, code="timeout"))
+        except ServeError as error:
+            yield Failed(problem=Problem(status=503, message=str(error), code="not_running"))
+        finally:
+            self.engine.cancel(request_id)
+
+    async def answer(self, ask: Ask) -> Answer | Failed:
+        """All events of a request in one value."""
+        started: Started | None = None
+        texts: list[str] = []
+        events = self.stream(ask)
+        try:
+            async for event in events:
+                if isinstance(event, Failed):
+                    return event
+                if isinstance(event, Started):
+                    started = event
+                elif isinstance(event, Delta):
+                    texts.append(event.text)
+                elif started is not None:
+                    return Answer(
+                        prefix=started.prefix,
+                        text="".join(texts),
+                        reason=event.reason,
+                        prompt_tokens=started.prompt_tokens,
+                        completion_tokens=event.completion_tokens,
+                    )
+        finally:
+            await events.aclose()
+        return Failed(problem=Problem(status=500, message="the answer broke off", code=None))
+
+    def report(self, replica: str) -> Snapshot:
+        """This replica's metrics now. Raises ServeError where the engine does not run."""
+        if not self.engine.alive:
+            raise ServeError("the engine is not running", fix="restart the service")
+        gauges = {
+            "ptuning_rows_in_use": float(self.engine.rows_in_use),
+            "ptuning_rows_limit": float(self.config.max_rows),
+            "ptuning_queue_length": float(self.engine.queue_length),
+            "ptuning_prefix_cache_bytes": float(self.prefixes.nbytes),
+        }
+        names = [name for name in FAMILIES if name not in _NOT_OURS]
+        return self.metrics.snapshot(gauges, names, replica=replica)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.prefixes.close()
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    async def _encode(self, ask: Ask) -> tuple[int, ...]:
+        """Ids of the whole prompt, nothing cut. Raises Refused (400)."""
+        param = "prompt" if isinstance(ask.prompt, str) else "messages"
+        texts = [ask.prompt] if isinstance(ask.prompt, str) else [m.content for m in ask.prompt]
+        # No token is longer than the longest: far too long prompts need no tokenizer.
+        at_least = sum(map(len, texts)) // self._longest_token
+        if at_least > self.config.max_length:
+            raise self._too_long(f"at least {at_least}", param)
+        loop = asyncio.get_running_loop()
+        encode = self.backbone.template.encode_prompt
+        try:
+            ids = await loop.run_in_executor(self._encoder, encode, ask.prompt, _NO_LIMIT)
+        except DataError as error:
+            raise Refused(str(error), status=400, param=param) from error
+        if not ids:
+            raise Refused("the prompt has no tokens", status=400, param=param)
+        if len(ids) > self.config.max_length:
+            raise self._too_long(str(len(ids)), param)
+        return tuple(ids)
+
+    def _too_long(self, tokens: str, param: str) -> Refused:
+        return Refused(
+            f"this service takes prompts of at most {self.config.max_length} tokens; "
+            f"this one has {tokens}",
+            status=400,
+            code="context_length_exceeded",
+            param=param,
+        )
+
+    async def _prefix(self, ask: Ask) -> HeldPrefix | None:
+        """The user's champion, or None where the base answers by policy. Raises Refused."""
+        base_answers = self.config.unknown_user == "base"
+        if ask.user_key is None:
+            if base_answers:
+                return None
+            raise Refused("the request names no user", status=400, param="user")
+        held = await self.prefixes.get(ask.user_key, ask.prefix_name)
+        if held is None and not base_answers:
+            raise Refused(
+                "this user has no prefix of that name",
+                status=404,
+                code="user_not_found",
+                param="user",
+            )
+        return held
+
+    def _check_positions(
+        self, ask: Ask, prompt: tuple[int, ...], prefix: HeldPrefix | None
+    ) -> None:
+        """The model's own limit, which counts virtual tokens and the answer too."""
+        limit = self.backbone.facts.max_positions
+        virtual = prefix.num_virtual_tokens if prefix else 0
+        needed = virtual + len(prompt) + ask.max_tokens
+        if limit is not None and needed > limit:
+            raise Refused(
+                f"the model has {limit} positions; {virtual} virtual tokens, {len(prompt)} of the "
+                f"prompt and max_tokens={ask.max_tokens} need {needed}",
+                status=400,
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+
+
+def _request(
+    request_id: str,
+    ask: Ask,
+    prompt: tuple[int, ...],
+    prefix: HeldPrefix | None,
+    emit: Callable[[Event], None],
+) -> Request:
+    return Request(
+        id=request_id,
+        prompt=prompt,
+        prefix=prefix,
+        max_tokens=ask.max_tokens,
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=secrets.randbits(63) if ask.seed is None else ask.seed,
+        stop=ask.stop,
+        emit=emit,
+    )

@@ -1,0 +1,49 @@
+"""Fixtures that several parts share: one local Ray for the whole session, one tiny model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from tiny_model import save_model
+
+# Read when Ray and Transformers are imported, so they are set before any test imports them.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A busy machine is no failure; the whole test has pytest's deadline.
+settings.register_profile("ptuning", deadline=None)
+settings.load_profile("ptuning")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with 4 logical CPUs, shared by all tests that need one.
+
+    `pytest-timeout` is the deadline for starting it.
+    """
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=200 << 20,
+        namespace="ptuning-tests",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer, as `save_pretrained` writes it."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    save_model(directory)
+    return directory

@@ -1,0 +1,87 @@
+"""Rows and files for the tests of partitioning, and what must come of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipelines.partition import Partition, read_index, read_users
+from ptuning.data.examples import DataConfig, arrange
+from ptuning.store import Store
+from ptuning.types import Example
+
+SMALL = DataConfig(buckets=5)
+HOSTILE = [
+    "../../x",
+    "caf\u00e9",
+    "cafe\u0301",
+    "u" * 5000,
+    "line\nbreak",
+    "<script>alert(1)</script>",
+    "user_bucket=00001",
+    "a,b\"c'd\\",
+    "\u202egnp.exe",
+    " ",
+    "nul\x00nul",
+    "\U0001f600",
+]
+Raw = dict[str, Any]
+
+
+def make_rows(users: Iterable[str], each: int = 10, start: int = 1_700_000_000_000) -> list[Raw]:
+    """Rows of users, interleaved, a second apart."""
+    return [
+        {
+            "user_id": user,
+            "prompt": f"question {number} of {user[:20]}",
+            "completion": f"answer {number}",
+            "timestamp": start + number * 60_000 + position * 1000,
+        }
+        for number in range(each)
+        for position, user in enumerate(users)
+    ]
+
+
+def write_jsonl(path: Path, rows: Iterable[Raw]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def expected_users(rows: Iterable[Raw], max_rows: int | None = None) -> dict[str, list[Example]]:
+    """What the pure code makes of the rows: the oracle."""
+    users: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        users[row["user_id"]].append(
+            Example(**{key: value for key, value in row.items() if key != "user_id"})
+        )
+    return {user: arrange(examples, max_rows) for user, examples in users.items()}
+
+
+def read_all(store: Store, made: Partition) -> dict[str, list[Example]]:
+    """Every user of every bucket file there is; fails where one is in two of them."""
+    users: dict[str, list[Example]] = {}
+    for name in store.list(f"partitions/{made.partition_id}"):
+        if name.startswith("user_bucket="):
+            bucket = read_users(store, made.partition_id, int(name.split("=")[1]))
+            assert not set(bucket) & set(users)
+            users |= bucket
+    return users
+
+
+def quarantined(store: Store, partition_id: str) -> list[tuple[str, int, str]]:
+    table = pq.read_table(store.path("partitions", partition_id, "quarantine.parquet"))
+    return [
+        (os.path.basename(row["source_file"]), row["row"], row["reason"])
+        for row in table.to_pylist()
+    ]
+
+
+def index_of(store: Store, made: Partition) -> list[Raw]:
+    return read_index(store, made.partition_id).to_pylist()

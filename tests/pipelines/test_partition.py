@@ -1,0 +1,318 @@
+"""Partitioning on a real Ray: nobody's rows are cut apart, lost, mixed or counted twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from partition_rows import (
+    HOSTILE,
+    SMALL,
+    expected_users,
+    index_of,
+    make_rows,
+    read_all,
+    write_jsonl,
+)
+from tiny_model import make_tokenizer
+
+from pipelines.partition import partition, read_index, read_partition, read_users
+from ptuning.data.encode import Template
+from ptuning.data.examples import DataConfig, data_digest
+from ptuning.errors import DataError, RunError
+from ptuning.store import Store
+from ptuning.types import user_key
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def template() -> Template:
+    return Template.of(make_tokenizer())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.mark.parametrize("block_bytes", [100, 700, 16 << 20])
+def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
+    ray_session: None, tmp_path: Path, store: Store, template: Template, block_bytes: int
+) -> None:
+    import ray.data
+
+    rows = make_rows(["everywhere"], each=60) + make_rows([f"u{n}" for n in range(20)], each=9)
+    rows += make_rows(HOSTILE, each=8)
+    random.Random(0).shuffle(rows)
+    for number in range(60):
+        write_jsonl(tmp_path / "in" / f"{number % 7}" / f"{number}.jsonl", rows[number::60])
+    context = ray.data.DataContext.get_current()
+    before = context.target_max_block_size
+    context.target_max_block_size = max(block_bytes, 64)
+    try:
+        made = partition([str(tmp_path / "in")], store, SMALL, template, block_bytes=block_bytes)
+    finally:
+        context.target_max_block_size = before
+
+    assert read_all(store, made) == expected_users(rows)
+    index = index_of(store, made)
+    assert [entry["user_id"] for entry in index] == sorted({row["user_id"] for row in rows})
+    for entry in index:
+        users = read_users(store, made.partition_id, entry["bucket"], [entry["user_key"]])
+        assert list(users) == [entry["user_id"]]
+        examples = users[entry["user_id"]]
+        assert entry["user_key"] == user_key(entry["user_id"])
+        assert entry["rows"] == len(examples)
+        assert entry["data_digest"] == data_digest(examples)
+        assert entry["first_at"] == min(example.timestamp or 0 for example in examples)
+        assert entry["last_at"] == max(example.timestamp or 0 for example in examples)
+        tokens = [template.encode(example).supervised for example in examples]
+        assert entry["supervised_tokens"] == sum(tokens)
+    assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (len(rows), len(rows), 0)
+    assert (made.users, made.too_few) == (len(index), 0)
+
+
+def test_bucket_files_are_sorted_by_user_then_time(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    rows = make_rows([f"u{n}" for n in range(30)], each=8)
+    random.Random(1).shuffle(rows)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, SMALL, template)
+    folder = Path(store.path("partitions", made.partition_id))
+    files = sorted(folder.glob("user_bucket=*/*"))
+    assert {file.parent.name for file in files} <= {f"user_bucket={n:05d}" for n in range(5)}
+    for file in files:
+        table = pq.read_table(file, partitioning=None).to_pylist()
+        keys = [(row["user_id"], row["timestamp"]) for row in table]
+        assert keys == sorted(keys)
+    assert not list(folder.glob("_attempt*"))
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_order_and_layout_of_files_change_no_digest(
+    ray_session: None, tmp_path: Path, template: Template
+) -> None:
+    rows = make_rows([f"u{n}" for n in range(10)], each=12)
+    for row in rows[::3]:
+        del row["timestamp"]
+    rows += rows[:5]  # duplicates are rows
+    indexes = []
+    for seed, count in ((1, 1), (2, 9)):
+        folder = tmp_path / f"layout{seed}"
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        for number in range(count):
+            write_jsonl(folder / f"{seed}-{number}.jsonl", shuffled[number::count])
+        store = Store(tmp_path / f"store{seed}")
+        made = partition([str(folder)], store, DataConfig(buckets=5, max_rows=10), template)
+        indexes.append((index_of(store, made), read_all(store, made)))
+    assert indexes[0] == indexes[1]
+
+
+def test_max_rows_keeps_the_newest_and_test_rows_apart(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    rows = make_rows(["plain"], each=100)
+    rows += [row | {"split": "test"} for row in make_rows(["tested"], each=20, start=10**12)]
+    rows += [row | {"split": "valid"} for row in make_rows(["tested"], each=20)]
+    rows += make_rows(["tested"], each=60, start=10**9)
+    config = DataConfig(buckets=2, max_rows=40)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template)
+    assert read_all(store, made) == expected_users(rows, max_rows=40)
+    counts = {
+        entry["user_id"]: (entry["rows_train"], entry["rows_valid"], entry["rows_test"])
+        for entry in index_of(store, made)
+    }
+    assert counts == {"plain": (32, 8, 0), "tested": (32, 8, 8)}
+    assert made.rows_kept == 88
+
+
+def test_max_users_keeps_those_with_most_train_and_valid_rows_ties_by_id(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    rows = make_rows(["few"], each=9) + make_rows(["a", "b", "c"], each=10)
+    rows += make_rows(["most"], each=12)
+    # Rows that do not count: test rows, and completions too long to be kept.
+    rows += [row | {"split": "test"} for row in make_rows(["few"], each=9, start=10**9)]
+    rows += [row | {"completion": "x" * 600} for row in make_rows(["few"], each=3)]
+    config = DataConfig(buckets=5, max_users=3, max_bad_fraction=0.2)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template)
+    assert [entry["user_id"] for entry in index_of(store, made)] == ["a", "b", "most"]
+    assert set(read_all(store, made)) == {"a", "b", "most"}
+    assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (len(rows), 32, 3)
+
+
+def test_users_with_too_few_rows_are_in_the_index_and_marked(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    rows = make_rows(["seven"], each=7) + make_rows(["eight"], each=8)
+    rows += [row | {"split": "train"} for row in make_rows(["unvalidated"], each=20)]
+    config = DataConfig(buckets=2, max_rows=4)  # fewer than min_examples: nobody's fault
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template)
+    marked = {entry["user_id"]: entry["too_few"] for entry in index_of(store, made)}
+    assert marked == {"seven": True, "eight": False, "unvalidated": True}
+    assert (made.users, made.too_few) == (3, 2)
+
+
+def test_too_many_bad_rows_fail_and_leave_the_quarantine_file(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    rows = make_rows(["a"], each=90) + [{"user_id": 1}] * 6 + [{}] * 4
+    source = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    with pytest.raises(DataError) as caught:
+        partition([source], store, SMALL, template)
+    assert "user_id is not a string but int (6), user_id is missing (4)" in str(caught.value)
+    assert "10 of 100 rows" in str(caught.value)
+    file = Path(caught.value.fields["quarantine"])
+    assert str(file) in str(caught.value)
+    assert pq.read_table(file).num_rows == 10
+    assert read_partition(store, file.parent.name) is None
+    with pytest.raises(RunError, match="not finished"):
+        read_index(store, file.parent.name)
+    assert partition([source], store, DataConfig(max_bad_fraction=0.1), template).users == 1
+
+
+def test_too_many_rows_that_do_not_fit_fail_too(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_rows(["a"], each=10))
+    with pytest.raises(DataError, match="10 of 10 rows"):
+        partition([str(source)], store, DataConfig(max_length=8), template)
+    assert len(list(Path(store.root).rglob("quarantine.parquet"))) == 1
+
+
+def test_a_finished_partition_is_found_again_wherever_the_data_lies(
+    ray_session: None, tmp_path: Path, store: Store, tiny_model_dir: Path
+) -> None:
+    rows = make_rows(["a", "b"])
+    first = write_jsonl(tmp_path / "here" / "a.jsonl", rows)
+    stages: list[str] = []
+
+    def note(stage: str, done: int, total: int) -> None:
+        stages.append(stage)
+
+    made = partition([str(first)], store, SMALL, str(tiny_model_dir), progress=note)
+    assert {"inspect", "read", "finish"} <= set(stages)
+    stages.clear()
+    second = write_jsonl(tmp_path / "there" / "a.jsonl", rows)
+    again = partition([str(second)], store, SMALL, str(tiny_model_dir), progress=note)
+    assert again == made
+    assert set(stages) == {"inspect"}
+
+    others = [
+        partition(
+            [str(write_jsonl(tmp_path / "b.jsonl", rows))], store, SMALL, str(tiny_model_dir)
+        ),
+        partition([str(first)], store, DataConfig(buckets=6), str(tiny_model_dir)),
+        partition([str(write_jsonl(first, rows[1:]))], store, SMALL, str(tiny_model_dir)),
+    ]
+    assert len({made.partition_id, *(other.partition_id for other in others)}) == 4
+
+
+KILLED = """
+    import os, signal, sys
+    import ray
+    from pipelines.partition import partition
+    from ptuning.data.examples import DataConfig
+    from ptuning.store import Store
+
+    def progress(stage, done, total):
+        if stage == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+    config = DataConfig(buckets=5)
+    partition([sys.argv[3]], Store(sys.argv[4]), config, sys.argv[5], progress=progress)
+"""
+
+
+@pytest.mark.parametrize("stage", ["read", "finish"])
+def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
+    ray_session: None, tmp_path: Path, store: Store, tiny_model_dir: Path, stage: str
+) -> None:
+    import ray
+
+    rows = make_rows([f"u{n}" for n in range(20)])
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    address = ray.get_runtime_context().gcs_address
+    killed = subprocess.run(
+        [
+            *(sys.executable, "-c", textwrap.dedent(KILLED)),
+            *(stage, address, str(source), store.root, str(tiny_model_dir)),
+        ],
+        timeout=120,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (partition_id,) = store.list("partitions")
+    folder = Path(store.path("partitions", partition_id))
+    assert list(folder.glob("_attempt-*"))
+    assert read_partition(store, partition_id) is None
+    (folder / "index.parquet.0123.tmp").write_bytes(b"half")
+    living = folder / f"_attempt-0-{os.getpid()}-ab-{socket.gethostname()}"
+    living.mkdir()
+
+    made = partition([str(source)], store, SMALL, str(tiny_model_dir))
+    assert made.partition_id == partition_id
+    assert read_all(store, made) == expected_users(rows)
+    assert list(folder.glob("_attempt-*")) == [living]  # of a process that lives: not ours
+
+
+@pytest.mark.parametrize("stage", ["read", "finish"])
+def test_killed_workers_cost_no_row_and_count_none_twice(
+    ray_session: None, tmp_path: Path, store: Store, template: Template, stage: str
+) -> None:
+    import ray
+
+    rows = make_rows([f"u{n}" for n in range(30)])
+    for number in range(30):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", rows[number::30])
+    pid = ray.remote(num_cpus=0.1)(lambda: os.getpid())
+    workers = set(ray.get([pid.remote() for _ in range(40)], timeout=60))
+
+    def kill(now: str, done: int, total: int) -> None:
+        while now == stage and workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(workers.pop(), signal.SIGKILL)
+
+    source = str(tmp_path / "in")
+    made = partition([source], store, SMALL, template, progress=kill, block_bytes=500)
+    assert not workers
+    assert made.rows_read == len(rows)
+    assert read_all(store, made) == expected_users(rows)
+
+
+def test_without_ray_the_error_says_so(
+    tmp_path: Path, store: Store, template: Template, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(RunError, match="Ray is not initialised"):
+        partition([str(tmp_path)], store, SMALL, template)
+
+
+def test_a_user_that_is_missing_from_its_bucket_is_an_error(store: Store) -> None:
+    assert read_users(store, "none", 0) == {}
+    with pytest.raises(RunError, match="not in their bucket"):
+        read_users(store, "none", 0, [user_key("a")])
+
+
+def test_the_shared_chat_data(ray_session: None, tmp_path: Path, template: Template) -> None:
+    root = os.environ.get("PTUNING_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data"
+    source = Path(root) / "ubuntu-irc-100users.jsonl"
+    if not source.is_file():
+        pytest.skip("no shared data: set PTUNING_SHARED_DATA to its folder")
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    store = Store(tmp_path)
+    made = partition([str(source)], store, DataConfig(max_rows=40), template)
+    assert (made.users, made.rows_read, made.rows_kept) == (100, 6000, 4000)
+    assert read_all(store, made) == expected_users(rows, max_rows=40)
