@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -83,8 +83,8 @@ def execute(
 
 
 def _stages(run: Run, progress: RunProgress, begun: float) -> RunFacts:
-    registry = open_registry(run.config.registry, f"sqlite:///{run.store.path('mlflow.db')}")
     with run.timed("plan"):
+        registry = open_registry(run.config.registry, f"sqlite:///{run.store.path('mlflow.db')}")
         _plan(run, registry)
     with run.timed("tune"):
         _tune(run, progress)
@@ -113,8 +113,10 @@ def _rows_of(progress: RunProgress) -> Any:
 
 
 def _check_writable(store: Store) -> None:
+    """Before hours of work, not after."""
     try:
         store.write(".writable", b"")
+        store.remove(".writable")
     except OSError as error:
         raise RunError(
             "the store cannot be written", seen=str(error), fix="give --store a writable place"
@@ -197,8 +199,7 @@ def _plan(run: Run, registry: Registry) -> None:
     users = []
     for row in run.index:
         key = row["user_key"]
-        trainable = row["rows_train"] + row["rows_valid"]
-        if trainable < run.config.data.min_examples or not row["rows_valid"]:
+        if row["too_few"]:
             skipped[key] = "too_few"
             continue
         digest = identity(run.recipe, run.fingerprint, run.template_digest, key, row["data_digest"])
@@ -334,9 +335,10 @@ def _finish(run: Run) -> RunFacts:
         registry_uri=run.config.registry.uri or f"sqlite:///{run.store.path('mlflow.db')}",
         report_path=run.store.path(run.name("report.html")),
     )
+    run.store.remove(run.name("ray"))  # Ray Train's own state; nothing reads it again
     table = users_table(facts)
     with run.store.open_write(run.name("users.parquet")) as file:
         pq.write_table(table, file)
     run.store.write(run.name("report.html"), html_report(facts).encode("utf-8"))
     run.store.write_json(run.name("summary.json"), summary(facts))
-    return replace(facts)
+    return facts

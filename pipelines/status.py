@@ -16,7 +16,8 @@ def print_status(console: Console, store: Store) -> None:
         return
     table = Table(title=store.root, title_justify="left")
     for column in ("run", "state", "users", "trained", "promoted", "failed", "nll base → own"):
-        table.add_column(column, justify="left" if column in ("run", "state") else "right")
+        is_text = column in ("run", "state")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
     for run in runs:
         table.add_row(run, *_row(store, run))
     console.print(table)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 # The tokenizers library warns in forked workers unless this is decided beforehand.
@@ -59,6 +61,18 @@ _HOMES = {
     "user_key": "types",
 }
 __all__ = sorted(_HOMES)
+
+
+class _Facade(ModuleType):
+    """Importing a submodule would put it over the public function of its name (`tune`,
+    `generate`); this keeps the function. Import the module's own names from it instead."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Facade
 
 
 def __getattr__(name: str) -> Any:

@@ -95,12 +95,7 @@ class Prefix:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the prefix file; a reader or a crash never meets half of it."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-        attempt.write_bytes(self._bytes)
-        os.replace(attempt, target)
-        return target
+        return write_file(Path(path), self._bytes)
 
     @classmethod
     def load(
@@ -135,14 +130,17 @@ class Prefix:
         digest: str | None = None,
     ) -> Prefix:
         """As `load`, from bytes already read."""
-        prefix = _parse(data)
-        if digest is not None and prefix.digest != digest:
+        seen = hashlib.sha256(data).hexdigest()
+        if digest is not None and seen != digest:
             raise CorruptArtifact(
                 "the prefix file is not the one that was asked for",
-                seen=prefix.digest,
+                seen=seen,
                 expected=digest,
                 fix="restore the file from a backup or train the user again",
             )
+        prefix = _parse(data)
+        # The digest stays that of the file, also where another version wrote its header.
+        vars(prefix)["_bytes"] = data
         prefix.check(backbone)
         meta = prefix.meta
         if user_key is not None and meta.user_key != user_key:
@@ -188,6 +186,22 @@ class Prefix:
                 )
             if not bool(torch.isfinite(kv).all()):
                 raise CorruptArtifact("the prefix holds values that are not finite", seen=stack)
+
+
+def write_file(target: Path, data: bytes) -> Path:
+    """Write a file that appears whole or not at all, in a directory made if need be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with attempt.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(attempt, target)
+    except BaseException:
+        attempt.unlink(missing_ok=True)
+        raise
+    return target
 
 
 def make_prefix(
@@ -237,7 +251,12 @@ def _parse(data: bytes) -> Prefix:
     missing = [name for name in (*_TEXT_FIELDS, "method") if name not in texts]
     if missing:
         raise CorruptArtifact("the prefix file lacks metadata", seen=f"no {', '.join(missing)}")
-    method = json.loads(texts["method"])
+    try:
+        method = json.loads(texts["method"])
+    except ValueError as error:
+        raise CorruptArtifact("the prefix file's method is not JSON", seen=str(error)) from error
+    if not isinstance(method, dict):
+        raise CorruptArtifact("the prefix file's method is not an object", seen=texts["method"])
     if method.get("type") not in _METHODS:
         raise WrongMethod(
             "the prefix was made by a method this version cannot apply",
@@ -249,10 +268,14 @@ def _parse(data: bytes) -> Prefix:
         for name, tensor in tensors.items()
         if name == "kv" or name.startswith("kv.")
     }
-    if not kv or any(tensor.ndim != 5 for tensor in kv.values()):
+    if len(kv) != len(tensors) or not kv or not all(_is_kv(tensor) for tensor in kv.values()):
         raise WrongShape(
-            "the prefix file has no keys and values of five dimensions",
-            seen={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            expected="kv [L, 2, H, P, D]",
+            "the prefix file does not hold keys and values of five dimensions, and only these",
+            seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
+            expected="kv [L, 2, H, P, D] with P > 0",
         )
     return Prefix(kv, PrefixMeta(method=method, **{name: texts[name] for name in _TEXT_FIELDS}))
+
+
+def _is_kv(tensor: Tensor) -> bool:
+    return tensor.ndim == 5 and tensor.shape[3] > 0 and torch.is_floating_point(tensor)

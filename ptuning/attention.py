@@ -70,6 +70,27 @@ class RowPrefix:
         return self.visible.sum(-1)
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention module was called with. Shapes are (H, D); `causal`: the first token
+    did not see the last (of two)."""
+
+    module: nn.Module
+    key_shape: tuple[int, int]
+    value_shape: tuple[int, int]
+    causal: bool
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> AttentionCall:
+        seen = None if mask is None else mask[0, 0, 0, -1]
+        causal = seen is not None and (not bool(seen) if seen.dtype == torch.bool else seen < 0)
+        return cls(
+            module, (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), bool(causal)
+        )
+
+
 @dataclass
 class AttentionContext:
     """What one call of the backbone tells its attention layers, and what they tell back."""
@@ -79,7 +100,7 @@ class AttentionContext:
     record_modules: bool = False
     used: set[tuple[str, int]] = field(default_factory=set)
     captured: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    modules: list[tuple[nn.Module, tuple[int, ...]]] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
     _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def widened(self, mask: Tensor, prefix: RowPrefix) -> Tensor:
@@ -140,7 +161,7 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
         context: AttentionContext | None = kwargs.pop(CONTEXT, None)
         if context is not None:
             if context.record_modules:
-                context.modules.append((module, tuple(key.shape)))
+                context.calls.append(AttentionCall.of(module, key, value, attention_mask))
             if context.capture:
                 context.captured[layer_of(module)] = torch.stack([key, value], dim=1)
             if context.prefix is not None:

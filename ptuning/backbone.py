@@ -10,12 +10,14 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptuning import attention
@@ -170,40 +172,45 @@ class Backbone:
 
     def _checkpoint_layers(self) -> None:
         """Checkpointing is active in training mode only; dropout must stay off, so the mode is
-        set on the layers themselves and not on what they contain."""
+        set on the layers themselves, not on what they contain, and taken back inside them."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
+                module._gradient_checkpointing_func = partial(_checkpoint_in_eval, module)
 
     def _discover(self) -> Facts:
-        """Run one token and note which modules attend, in which order and with which shapes.
+        """Run two tokens and note which modules attend, in which order and with which shapes.
 
         Reading the facts off a real pass works for every family without naming one.
         """
         context = AttentionContext(record_modules=True)
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         with torch.no_grad():
             self._call(context, ids, torch.ones_like(ids), position_offset=0)
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        shapes = {(shape[1], shape[3]) for _, shape in context.modules}
+        shapes = {shape for call in context.calls for shape in (call.key_shape, call.value_shape)}
         if len(shapes) != 1:
             raise UnsupportedModel(
                 "the model does not send its attention through Transformers' attention interface, "
                 "so a prefix cannot enter it"
                 if not shapes
-                else "the model's layers have different key shapes",
-                seen=f"{type(self.model).__name__}, key shapes (H, D): {sorted(shapes)}",
-                expected="one key shape in all layers, for instance Llama, Qwen, Mistral, Gemma, "
+                else "the model's keys and values have different shapes",
+                seen=f"{type(self.model).__name__}, shapes (H, D): {sorted(shapes)}",
+                expected="one shape in all layers, for instance Llama, Qwen, Mistral, Gemma, "
                 "GPT-2, GPT-NeoX, OPT or Phi",
             )
-        for layer, (module, _) in enumerate(context.modules):
-            attention.mark_layer(module, DECODER, layer)
+        if not all(call.causal for call in context.calls):
+            raise UnsupportedModel(
+                "the model's tokens see the ones after them, so it cannot predict these",
+                seen=type(self.model).__name__,
+                expected="a causal language model",
+            )
+        for layer, call in enumerate(context.calls):
+            attention.mark_layer(call.module, DECODER, layer)
         heads, head_dim = shapes.pop()
         return Facts(
-            stacks={
-                DECODER: StackFacts(layers=len(context.modules), heads=heads, head_dim=head_dim)
-            },
+            stacks={DECODER: StackFacts(layers=len(context.calls), heads=heads, head_dim=head_dim)},
             hidden_size=int(config.hidden_size),
             vocab_size=int(config.vocab_size),
             max_positions=getattr(config, "max_position_embeddings", None),
@@ -367,6 +374,20 @@ class Backbone:
                 expected=before,
                 fix="discard this run's prefixes and report a bug",
             )
+
+
+def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Checkpoint a layer that runs, and is recomputed, in evaluation mode: some layers (OPT's)
+    ask their own mode whether to drop out."""
+
+    def run(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def _offsets(prefix: RowPrefix, input_ids: Tensor) -> Tensor:

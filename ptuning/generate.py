@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ptuning.artifact import Prefix
 from ptuning.attention import RowPrefix
 from ptuning.backbone import Backbone
-from ptuning.errors import ConfigError
+from ptuning.errors import ConfigError, DataError
 from ptuning.types import seed_of
 
 
@@ -50,6 +50,12 @@ def generate(
         if prefix is not None:
             prefix.check(backbone)
     encoded = [backbone.template.encode_prompt(prompt, max_length) for prompt in prompts]
+    if not all(encoded):
+        raise DataError(
+            "a prompt has no tokens, so there is nothing to continue",
+            seen=f"prompt {encoded.index([])}: {prompts[encoded.index([])]!r}",
+            expected="text; this backbone's template puts no token before it",
+        )
     ids = _generate_ids(
         backbone, encoded, row_prefix(backbone, prefixes), max_new_tokens, temperature, seed
     )

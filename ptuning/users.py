@@ -14,6 +14,7 @@ from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.examples import data_digest
 from ptuning.data.packing import fill_words
+from ptuning.errors import DataError
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.train.config import SPEED_ONLY, TrainConfig, UserRows
 from ptuning.types import Example, Split, seed_of
@@ -51,11 +52,17 @@ def prepare(
     template: Template, recipe: Recipe, user_key: str, examples: Sequence[Example]
 ) -> UserRows:
     """Encode a user's arranged examples (each has its split). Raises DataError on one that
-    cannot be encoded; the partition quarantines those beforehand."""
+    cannot be encoded (the partition quarantines those beforehand), or without train rows."""
     by_split: dict[Split, list[Encoded]] = {"train": [], "valid": [], "test": []}
     for example in examples:
         split = example.split or "train"
         by_split[split].append(template.encode(example, recipe.max_length))
+    if not by_split["train"]:
+        raise DataError(
+            "the user has no train rows",
+            seen={split: len(rows) for split, rows in by_split.items() if rows},
+            fix="name 'train' as the split of some rows, or leave split out",
+        )
     return UserRows(
         user_key=user_key,
         seed=seed_of(recipe.train.seed, user_key, recipe.prefix_name),

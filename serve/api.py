@@ -226,7 +226,7 @@ def _counted(api: Api, endpoint: Endpoint) -> Endpoint:
             response = await endpoint(request)
         except Refused as error:
             response = problem_response(error.problem)
-        except Exception:  # noqa: BLE001 - a client gets a shaped 500, the log the rest
+        except Exception:
             log.exception("a request failed")
             response = problem_response(Problem(status=500, message="internal error", code=None))
         api.metrics.add("ptuning_requests_total", endpoint=name, status=str(response.status_code))

@@ -171,7 +171,7 @@ class Engine:
         """Run a step; if it fails, its rows fail with it and nobody else."""
         try:
             step(ids)
-        except Exception:  # noqa: BLE001 - whatever a model raises, the others go on
+        except Exception:
             log.exception("a step of %d rows failed", len(ids))
             self.metrics.add("ptuning_step_errors_total")
             for request_id in reversed(ids):
@@ -213,7 +213,7 @@ class Engine:
         """Choose the row's next token and say what it adds; the row may end here."""
         try:
             reason = self._advance(self._rows[request_id], logits_V)
-        except Exception:  # noqa: BLE001 - one row's text or values are no matter of its neighbours
+        except Exception:
             log.exception("a row failed")
             self._fail(request_id, "this answer could not be decoded")
             return

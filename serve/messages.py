@@ -204,7 +204,7 @@ class Frame:
             "prefix": prefix_value(answer.prefix),
         }
 
-    def chunk(self, text: str | None, reason: str | None = None, **extra: Any) -> bytes:
+    def chunk(self, text: str | None, reason: str | None = None) -> bytes:
         """One server-sent event with a piece of text (None: nothing is said)."""
         if self.chat:
             delta = {} if text is None else {"content": text}
@@ -212,16 +212,15 @@ class Frame:
         else:
             said = {"text": text or ""}
         choice = {"index": 0, **said, "finish_reason": reason, "logprobs": None}
-        return sse({**self._envelope(self._kind, [choice]), **extra})
+        return sse(self._envelope(self._kind, [choice]))
 
     def first(self, info: PrefixInfo | None) -> bytes:
         """The first chunk: no text, but who answers."""
-        extra = {"prefix": prefix_value(info)}
-        if not self.chat:
-            return self.chunk("", **extra)
-        role = {"role": "assistant", "content": ""}
-        choice = {"index": 0, "delta": role, "finish_reason": None, "logprobs": None}
-        return sse({**self._envelope(self._kind, [choice]), **extra})
+        said: dict[str, Any] = {"text": ""}
+        if self.chat:
+            said = {"delta": {"role": "assistant", "content": ""}}
+        choice = {"index": 0, **said, "finish_reason": None, "logprobs": None}
+        return sse({**self._envelope(self._kind, [choice]), "prefix": prefix_value(info)})
 
     def counted(self, prompt_tokens: int, completion_tokens: int) -> bytes:
         """The last chunk where the client asked for `include_usage`."""

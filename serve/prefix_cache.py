@@ -127,7 +127,7 @@ class PrefixCache:
                 self._once(("ask", *name), lambda: self._ask(name)),
                 self._config.registry_timeout_s,
             )
-        except Exception as error:  # RegistryError, a timeout, or what a backend lets through
+        except Exception as error:  # noqa: BLE001 - RegistryError, a timeout, a backend's own
             self._metrics.add("ptuning_registry_errors_total")
             log.warning("the registry could not be asked: %s: %s", type(error).__name__, error)
             if pointer is not None and self._pointers.get(name) is pointer:
@@ -194,7 +194,7 @@ class PrefixCache:
             task = asyncio.create_task(work())
             self._tasks[key] = task
             task.add_done_callback(lambda done: self._done(key, done))
-        return await asyncio.shield(task)  # type: ignore[no-any-return]
+        return await asyncio.shield(task)
 
     def _done(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         del self._tasks[key]

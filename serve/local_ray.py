@@ -1,0 +1,64 @@
+"""A Ray of one machine that nobody else can reach.
+
+By default Ray and Ray Serve listen on every interface, one of them (Serve's gRPC server
+between deployments) unpickling whatever it is sent. Two switches keep them on loopback; both
+are Ray's private business, so they are here, together, and a test looks at the open ports.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+# Read when ray is imported, also by the processes that Ray starts.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+_LOOPBACK_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+os.environ.setdefault(_LOOPBACK_NODE, "0")
+
+import ray  # noqa: E402
+import ray._private.ray_constants as ray_constants  # noqa: E402
+
+_STORE_BYTES = 128 << 20  # requests and tokens are small
+
+
+def start_ray(num_cpus: float) -> bool:
+    """Start Ray on this machine unless this process has one; True where it was started.
+
+    The name of the environment variable speaks of Windows; what it does is to make the node's
+    address 127.0.0.1, as Ray does there.
+    """
+    if ray.is_initialized():
+        return False
+    if os.environ.get(_LOOPBACK_NODE) == "0":
+        ray_constants.ENABLE_RAY_CLUSTER = False  # if ray was imported before this module
+    ray.init(
+        address="local",
+        num_cpus=max(1, round(num_cpus)),
+        include_dashboard=False,
+        object_store_memory=_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    return True
+
+
+def keep_replica_on_loopback() -> None:
+    """In a Serve replica, before it is ready: its gRPC server listens on loopback only.
+
+    Does nothing where Ray's node has another address (a cluster: its network policy decides).
+    """
+    import ray.serve._private.replica as replica
+
+    if ray.util.get_node_ip_address() not in ("127.0.0.1", "::1"):
+        return
+    add = getattr(replica, "add_port_to_grpc_server", None)
+    if add is None or getattr(add, "_ptuning", False):
+        return
+
+    def add_on_loopback(server: Any, address: str) -> int:
+        port = address.rsplit(":", 1)[-1]
+        return int(add(server, f"127.0.0.1:{port}"))
+
+    add_on_loopback._ptuning = True  # type: ignore[attr-defined]
+    replica.add_port_to_grpc_server = add_on_loopback

@@ -1,0 +1,145 @@
+"""The two Ray Serve deployments: `Engine` holds a backbone, `Http` is the ingress.
+
+Thin on purpose: what they do is in `service.py` and `api.py`, which know no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import ray.serve.context
+import torch
+from fastapi import FastAPI
+
+from ptuning.backbone import BackboneConfig
+from ptuning.data.encode import TemplateKind
+from ptuning.load import load_backbone
+from ptuning.registry import RegistryConfig, open_registry
+from serve import local_ray
+from serve.api import make_app
+from serve.auth import Keys
+from serve.config import ServeConfig
+from serve.events import Answer, Ask, Event, Failed, Problem
+from serve.metrics import Snapshot
+from serve.service import Service
+
+_REPORT_SECONDS = 5.0  # a replica that does not answer within it is not up
+
+
+class EngineReplica:
+    """Loads the backbone in its constructor: a running replica is a loaded one."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        backbone: BackboneConfig,
+        template: TemplateKind,
+        registry: RegistryConfig,
+        default_registry: str,
+    ) -> None:
+        local_ray.keep_replica_on_loopback()
+        torch.set_num_threads(config.num_threads or _fair_threads(config.replicas))
+        loaded = load_backbone(
+            backbone.name,
+            dtype=backbone.dtype,
+            # Without a backward pass SDPA is the faster one on a CPU too.
+            attention="sdpa" if backbone.attention == "auto" else backbone.attention,
+            device=backbone.device,
+            template=template,
+        )
+        self._service = Service(config, loaded, open_registry(registry, default_registry))
+        context = ray.serve.context._get_internal_replica_context()
+        self._name = context.replica_tag if context else "0"
+
+    async def answer(self, ask: Ask) -> Answer | Failed:
+        return await self._service.answer(ask)
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        events = self._service.stream(ask)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def report(self) -> Snapshot:
+        return self._service.report(self._name)
+
+    def check_health(self) -> None:
+        """Ray Serve calls this: a replica whose engine has died is replaced."""
+        self._service.report(self._name)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # a constructor that failed has no service
+            self._service.close()
+
+
+class HttpReplica:
+    """Ray Serve's ingress: builds the application around a handle to the engines."""
+
+    def __init__(self, config: ServeConfig, model: str, engine: Any) -> None:
+        local_ray.keep_replica_on_loopback()
+        self._config, self._model, self._engine = config, model, engine
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name for it
+        path = self._config.api_keys_file
+        keys = Keys.read(path) if path is not None else None
+        return make_app(self._config, self._model, RayEngineClient(self._engine), keys)
+
+
+class RayEngineClient:
+    """`EngineClient` over a deployment handle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def answer(self, ask: Ask) -> Answer | Failed:
+        response = self._handle.answer.remote(ask)
+        try:
+            result: Answer | Failed = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - Ray's many ways to say that it broke
+            return _ray_failure(error)
+        return result
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
+        events = self._streaming.stream.remote(ask)
+        done = False
+        try:
+            async for event in events:
+                yield event
+            done = True
+        except Exception as error:  # noqa: BLE001 - as above
+            done = True
+            yield _ray_failure(error)
+        finally:
+            if not done:
+                events.cancel()
+
+    async def reports(self) -> list[Snapshot]:
+        answers = await self._handle.broadcast("report").results_async(
+            timeout_s=_REPORT_SECONDS, return_exceptions=True
+        )
+        return [answer for answer in answers if isinstance(answer, Snapshot)]
+
+
+def _ray_failure(error: Exception) -> Failed:
+    """Ray Serve's own refusals as answers: full queues, replicas that died or are missing."""
+    if isinstance(error, ray.serve.exceptions.BackPressureError):
+        problem = Problem(status=429, message="too many requests are waiting", code="queue_full")
+    else:
+        name = type(error).__name__
+        message = f"the engine replica could not answer ({name})"
+        problem = Problem(status=503, message=message, code="replica_unavailable")
+    return Failed(problem=problem)
+
+
+def _fair_threads(replicas: int) -> int:
+    return max(1, (os.cpu_count() or 1) // replicas)

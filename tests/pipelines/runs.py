@@ -1,0 +1,78 @@
+"""Rows and settings of small runs, shared by the tests of the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import RunConfig, load_config
+
+WORDS = ("alpha", "beta", "gamma", "delta", "kappa", "omega")
+
+
+def user_rows(user: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of one user who always says the same two words: something to learn."""
+    picker = random.Random(f"{user}{seed}")
+    said = " ".join(picker.sample(WORDS, 2))
+    return [
+        {
+            "user_id": user,
+            "prompt": f"say it {picker.randrange(100)}",
+            "completion": said,
+            "timestamp": n,
+        }
+        for n in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    mixed = list(rows)
+    random.Random(1).shuffle(mixed)
+    path.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    return path
+
+
+def settings(model: Path, *more: str) -> list[str]:
+    return [
+        f"backbone.name={model}",
+        "backbone.dtype=float32",
+        "method.num_virtual_tokens=4",
+        "train.epochs=2",
+        "data.buckets=3",
+        "ray.cpus_per_worker=1",
+        "ray.workers=1",
+        *more,
+    ]
+
+
+def config_of(model: Path, *more: str) -> RunConfig:
+    return load_config(None, settings(model, *more), {})
+
+
+def command(data: Path, store: Path, model: Path, *more: str) -> list[str]:
+    """`ptuning run` as a user would start it."""
+    sets = [part for setting in settings(model, *more) for part in ("--set", setting)]
+    return [
+        sys.executable,
+        "-c",
+        "from pipelines.cli import main; main()",
+        "run",
+        "--data",
+        str(data),
+        "--store",
+        str(store),
+        *sets,
+    ]
+
+
+def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a driver in a Ray cluster of its own, whatever cluster the tests use."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
+    with log.open("wb") as output:
+        return subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment)

@@ -1,0 +1,94 @@
+"""One configuration tree from a file, the environment and --set; unknown keys are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import known_keys, load_config
+from ptuning.errors import ConfigError
+
+
+def test_later_sources_win_over_earlier_ones(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {epochs: 5, batch_size: 4, seed: 7}\ndata: {max_rows: 40}\n")
+    config = load_config(
+        str(file),
+        ["train.epochs=9"],
+        {"PTUNING_TRAIN__EPOCHS": "6", "PTUNING_TRAIN__BATCH_SIZE": "2"},
+    )
+    assert (config.train.epochs, config.train.batch_size, config.train.seed) == (9, 2, 7)
+    assert config.data.max_rows == 40
+
+
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [
+        ("train.epoch=3", "train.epochs"),
+        ("data.maxrows=3", "data.max_rows"),
+        ("trian.epochs=3", "train"),
+        ("method.num_tokens=3", "method.num_virtual_tokens"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(setting: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {near}"):
+        load_config(None, [setting], {})
+
+
+def test_an_unknown_key_of_the_environment_is_an_error_too() -> None:
+    with pytest.raises(ConfigError, match=r"train\.epochs"):
+        load_config(None, [], {"PTUNING_TRAIN__EPOCS": "1"})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.epochs=0",
+        "train.epochs=many",
+        "method.num_virtual_tokens=201",
+        "method.num_virtual_tokens=0",
+        "method.type=lora",
+        "backbone.dtype=int3",
+        "data.max_bad_fraction=2",
+        "train",
+        "train=3",
+        "train.epochs.x=3",
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config(None, [setting], {})
+
+
+def test_an_unreadable_or_malformed_file_is_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("train: [epochs: 3")
+    for file in (str(bad), str(tmp_path / "missing.yaml")):
+        with pytest.raises(ConfigError):
+            load_config(file, [], {})
+
+
+def test_none_can_be_set() -> None:
+    assert load_config(None, ["train.patience=null"], {}).train.patience is None
+
+
+def test_serving_and_cluster_settings_are_no_part_of_a_runs_identity() -> None:
+    plain = load_config(None, [], {})
+    moved = load_config(None, ["ray.workers=4", "serve.port=9000"], {})
+    other = load_config(None, ["train.epochs=4"], {})
+    assert plain.digest() == moved.digest() != other.digest()
+
+
+def test_the_resolved_configuration_can_be_loaded_again(tmp_path: Path) -> None:
+    config = load_config(None, ["train.epochs=4", "data.max_users=16"], {})
+    file = tmp_path / "again.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(str(file), [], {}) == config
+
+
+def test_every_key_is_described() -> None:
+    undescribed = [
+        key for key, field in known_keys() if not field.description and key != "method.type"
+    ]
+    assert undescribed == []

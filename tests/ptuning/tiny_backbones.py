@@ -1,0 +1,175 @@
+"""Tiny random backbones of many families, and what tests feed them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from tiny_model import make_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ptuning.attention import AttentionContext, RowPrefix, implementation
+from ptuning.backbone import DECODER, Backbone
+from ptuning.data.encode import IGNORE, Encoded
+from ptuning.train.config import UserRows
+from ptuning.types import seed_of
+
+VOCAB = len(make_tokenizer())
+_SPECIAL: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    **_SPECIAL,
+}
+_GQA: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    **_SPECIAL,
+}
+
+# Every family with both kinds of attention; windows are longer than most tests' texts.
+FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**_GQA),
+    "gpt2": lambda: transformers.GPT2Config(**_GPT2),
+    "mistral": lambda: transformers.MistralConfig(**_GQA, sliding_window=64),
+    "qwen3": lambda: transformers.Qwen3Config(**_GQA, head_dim=16),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_GQA,
+        head_dim=16,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+        **_SPECIAL,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
+    "phi3": lambda: transformers.Phi3Config(**_GQA),
+    "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**_GPT2),  # one key-value head
+}
+# Models that cannot take a prefix, and why.
+REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "falcon": lambda: transformers.FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "gptj": lambda: transformers.GPTJConfig(**_GPT2, rotary_dim=4),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4
+    ),
+    "bert": lambda: transformers.BertConfig(  # its tokens see the ones after them
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+    ),
+}
+
+
+def build_model(config: PreTrainedConfig, attention: str, seed: int = 0) -> Any:
+    """A random model; the same weights for the same seed whatever the attention."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():  # the usual 0.02 makes a model that hears nothing
+            if parameter.ndim > 1:
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.data.copy_(values * 0.7 / parameter.shape[-1] ** 0.5)
+    return model.eval()
+
+
+def build(config: PreTrainedConfig, kind: str = "eager", **options: Any) -> Backbone:
+    """A backbone of a random model with our attention."""
+    model = build_model(config, implementation(kind))
+    return Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64, **options)
+
+
+def random_kv(backbone: Backbone, length: int, seed: int, users: int = 1) -> Tensor:
+    """Keys and values `[U, L, 2, H, P, D]` of some weight in the attention."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((users, *backbone.facts.kv_shape(DECODER, length)), generator=generator)
+
+
+def row_prefix(kv_ULPHD: Tensor, slots: Sequence[int]) -> RowPrefix:
+    """Each row's slot of the pack's keys and values, in fp32."""
+    return RowPrefix.of_slots({DECODER: kv_ULPHD}, torch.tensor(slots), torch.float32)
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    """Token ids that are no special tokens."""
+    source = random.Random(seed)
+    return [source.randrange(3, VOCAB) for _ in range(length)]
+
+
+def logits_of(
+    backbone: Backbone,
+    rows: Sequence[Sequence[int]],
+    prefix: RowPrefix | None,
+    side: str = "right",
+) -> list[Tensor]:
+    """Logits `[T, V]` of each row's own tokens, the rows padded together on one side."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    places = []
+    for r, row in enumerate(rows):
+        start = longest - len(row) if side == "left" else 0
+        places.append(slice(start, start + len(row)))
+        ids[r, places[-1]] = torch.tensor(row)
+        mask[r, places[-1]] = 1
+    select_r = torch.tensor([r for r, row in enumerate(rows) for _ in row])
+    select_t = torch.tensor([t for place in places for t in range(place.start, place.stop)])
+    offset: Any = 0 if prefix is None else prefix.offsets(len(rows))[:, None]
+    logits = backbone._call(
+        AttentionContext(prefix=prefix),
+        ids,
+        mask,
+        position_offset=offset,
+        select=(select_r, select_t),
+    )
+    return list(logits.split([len(row) for row in rows]))
+
+
+def encoded(length: int, supervised: int, seed: int) -> Encoded:
+    """One row of random tokens of which the last are supervised."""
+    ids = random_ids(length, seed)
+    return Encoded(ids, [IGNORE] * (length - supervised) + ids[length - supervised :])
+
+
+def user_rows(name: str, train: int, valid: int, words: int = 0, longest: int = 14) -> UserRows:
+    """A user of ragged random rows, a function of the name alone."""
+    source = random.Random(seed_of("rows", name))
+
+    def rows(count: int) -> tuple[Encoded, ...]:
+        made = []
+        for _ in range(count):
+            length = source.randrange(4, longest)
+            made.append(encoded(length, source.randrange(1, length - 1), source.randrange(1 << 30)))
+        return tuple(made)
+
+    return UserRows(
+        user_key=name,
+        seed=seed_of("user", name),
+        train=rows(train),
+        valid=rows(valid),
+        words=tuple(random_ids(words, source.randrange(1 << 30))),
+    )

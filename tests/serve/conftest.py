@@ -1,0 +1,44 @@
+"""Fixtures of the service's tests; what they are made of is in `serving.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from serving import Heard, MakeRequest, save_llama
+
+from ptuning.backbone import Backbone
+from ptuning.load import load_backbone
+from serve.engine import HeldPrefix, Request
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def backbone(model_dir: Path) -> Backbone:
+    return load_backbone(str(model_dir), dtype="float32", attention="sdpa", device="cpu")
+
+
+@pytest.fixture
+def make_request(backbone: Backbone) -> MakeRequest:
+    """A request about a text, and who listens to it."""
+    count = iter(range(10**6))
+
+    def make(
+        text: str, prefix: HeldPrefix | None = None, **settings: object
+    ) -> tuple[Request, Heard]:
+        heard = Heard.new()
+        values = {"max_tokens": 12, **settings}
+        request = Request(
+            id=f"r{next(count)}",
+            prompt=tuple(backbone.template.ids(text)),
+            prefix=prefix,
+            emit=heard.events.put,
+            **values,  # type: ignore[arg-type]
+        )
+        return request, heard
+
+    return make

@@ -1,0 +1,169 @@
+"""A tiny random Llama with a byte-level tokenizer, prefixes for it, and a plain oracle."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ptuning.artifact import Prefix, PrefixMeta
+from ptuning.attention import RowPrefix
+from ptuning.backbone import DECODER, Backbone
+from ptuning.registry import PackRecord, Registration, Registry, Version
+from ptuning.types import user_key
+from serve.engine import HeldPrefix, Request
+from serve.events import Delta, Event, Failed, Finished, PrefixInfo, Started
+
+SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the turns of a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=SPECIALS[0],
+        additional_special_tokens=list(SPECIALS[1:]),
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def save_llama(directory: Path, seed: int = 0) -> Path:
+    """2 layers, 4 heads of 8, 2 key-value heads; weights wide enough to have opinions."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(SPECIALS) + 256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def random_kv(backbone: Backbone, length: int, seed: int) -> torch.Tensor:
+    """`[L, 2, H, P, D]`, far enough from zero to change what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = backbone.facts.kv_shape(DECODER, length)
+    return 2 * torch.randn(shape, generator=generator).to(backbone.dtype)
+
+
+def held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
+    info = PrefixInfo(name="default", version=str(seed), digest=f"{seed:064x}")
+    return HeldPrefix(info=info, kv=random_kv(backbone, length, seed))
+
+
+def prefix_file(
+    backbone: Backbone, user: str, *, length: int = 4, seed: int = 1, name: str = "default"
+) -> Prefix:
+    """A user's prefix as a training run would leave it."""
+    meta = PrefixMeta(
+        method={"type": "prefix", "num_virtual_tokens": length},
+        backbone=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        template_digest=backbone.template.digest,
+        user_key=user_key(user),
+        prefix_name=name,
+        data_digest="d",
+        training_digest=f"t{seed}",
+    )
+    return Prefix({DECODER: random_kv(backbone, length, seed)}, meta)
+
+
+def oracle(
+    backbone: Backbone, prompt: Sequence[int], kv: torch.Tensor | None, max_tokens: int
+) -> list[int]:
+    """Greedy tokens of one row alone, the whole row computed anew for each: no cache at all."""
+    ids, out = list(prompt), []
+    for _ in range(max_tokens):
+        row = torch.tensor([ids])
+        offset = 0 if kv is None else kv.shape[-2]
+        prefix = None if kv is None else RowPrefix({DECODER: kv[None].unbind(1)})
+        positions = torch.arange(len(ids))[None] + offset
+        logits = backbone.step(row, torch.ones_like(row), positions, prefix, None)
+        token = int(logits[0].argmax())
+        out.append(token)
+        if token == backbone.template.end_token_id:
+            break
+        ids.append(token)
+    return out
+
+
+@dataclass
+class Heard:
+    """A listener of one request: collects its events until the last."""
+
+    events: queue.SimpleQueue[Event]
+
+    @classmethod
+    def new(cls) -> Heard:
+        return cls(queue.SimpleQueue())
+
+    def wait(self, timeout_s: float = 30.0) -> list[Event]:
+        out: list[Event] = []
+        while not out or not isinstance(out[-1], Finished | Failed):
+            out.append(self.events.get(timeout=timeout_s))
+        return out
+
+    def wait_for_start(self, timeout_s: float = 30.0) -> Event:
+        return self.events.get(timeout=timeout_s)
+
+
+def text_of(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def started_of(events: Sequence[Event]) -> Started:
+    return next(event for event in events if isinstance(event, Started))
+
+
+MakeRequest = Callable[..., tuple[Request, Heard]]
+
+
+class Files:
+    """Prefix files in a directory, registered as champions."""
+
+    def __init__(self, registry: Registry, directory: Path) -> None:
+        self.registry, self.directory = registry, directory
+        self._packs = 0
+
+    def promote(
+        self, prefix: Prefix, *, as_user: str | None = None, as_name: str | None = None
+    ) -> Version:
+        """Write and register; `as_user` and `as_name` lie about whose it is."""
+        user = as_user or prefix.meta.user_key
+        path = prefix.save(self.directory / user / f"{prefix.digest}.safetensors")
+        entry = Registration(
+            user_key=user,
+            prefix_name=as_name or prefix.meta.prefix_name,
+            digest=prefix.digest,
+            uri=str(path),
+            training_digest=prefix.meta.training_digest,
+            data_digest=prefix.meta.data_digest,
+            promote=True,
+        )
+        self._packs += 1
+        pack = PackRecord(run_id="test", pack_id=f"{self.directory.name}-{self._packs}")
+        return self.registry.register(pack, [entry])[0]

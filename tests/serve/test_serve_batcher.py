@@ -1,0 +1,138 @@
+"""Which requests run, in which slots: no model, no clock."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ptuning.errors import ServeError
+from serve.batcher import Batcher, Move, QueueFull, State
+
+
+def test_requests_are_admitted_in_order_of_arrival_into_the_next_slots() -> None:
+    batcher = Batcher(max_rows=2, max_queue=5, prefill_tokens=100)
+    for name in "abc":
+        batcher.submit(name, 10)
+    assert batcher.admit() == ("a", "b")
+    assert batcher.rows == ("a", "b")
+    assert batcher.waiting == ("c",)
+    assert batcher.state("c") is State.WAITING
+
+
+def test_the_last_row_fills_the_hole_of_a_released_one() -> None:
+    batcher = Batcher(3, 0, 100)
+    for name in "abc":
+        batcher.submit(name, 1)
+    batcher.admit()
+    assert batcher.release("a") == Move(source=2, target=0)
+    assert batcher.rows == ("c", "b")
+    assert batcher.release("b") is None
+    assert batcher.rows == ("c",)
+    assert batcher.state("a") is None
+
+
+def test_newcomers_of_one_step_stay_within_the_padded_token_budget() -> None:
+    batcher = Batcher(8, 8, prefill_tokens=40)
+    for name, tokens in {"a": 10, "b": 20, "c": 5}.items():
+        batcher.submit(name, tokens)
+    assert batcher.admit() == ("a", "b")  # a third row of 20 would be 60
+    assert batcher.admit() == ("c",)
+
+
+def test_a_prompt_longer_than_the_budget_is_admitted_alone() -> None:
+    batcher = Batcher(8, 8, prefill_tokens=10)
+    batcher.submit("long", 500)
+    batcher.submit("short", 2)
+    assert batcher.admit() == ("long",)
+    assert batcher.admit() == ("short",)
+
+
+def test_a_request_beyond_rows_and_queue_is_refused() -> None:
+    batcher = Batcher(max_rows=1, max_queue=1, prefill_tokens=10)
+    batcher.submit("a", 1)
+    batcher.submit("b", 1)  # a has not been admitted yet, but has a row to go to
+    with pytest.raises(QueueFull):
+        batcher.submit("c", 1)
+    batcher.admit()
+    with pytest.raises(QueueFull):
+        batcher.submit("c", 1)
+    assert batcher.withdraw("b")
+    batcher.submit("c", 1)
+
+
+def test_an_id_cannot_be_submitted_twice() -> None:
+    batcher = Batcher(1, 1, 10)
+    batcher.submit("a", 1)
+    with pytest.raises(ServeError):
+        batcher.submit("a", 1)
+
+
+def test_only_waiting_requests_can_be_withdrawn() -> None:
+    batcher = Batcher(1, 1, 10)
+    batcher.submit("a", 1)
+    batcher.admit()
+    assert not batcher.withdraw("a")
+    assert not batcher.withdraw("never seen")
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whatever order, the books agree with a naive model of the slots."""
+
+    ROWS, QUEUE, TOKENS = 3, 4, 30
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batcher = Batcher(self.ROWS, self.QUEUE, self.TOKENS)
+        self.slots: dict[int, str] = {}  # what a cache would hold
+        self.queue: list[tuple[str, int]] = []
+        self.count = 0
+
+    @rule(tokens=st.integers(1, 40))
+    def submit(self, tokens: int) -> None:
+        self.count += 1
+        name = f"r{self.count}"
+        if len(self.slots) + len(self.queue) >= self.ROWS + self.QUEUE:
+            with pytest.raises(QueueFull):
+                self.batcher.submit(name, tokens)
+            return
+        self.batcher.submit(name, tokens)
+        self.queue.append((name, tokens))
+
+    @rule()
+    def admit(self) -> None:
+        first = len(self.slots)
+        newcomers = self.batcher.admit()
+        taken, self.queue = self.queue[: len(newcomers)], self.queue[len(newcomers) :]
+        assert newcomers == tuple(name for name, _ in taken)
+        if len(newcomers) > 1:
+            assert len(newcomers) * max(tokens for _, tokens in taken) <= self.TOKENS
+        assert newcomers or not self.queue or first == self.ROWS
+        self.slots.update(enumerate(newcomers, first))
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.slots)))
+        move = self.batcher.release(self.slots.pop(slot))
+        if move is not None:
+            assert move.target == slot
+            self.slots[move.target] = self.slots.pop(move.source)
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        entry = data.draw(st.sampled_from(self.queue))
+        assert self.batcher.withdraw(entry[0])
+        self.queue.remove(entry)
+
+    @invariant()
+    def slots_are_dense_and_agree(self) -> None:
+        assert dict(enumerate(self.batcher.rows)) == self.slots
+        assert self.batcher.waiting == tuple(name for name, _ in self.queue)
+        assert self.batcher.busy == bool(self.slots or self.queue)
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
