@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 # No usage reports, and no reuse of this process's import state by Ray's own logging.
@@ -27,9 +28,13 @@ from ptuning.load import (
     choose_device,
     choose_dtype,
     fingerprint_of,
+    free_memory,
     load_tokenizer,
     locate,
+    weight_bytes,
 )
+
+_WORKER_BYTES = 2 << 30  # a worker's interpreter, libraries and activations, measured
 
 
 @contextlib.contextmanager
@@ -45,6 +50,8 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 configure_logging=False,
+                # A Ray of our own is for this machine alone: it listens on loopback only.
+                **({"_node_ip_address": "127.0.0.1"} if config.address is None else {}),
             )
         except (ConnectionError, RuntimeError) as error:
             raise RunError(
@@ -59,20 +66,43 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
             ray.shutdown()
 
 
-def workers(config: RayConfig) -> int:
-    """Training processes of the gang."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    return config.workers or max(1, gpus)
+@dataclass(frozen=True)
+class Gang:
+    """The shape of the training gang; `cpus` and `gpus` are of each worker."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    threads: int
 
 
-def threads(config: RayConfig, packs: int, sharding: str) -> int:
-    """Compute threads of each worker: its share of a host's CPUs."""
-    count = workers(config)
-    if sharding == "replicate":
-        count = max(1, min(count, packs))
-    hosts = max(1, len([node for node in ray.nodes() if node["Alive"]]))
-    cpus = config.cpus_per_worker or ray.cluster_resources().get("CPU", 1.0) / count
-    return max(1, int(min(cpus, (os.cpu_count() or 1) * hosts)))
+def gang(config: RunConfig) -> Gang:
+    """One worker per GPU, else per CPU core while weights and work fit into memory.
+
+    On CPUs many one-thread workers beat few many-thread ones: small operations do not
+    wait for each other's threads (infra/decisions.md). A large model gets fewer workers with
+    more threads.
+    """
+    resources = ray.cluster_resources()
+    chosen, cores = config.ray, resources.get("CPU", 1.0)
+    gpus = chosen.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if resources.get("GPU", 0) else 0.0
+    count = chosen.workers
+    if count is None:
+        count = int(resources["GPU"] // gpus) if gpus else _workers_in_memory(config, int(cores))
+    cpus = chosen.cpus_per_worker or (1.0 if gpus else max(0.5, cores // count))
+    return Gang(max(1, count), cpus, gpus, max(1, int(cpus)))
+
+
+def _workers_in_memory(config: RunConfig, cores: int) -> int:
+    """How many whole backbones this machine can hold beside each other, at most one a core."""
+    free = free_memory(choose_device("cpu"))
+    if free is None or config.backbone.sharding == "zero3":
+        return max(1, cores)
+    dtype = choose_dtype(config.backbone.dtype, choose_device("cpu"))
+    each = weight_bytes(locate(config.backbone.name), dtype) + _WORKER_BYTES
+    return max(1, min(cores, int(free // 2 // each)))
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -39,10 +39,15 @@ class RayConfig(Config):
         None, description="address of a running Ray cluster; none starts one for this run"
     )
     workers: int | None = Field(
-        None, ge=1, description="training processes of the gang; none: one per GPU, else one"
+        None,
+        ge=1,
+        description="training processes of the gang; "
+        "none: one per GPU, else one per CPU core while memory lasts",
     )
     cpus_per_worker: float | None = Field(
-        None, gt=0, description="CPUs of each worker; none: this machine's, shared evenly"
+        None,
+        gt=0,
+        description="CPUs (compute threads) of each worker; none: the cluster's, shared evenly",
     )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each worker; none: one where the cluster has any"

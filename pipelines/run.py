@@ -219,7 +219,7 @@ def _plan(run: Run, registry: Registry) -> None:
                 champion_digest=champion.digest if champion else None,
             )
         )
-    workers = cluster.workers(run.config.ray)
+    workers = cluster.gang(run.config).workers
     run.plan = Plan(packs=make_packs(users, run.config.train.pack_users, workers), skipped=skipped)
     run.store.write_json(run.name("plan.json"), run.plan.to_json())
 
@@ -244,6 +244,7 @@ def _tune(run: Run, progress: RunProgress) -> None:
         from pipelines.tune import GangTask, read_done, tune
 
         progress.stage("tune", total)
+        shape = cluster.gang(run.config)
         task = GangTask(
             store=run.store.root,
             run_id=run.run_id,
@@ -252,11 +253,9 @@ def _tune(run: Run, progress: RunProgress) -> None:
             artifact=run.config.artifact,
             backbone=run.config.backbone,
             template=run.config.data.template,
-            threads=cluster.threads(
-                run.config.ray, len(run.plan.packs), run.config.backbone.sharding
-            ),
+            threads=shape.threads,
         )
-        tune(run.plan, task, run.config.ray, progress.update)
+        tune(run.plan, task, shape, run.config.ray, progress.update)
         for reports in read_done(run.store, run.run_id, run.plan.packs).values():
             run.reports |= {report.user_key: report for report in reports}
 

@@ -19,6 +19,7 @@ import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines.cluster import Gang
 from pipelines.config import RayConfig
 from pipelines.pack import PackJob, losses_from_json, losses_to_json, pack_machine
 from pipelines.plan import Pack, Plan, assign
@@ -68,7 +69,7 @@ def read_done(store: Store, run_id: str, packs: Iterable[Pack]) -> dict[str, lis
     return done
 
 
-def tune(plan: Plan, task: GangTask, config: RayConfig, progress: Progress) -> None:
+def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: Progress) -> None:
     """Train every pack that has no done-record. Raises RunError if the gang cannot finish."""
     store = Store(task.store)
     done = read_done(store, task.run_id, plan.packs)
@@ -77,18 +78,23 @@ def tune(plan: Plan, task: GangTask, config: RayConfig, progress: Progress) -> N
     progress(before, 0)
     if not remaining:
         return
-    workers, cpus, gpus = gang_shape(config, len(remaining), task.backbone.sharding)
+    # A sharded gang keeps all its workers, since each holds a part of the weights.
+    whole = task.backbone.sharding == "replicate"
+    workers = min(shape.workers, len(remaining)) if whole else shape.workers
     board = _Board.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"task": task, "plan": plan, "board": board},
         torch_config=TorchConfig(
-            backend="nccl" if gpus else "gloo", timeout_s=int(config.timeout_s)
+            backend="nccl" if shape.gpus else "gloo", timeout_s=int(config.timeout_s)
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,
-            use_gpu=bool(gpus),
-            resources_per_worker={"CPU": cpus, **({"GPU": gpus} if gpus else {})},
+            use_gpu=bool(shape.gpus),
+            resources_per_worker={
+                "CPU": shape.cpus,
+                **({"GPU": shape.gpus} if shape.gpus else {}),
+            },
         ),
         run_config=ray.train.RunConfig(
             name=f"gang-{task.run_id}",
@@ -108,23 +114,6 @@ def tune(plan: Plan, task: GangTask, config: RayConfig, progress: Progress) -> N
     missing = len(plan.packs) - len(read_done(store, task.run_id, plan.packs))
     if missing:
         raise RunError("the gang ended without training every pack", seen=f"{missing} packs left")
-
-
-def gang_shape(config: RayConfig, packs: int, sharding: str) -> tuple[int, float, float]:
-    """(workers, CPUs of each, GPUs of each) for what the cluster has. Sharded gangs keep all
-    their workers, since each holds a part of the weights."""
-    resources = ray.cluster_resources()
-    gpus = resources.get("GPU", 0.0)
-    per_gpu = config.gpus_per_worker
-    if per_gpu is None:
-        per_gpu = 1.0 if gpus else 0.0
-    workers = config.workers or (int(gpus // per_gpu) if per_gpu else 1)
-    if sharding == "replicate":
-        workers = max(1, min(workers, packs))
-    cpus = config.cpus_per_worker
-    if cpus is None:
-        cpus = 1.0 if per_gpu else max(0.5, resources.get("CPU", 1.0) // workers)
-    return workers, cpus, per_gpu
 
 
 def _scratch(store: Store, run_id: str) -> str:

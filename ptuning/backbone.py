@@ -173,7 +173,10 @@ class Backbone:
     def _checkpoint_layers(self) -> None:
         """Checkpointing is active in training mode only; dropout must stay off, so the mode is
         set on the layers themselves, not on what they contain, and taken back inside them."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        # The second name is that of Transformers before 5.23.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable: Any = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
+        enable({"use_reentrant": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True

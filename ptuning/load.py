@@ -313,15 +313,20 @@ def _probe(dtype: torch.dtype, device: torch.device) -> float:
     return best
 
 
-def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:
+def weight_bytes(source: Source, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in a dtype, from its files."""
     files = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
     try:
         config = AutoConfig.from_pretrained(source.path)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loadable(source.name, error) from error
     stored = getattr(config, "dtype", None) or torch.float32
-    needed = files * dtype.itemsize // stored.itemsize
-    free = _free_memory(device)
+    return int(files * dtype.itemsize // stored.itemsize)
+
+
+def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:
+    needed = weight_bytes(source, dtype)
+    free = free_memory(device)
     if free is not None and needed > free:
         raise OutOfMemory(
             "the model does not fit into free memory",
@@ -331,7 +336,8 @@ def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> N
         )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on the device, None where that cannot be told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

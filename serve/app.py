@@ -198,7 +198,8 @@ def _wait_healthy(config: ServeConfig, address: str, stopped: threading.Event) -
     while time.monotonic() < deadline and not stopped.is_set():
         app = ray.serve.status().applications.get(APP)
         if app is not None:
-            state = f"{app.status.value}: {app.message}"
+            reasons = [app.message, *(part.message for part in app.deployments.values())]
+            state = f"{app.status.value}: {' '.join(filter(None, reasons))}"
             if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
                 break
             if app.status.value == "RUNNING" and _healthy(address):

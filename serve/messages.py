@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ptuning.registry.base import PREFIX_NAME_PATTERN
 from ptuning.types import Message, user_key
@@ -20,6 +20,18 @@ from serve.events import Answer, Ask, PrefixInfo, Refused
 Text = Annotated[str, Field(min_length=1)]
 Neutral = Annotated[float, Field(ge=0, le=0)] | None
 NothingIn = Annotated[dict[str, Any], Field(max_length=0)] | None
+
+
+def _several(value: object) -> object:
+    """One text where a list of texts may stand; a union would muddle the error messages."""
+    return [value] if isinstance(value, str) else value
+
+
+def _parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Stops = Annotated[list[Text], Field(max_length=16), BeforeValidator(_several)] | None
 
 
 class _Strict(BaseModel):
@@ -41,7 +53,7 @@ class _Body(_Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Accepted with their neutral values only.
@@ -66,7 +78,6 @@ class _Body(_Strict):
                 status=400,
                 param="max_tokens",
             )
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         temperature = self.temperature
         return Ask(
             user_key=None if self.user is None else user_key(self.user),
@@ -76,7 +87,7 @@ class _Body(_Strict):
             temperature=config.temperature_default if temperature is None else temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            stop=tuple(stop),
+            stop=tuple(self.stop or ()),
         )
 
 
@@ -100,13 +111,11 @@ class TextPart(_Strict):
 
 class Turn(_Strict):
     role: Text
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts)]
     name: str | None = None
 
     def message(self) -> Message:
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return Message(role=self.role, content=text)
+        return Message(role=self.role, content="".join(part.text for part in self.content))
 
 
 class ChatBody(_Body):
@@ -141,18 +150,13 @@ def parse(kind: type[Body], data: bytes) -> Body:
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"] if not _is_branch(part))
+    where = ".".join(str(part) for part in first["loc"])
     code = {"json_invalid": "invalid_json", "extra_forbidden": "unsupported_parameter"}.get(
         first["type"], "missing" if first["type"] == "missing" else "invalid_value"
     )
     message = "the body is not valid JSON" if code == "invalid_json" else first["msg"]
     text = f"{where}: {message}" if where else message
     raise Refused(text, status=400, code=code, param=where or None)
-
-
-def _is_branch(part: object) -> bool:
-    """pydantic names the alternatives of a union in the location; no client knows them."""
-    return isinstance(part, str) and (part in {"str", "TextPart"} or "[" in part)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

@@ -24,6 +24,23 @@ TemplateKind = Literal["auto", "chat", "plain"]
 # content stands in the rendered template.
 _MARK = "\ue0a7{}\ue0a8"
 
+# What strftime's codes give on 1 January 2025, the day on which every template is rendered.
+_DAY = {
+    "%A": "Wednesday",
+    "%B": "January",
+    "%H": "00",
+    "%M": "00",
+    "%S": "00",
+    "%Y": "2025",
+    "%a": "Wed",
+    "%b": "Jan",
+    "%d": "01",
+    "%-d": "1",
+    "%j": "001",
+    "%m": "01",
+    "%y": "25",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -154,14 +171,26 @@ class Template:
         """Token ids of a piece of text, without special tokens."""
         return list(self.tokenizer(_unicode(text), add_special_tokens=False)["input_ids"])
 
+    @cached_property
+    def _undated(self) -> str:
+        """The chat template on a day that does not change: some print today's date.
+
+        A macro, because Transformers hands no function to a template; `+%}` keeps a line break
+        that the template may begin with.
+        """
+        template = str(self.tokenizer.get_chat_template())
+        if "strftime_now" not in template:
+            return template
+        text = "format" + "".join(f" | replace('{code}', '{it}')" for code, it in _DAY.items())
+        return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro +%}}{template}"
+
     def _render(self, turns: list[dict[str, str]], *, generation: bool) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
                 turns,
                 tokenize=False,
+                chat_template=self._undated,
                 add_generation_prompt=generation,
-                # Some templates print today's date: a prefix must not depend on the day.
-                strftime_now=lambda _format: "1 January 2025",
                 date_string="1 January 2025",
             )
         except Exception as error:  # jinja raises what the template's author chose

@@ -173,6 +173,9 @@ def _end_epoch(
 
 
 def _result(one: _Progress, best: dict[str, Tensor] | None) -> Trained:
+    if best is not None and not all(bool(kv.isfinite().all()) for kv in best.values()):
+        # Without validation rows nothing has scored the last step's result.
+        one.result.error = one.result.error or "the trained keys and values are not finite"
     if one.result.error is None:
         one.result.kv = best
     return one.result

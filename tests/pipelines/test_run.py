@@ -68,7 +68,7 @@ def test_a_run_trains_everybody_with_enough_rows_and_says_so(
     assert set(table) == set(USERS)
     assert table["few"]["status"] == "too_few"
     assert table["few"]["digest"] is None
-    assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
     for user in ("ann", "bob"):
         path = store / prefix_path(user_key(user), table[user]["digest"])
         assert path.is_file()

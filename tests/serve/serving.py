@@ -42,7 +42,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_llama(directory: Path, seed: int = 0) -> Path:
+def save_llama(directory: Path, *, seed: int = 0, positions: int = 512) -> Path:
     """2 layers, 4 heads of 8, 2 key-value heads; weights wide enough to have opinions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -52,7 +52,7 @@ def save_llama(directory: Path, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=0,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from serving import (
+    Heard,
     MakeRequest,
     held_prefix,
     oracle,
+    prefix_file,
     random_kv,
     save_llama,
     started_of,
@@ -27,12 +30,14 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from ptuning.backbone import Backbone
+from ptuning.artifact import Prefix
+from ptuning.backbone import DECODER, Backbone
 from ptuning.errors import ServeError, UnsupportedModel
+from ptuning.generate import generate
 from ptuning.load import load_backbone
 from serve.batcher import QueueFull
 from serve.engine import Engine, HeldPrefix, Request
-from serve.events import Delta, Failed, Finished
+from serve.events import Delta, Failed, Finished, PrefixInfo
 from serve.metrics import render
 from serve.runner import SlotRunner
 
@@ -57,7 +62,7 @@ class Gate:
         self.steps = threading.Semaphore(0)
         engine.runner.decode = self.decode  # type: ignore[method-assign]
 
-    def decode(self, tokens: list[int], columns: list[int]) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
         assert self.steps.acquire(timeout=30)
         return self._decode(tokens, columns)
 
@@ -65,9 +70,9 @@ class Gate:
         self.steps.release(10**6)
 
 
-def eventually(check: object, timeout_s: float = 30.0) -> None:
+def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while not check():  # type: ignore[operator]
+    while not check():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.002)
 
@@ -201,7 +206,7 @@ def test_a_failing_step_fails_its_rows_and_the_engine_goes_on(
 ) -> None:
     decode = engine.runner.decode
 
-    def broken(tokens: list[int], columns: list[int]) -> torch.Tensor:
+    def broken(tokens: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
         engine.runner.decode = decode  # type: ignore[method-assign]
         raise RuntimeError("no luck")
 
@@ -384,7 +389,7 @@ def test_the_figures_count_tokens_and_rows(engine: Engine, make_request: MakeReq
 def save_sliding(kind: str, directory: Path) -> Path:
     """Layers with a window of 8 tokens: all of them (Mistral) or every second (Gemma 3)."""
     save_llama(directory)  # for its tokenizer
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 260,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -464,3 +469,59 @@ def test_random_prefixes_change_the_answer(backbone: Backbone) -> None:
     prompt = backbone.template.ids("hello")
     answers = [oracle(backbone, prompt, random_kv(backbone, 4, seed), 8) for seed in range(4)]
     assert len({tuple(answer) for answer in [*answers, oracle(backbone, prompt, None, 8)]}) == 5
+
+
+def through_engine(
+    backbone: Backbone, prompts: Sequence[str], prefixes: Sequence[Prefix | None], tokens: int
+) -> list[str]:
+    """Greedy answers of the engine, all rows at once and fewer slots than rows."""
+    engine = make_engine(backbone)
+    listeners = []
+    try:
+        for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+            listener = Heard.new()
+            held = None
+            if prefix is not None:
+                info = PrefixInfo(name="default", version="1", digest=prefix.digest)
+                held = HeldPrefix(info=info, kv=prefix.kv[DECODER].to(backbone.dtype))
+            engine.submit(
+                Request(
+                    id=f"r{number}",
+                    prompt=tuple(backbone.template.encode_prompt(prompt)),
+                    prefix=held,
+                    max_tokens=tokens,
+                    emit=listener.events.put,
+                )
+            )
+            listeners.append(listener)
+        return [text_of(listener.wait(120)) for listener in listeners]
+    finally:
+        engine.close()
+
+
+def test_the_engine_says_what_the_library_generates(backbone: Backbone) -> None:
+    prompts = [f"question {n} " * (1 + n % 3) for n in range(7)]
+    prefixes = [
+        prefix_file(backbone, f"u{n}", length=1 + 3 * n, seed=n) if n % 3 else None
+        for n in range(7)
+    ]
+    wanted = generate(backbone, prompts, prefixes, max_new_tokens=16)
+    assert through_engine(backbone, prompts, prefixes, 16) == wanted
+
+
+@pytest.mark.slow
+def test_the_engine_says_what_the_library_generates_with_a_real_model() -> None:
+    backbone = load_backbone("smollm2", dtype="float32", attention="sdpa", device="cpu")
+    prompts = [f"Write a short note about {thing}." for thing in ("rain", "a dog", "tea", "jazz")]
+    words = [None, "old letters from the sea", "a formal and dry report", None]
+    prefixes: list[Prefix | None] = []
+    for number, text in enumerate(words):
+        if text is None:
+            prefixes.append(None)
+            continue
+        kv, _ = backbone.capture(torch.tensor([backbone.template.ids(text)]))
+        meta = prefix_file(backbone, f"u{number}").meta
+        prefixes.append(Prefix({DECODER: kv[DECODER][0]}, meta))
+    wanted = generate(backbone, prompts, prefixes, max_new_tokens=24)
+    assert through_engine(backbone, prompts, prefixes, 24) == wanted
+    assert len(set(wanted)) == 4

@@ -230,7 +230,7 @@ def test_a_registry_that_hangs_costs_one_wait_and_no_more(
             answer.wait(30)
             return champion(user, name)
 
-        world.registry.champion = hang  # type: ignore[method-assign]
+        world.registry.champion = hang  # type: ignore[method-assign, assignment]
         world.now += 6
         for _ in range(3):
             assert await world.cache.get(ALICE, "default") is not None
@@ -255,7 +255,7 @@ def test_concurrent_requests_of_one_user_load_once_and_one_that_leaves_stops_nob
         calls.append(user)
         return champion(user, name)
 
-    world.registry.champion = counted  # type: ignore[method-assign]
+    world.registry.champion = counted  # type: ignore[method-assign, assignment]
 
     async def story() -> list[Any]:
         tasks = [asyncio.create_task(world.cache.get(ALICE, "default")) for _ in range(8)]
@@ -300,5 +300,5 @@ def test_an_unexpected_error_of_the_registry_is_no_answer_either(world: World) -
     def broken(user: str, name: str = "default") -> Version | None:
         raise RegistryError("holds something unexpected")
 
-    world.registry.champion = broken  # type: ignore[method-assign]
+    world.registry.champion = broken  # type: ignore[method-assign, assignment]
     assert refusal(world.cache.get(ALICE, "default")).fields["status"] == 503

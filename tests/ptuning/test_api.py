@@ -1,0 +1,447 @@
+"""The public surface, as the documentation shows it, and what goes wrong when it is misused."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_backbones import FAMILIES, REFUSED, build, build_model
+from tiny_model import make_tokenizer
+from transformers import AutoModelForCausalLM
+
+import ptuning
+from ptuning import load as load_module
+from ptuning.backbone import Backbone
+from ptuning.errors import (
+    BackboneChanged,
+    BackboneError,
+    ConfigError,
+    DataError,
+    ModelNotFound,
+    OutOfMemory,
+    TemplateError,
+    UnsupportedModel,
+    WrongBackbone,
+)
+from ptuning.load import locate
+
+
+def examples(word: str, count: int = 10) -> list[ptuning.Example]:
+    return [
+        ptuning.Example(prompt=f"question {n}", completion=f" {word} {n}", timestamp=n)
+        for n in range(count)
+    ]
+
+
+def test_the_documented_lines_work(tiny_model_dir: Path, tmp_path: Path) -> None:
+    backbone = ptuning.load_backbone(str(tiny_model_dir), dtype="float32")
+    users = {"alice": examples("tea"), "bob": examples("coffee", 12), "carol": examples("milk", 3)}
+    result = ptuning.tune(
+        backbone,
+        users,
+        method=ptuning.PrefixTuning(num_virtual_tokens=4),
+        train=ptuning.TrainConfig(epochs=2, batch_size=4),
+    )
+    assert list(result) == ["alice", "bob", "carol"]
+    assert [result[user].status for user in users] == ["trained", "trained", "too_few"]
+    assert result["carol"].prefix is None
+    assert result["carol"].history == []
+
+    history = result["alice"].history
+    assert [line["epoch"] for line in history] == [1, 2]
+    for line in history:
+        assert type(line) is dict
+        assert set(line) == {"epoch", "train", "valid"}
+        assert all(isinstance(line[split], float) for split in ("train", "valid"))
+
+    prefix = result["alice"].prefix
+    assert prefix is not None
+    path = tmp_path / "alice.safetensors"
+    prefix.save(path)
+    again = ptuning.Prefix.load(path, backbone)
+    assert again.digest == prefix.digest
+    assert len(prefix.digest) == 64
+    assert prefix.meta.user_key == ptuning.user_key("alice")
+
+    enc = ptuning.encode(backbone, users["alice"][0])
+    assert type(enc.input_ids) is list
+    assert type(enc.labels) is list
+    assert len(enc.input_ids) == len(enc.labels)
+    assert enc.labels[0] == -100
+    assert enc.labels[-1] == enc.input_ids[-1]
+
+    loss = ptuning.nll(backbone, users["alice"], prefix=prefix)
+    assert math.isfinite(loss)
+    assert loss == ptuning.nll(backbone, users["alice"], prefix=again)
+
+    texts = ptuning.generate(
+        backbone, ["question 1"] * 2, [prefix, None], max_new_tokens=4, temperature=0.0, seed=0
+    )
+    assert [type(text) for text in texts] == [str, str]
+
+    ptuning.save_peft(prefix, tmp_path / "peft", backbone)
+    assert ptuning.load_peft(tmp_path / "peft", backbone).digest == prefix.digest
+
+
+def test_every_public_name_is_there_again_and_again() -> None:
+    """Importing the submodule `tune` must not put it over the function `tune`."""
+    for name in ptuning.__all__:
+        home = importlib.import_module(f"ptuning.{ptuning._HOMES[name]}")
+        for _ in range(2):
+            assert getattr(ptuning, name) is getattr(home, name)
+            assert name in dir(ptuning)
+    assert callable(ptuning.tune)
+    assert callable(ptuning.generate)
+    assert sys.modules["ptuning.tune"].tune is ptuning.tune
+    with pytest.raises(AttributeError, match="nonsense"):
+        ptuning.nonsense  # noqa: B018
+
+
+def test_tuning_twice_gives_the_same_digests_whatever_the_order_of_users(
+    backbone: Backbone,
+) -> None:
+    users = {"alice": examples("tea"), "bob": examples("coffee", 12)}
+    options: dict[str, Any] = {
+        "method": ptuning.PrefixTuning(num_virtual_tokens=3),
+        "train": ptuning.TrainConfig(epochs=1, batch_size=4),
+    }
+    first = ptuning.tune(backbone, users, **options)
+    again = ptuning.tune(backbone, users, **options)
+    assert {u: r.prefix.digest for u, r in first.items() if r.prefix} == {
+        u: r.prefix.digest for u, r in again.items() if r.prefix
+    }
+    other = ptuning.tune(backbone, dict(reversed(users.items())), **options)
+    packs = ptuning.tune(
+        backbone,
+        {"alice": users["alice"]},
+        method=options["method"],
+        train=ptuning.TrainConfig(epochs=1, batch_size=4, pack_users=1, tokens_per_microbatch=30),
+    )
+    mine, reordered, alone = first["alice"].prefix, other["alice"].prefix, packs["alice"].prefix
+    assert mine is not None
+    assert reordered is not None
+    assert alone is not None
+    torch.testing.assert_close(mine.kv, reordered.kv, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine.kv, alone.kv, atol=1e-4, rtol=0)
+    # What a training is does not depend on how fast it is run.
+    assert mine.meta == reordered.meta == alone.meta
+
+
+def test_the_training_digest_names_what_decides_a_prefix(backbone: Backbone) -> None:
+    def meta(rows: list[ptuning.Example], user: str = "alice", **options: Any) -> Any:
+        options = {
+            "method": ptuning.PrefixTuning(num_virtual_tokens=2),
+            "train": ptuning.TrainConfig(epochs=1),
+            **options,
+        }
+        prefix = ptuning.tune(backbone, {user: rows}, **options)[user].prefix
+        assert prefix is not None
+        return prefix.meta
+
+    base = meta(examples("tea"))
+    assert meta(examples("tea")[::-1]) == base, "the order of reading decides nothing"
+    changed = [
+        meta(examples("coffee")),
+        meta(examples("tea"), user="bob"),
+        meta(examples("tea"), train=ptuning.TrainConfig(epochs=2)),
+        meta(examples("tea"), train=ptuning.TrainConfig(epochs=1, seed=1)),
+        meta(examples("tea"), method=ptuning.PrefixTuning(num_virtual_tokens=3)),
+        meta(examples("tea"), prefix_name="work"),
+        meta(examples("tea"), artifact=ptuning.ArtifactConfig(dtype="bfloat16")),
+        meta(examples("tea"), data=ptuning.DataConfig(max_length=64)),
+    ]
+    assert len({one.training_digest for one in [base, *changed]}) == len(changed) + 1
+    assert changed[5].prefix_name == "work"
+
+
+def test_one_users_bad_rows_fail_that_user_alone(backbone: Backbone) -> None:
+    options: dict[str, Any] = {
+        "method": ptuning.PrefixTuning(num_virtual_tokens=2),
+        "train": ptuning.TrainConfig(epochs=1),
+    }
+    users = {
+        "alice": examples("tea"),
+        "empty": [ptuning.Example(prompt="a", completion="")] * 9,
+        "neither": [ptuning.Example(prompt="a")] * 9,
+        "long": [ptuning.Example(prompt="a", completion="word " * 400)] * 9,
+        "broken": [ptuning.Example(prompt="\ud83d", completion="b")] * 9,
+        "only-valid": [ptuning.Example(prompt="a", completion="b", split="valid")] * 9,
+        "no-valid": [ptuning.Example(prompt="a", completion="b", split="train")] * 9,
+        "nobody": [],
+        "half\ud83d": examples("tea"),
+    }
+    result = ptuning.tune(backbone, users, **options)
+    assert list(result) == list(users)
+    assert result["alice"].status == "trained"
+    for user in ("empty", "neither", "long", "broken", "only-valid", "half\ud83d"):
+        assert result[user].status == "failed", user
+        assert result[user].error
+        assert result[user].prefix is None
+    for user in ("no-valid", "nobody"):
+        assert result[user].status == "too_few"
+    alone = ptuning.tune(backbone, {"alice": users["alice"]}, **options)["alice"].prefix
+    mine = result["alice"].prefix
+    assert alone is not None
+    assert mine is not None
+    torch.testing.assert_close(mine.kv, alone.kv, atol=1e-4, rtol=0)
+
+
+def test_a_users_init_words_start_the_prefix(backbone: Backbone) -> None:
+    rows = [
+        ptuning.Example(
+            prompt=f"q {n}", completion=" tea", init_words="earl grey" if n == 3 else None
+        )
+        for n in range(10)
+    ]
+    words = backbone.template.ids("earl grey")
+    result = ptuning.tune(
+        backbone,
+        {
+            "alice": [
+                ptuning.Example(**{**vars(row), "split": "train" if n < 8 else "valid"})
+                for n, row in enumerate(rows)
+            ]
+        },
+        method=ptuning.PrefixTuning(num_virtual_tokens=len(words)),
+        train=ptuning.TrainConfig(epochs=1, learning_rate=1e-12),
+    )["alice"]
+    with torch.no_grad():
+        captured, _ = backbone.capture(torch.tensor([words]))
+    assert result.prefix is not None
+    torch.testing.assert_close(
+        result.prefix.kv["decoder"], captured["decoder"][0], atol=1e-6, rtol=0
+    )
+
+
+def test_weights_that_changed_during_training_are_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = build(FAMILIES["llama"]())
+    token_nll = Backbone.token_nll
+
+    def meddling(self: Backbone, *args: Any) -> Any:
+        next(self.model.parameters()).data[0, 0] += 1e-3
+        return token_nll(self, *args)
+
+    monkeypatch.setattr(Backbone, "token_nll", meddling)
+    with pytest.raises(BackboneChanged):
+        ptuning.tune(
+            backbone,
+            {"alice": examples("tea")},
+            method=ptuning.PrefixTuning(num_virtual_tokens=2),
+            train=ptuning.TrainConfig(epochs=1),
+        )
+
+
+def test_the_base_models_nll_is_what_plain_transformers_computes(
+    backbone: Backbone, tiny_model_dir: Path
+) -> None:
+    rows = examples("tea", 5)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    tokenizer = make_tokenizer()
+    nats, tokens = 0.0, 0
+    for row in rows:
+        prompt = [
+            tokenizer.bos_token_id,
+            *tokenizer(row.prompt, add_special_tokens=False)["input_ids"],
+        ]
+        answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
+        answer = [*answer, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([prompt + answer])).logits[0]
+        log_probabilities = torch.log_softmax(logits.double(), dim=-1)
+        for at, token in enumerate(answer, start=len(prompt)):
+            nats -= float(log_probabilities[at - 1, token])
+            tokens += 1
+    assert ptuning.nll(backbone, rows) == pytest.approx(nats / tokens, rel=1e-5)
+    for budget in (1, 30, 10_000):  # over all tokens, not a mean of rows' means
+        ours = ptuning.nll(backbone, rows, tokens_per_microbatch=budget)
+        assert ours == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_a_trained_prefix_scores_what_its_history_says(backbone: Backbone) -> None:
+    rows = [
+        ptuning.Example(prompt=f"q {n}", completion=" tea", split="valid" if n < 3 else "train")
+        for n in range(12)
+    ]
+    result = ptuning.tune(
+        backbone,
+        {"alice": rows},
+        method=ptuning.PrefixTuning(num_virtual_tokens=3),
+        train=ptuning.TrainConfig(epochs=4, batch_size=4),
+    )["alice"]
+    valid = [line["valid"] for line in result.history if line["valid"] is not None]
+    assert ptuning.nll(backbone, rows[:3], result.prefix) == pytest.approx(min(valid), rel=1e-5)
+
+
+def test_scoring_nothing_or_with_a_foreign_prefix_is_an_error(backbone: Backbone) -> None:
+    with pytest.raises(DataError):
+        ptuning.nll(backbone, [])
+    other = build(FAMILIES["gpt2"]())
+    prefix = ptuning.tune(
+        other,
+        {"a": examples("tea")},
+        method=ptuning.PrefixTuning(num_virtual_tokens=2),
+        train=ptuning.TrainConfig(epochs=1),
+    )["a"].prefix
+    with pytest.raises(WrongBackbone):
+        ptuning.nll(backbone, examples("tea"), prefix)
+
+
+# Loading
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no-such-model", "./nowhere", "/nowhere/at/all", "a/b/c", "", "model.gguf", "~/nothing"],
+)
+def test_a_name_of_nothing_is_model_not_found(name: str) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        ptuning.load_backbone(name)
+    assert caught.value.seen is not None
+
+
+def test_a_hub_id_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def offline(*_args: Any, **_kwargs: Any) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelNotFound, match="no network") as caught:
+        ptuning.load_backbone("owner/model")
+    assert caught.value.fix
+
+
+def _no_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def _no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def _no_tokenizer(directory: Path) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+
+
+def _nonsense_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{nonsense")
+
+
+def _no_model_type(directory: Path) -> None:
+    (directory / "config.json").write_text("{}")
+
+
+def _unknown_architecture(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "frobnicator"}')
+
+
+def _cut_weights(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def _missing_weights(directory: Path) -> None:
+    """Transformers would make the missing layer up at random."""
+    file = directory / "model.safetensors"
+    kept = {name: t for name, t in load_file(file).items() if "layers.1" not in name}
+    save_file(kept, file, {"format": "pt"})
+
+
+def _other_sizes(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+
+def _an_encoder(directory: Path) -> None:
+    build_model(REFUSED["bert"](), "eager").save_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        (_no_config, ModelNotFound),
+        (_no_weights, ModelNotFound),
+        (_no_tokenizer, BackboneError),
+        (_nonsense_config, ModelNotFound),
+        (_no_model_type, UnsupportedModel),
+        (_unknown_architecture, UnsupportedModel),
+        (_cut_weights, ModelNotFound),
+        (_missing_weights, UnsupportedModel),
+        (_other_sizes, UnsupportedModel),
+        (_an_encoder, UnsupportedModel),
+    ],
+)
+def test_a_damaged_or_unusable_model_directory_is_an_error_of_ours(
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    kind: type[BackboneError],
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(kind) as caught:
+        ptuning.load_backbone(str(tmp_path / "model"), dtype="float32", device="cpu")
+    assert caught.value.seen is not None
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float12"}, {"device": "warp-drive"}, {"attention": "flash"}]
+)
+def test_settings_that_do_not_exist_are_config_errors(
+    tiny_model_dir: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ptuning.load_backbone(str(tiny_model_dir), **options)
+    assert caught.value.expected is not None
+
+
+def test_a_chat_template_is_asked_for_where_there_is_none(tiny_model_dir: Path) -> None:
+    with pytest.raises(TemplateError):
+        ptuning.load_backbone(str(tiny_model_dir), dtype="float32", template="chat")
+
+
+def test_a_model_larger_than_free_memory_is_refused_before_it_is_read(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "free_memory", lambda _device: 10_000)
+    monkeypatch.setattr(load_module, "read_model", lambda *_a: pytest.fail("weights were read"))
+    with pytest.raises(OutOfMemory) as caught:
+        ptuning.load_backbone(str(tiny_model_dir), dtype="float32", device="cpu")
+    assert "zero3" in (caught.value.fix or "")
+
+
+def test_a_fingerprint_is_of_the_weights_whatever_the_dtype_and_the_directory(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "copy")
+    loaded = [
+        ptuning.load_backbone(str(path), dtype=dtype, device="cpu")
+        for path, dtype in [
+            (tiny_model_dir, "float32"),
+            (tiny_model_dir, "bfloat16"),
+            (tmp_path / "copy", "float32"),
+        ]
+    ]
+    assert len({one.fingerprint for one in loaded}) == 1
+    assert loaded[1].dtype == torch.bfloat16
+    weights = load_file(tmp_path / "copy" / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, tmp_path / "copy" / "model.safetensors", {"format": "pt"})
+    assert load_module.fingerprint_of(locate(str(tmp_path / "copy"))) != loaded[0].fingerprint
+
+
+def test_loaded_weights_are_frozen_and_dropout_is_off(backbone: Backbone) -> None:
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+    assert not backbone.model.training

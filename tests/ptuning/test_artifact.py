@@ -1,0 +1,421 @@
+"""A prefix file is its training's pure function, and is refused wherever it does not belong."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save as save_safetensors
+from tiny_backbones import FAMILIES, build, random_kv
+from tiny_model import make_tokenizer
+
+from ptuning.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix, training_digest
+from ptuning.backbone import DECODER, Backbone
+from ptuning.errors import (
+    ArtifactError,
+    CorruptArtifact,
+    PTuningError,
+    WrongBackbone,
+    WrongMethod,
+    WrongShape,
+    WrongUser,
+)
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.types import user_key
+
+P = 4
+
+
+def meta_for(backbone: Backbone, /, **changes: Any) -> PrefixMeta:
+    meta = PrefixMeta(
+        method=PrefixTuning(num_virtual_tokens=P).model_dump(),
+        backbone=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        template_digest=backbone.template.digest,
+        user_key=user_key("alice"),
+        prefix_name="work",
+        data_digest="d" * 64,
+        training_digest=training_digest("a", 1),
+    )
+    return replace(meta, **changes)
+
+
+def prefix_for(backbone: Backbone, /, seed: int = 1, **changes: Any) -> Prefix:
+    return make_prefix({DECODER: random_kv(backbone, P, seed)[0]}, meta_for(backbone, **changes))
+
+
+def rewritten(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
+    """The prefix's file with its tensors and texts changed, by an honest safetensors writer."""
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in vars(prefix.meta).items()
+    }
+    tensors = {"kv": prefix.kv[DECODER].clone()}
+    change(tensors, texts)
+    return save_safetensors(tensors, texts)
+
+
+@contextmanager
+def refused(kind: type[ArtifactError]) -> Iterator[None]:
+    """The error is of this kind, says what was seen, and survives pickling as it is."""
+    with pytest.raises(kind) as caught:
+        yield
+    error = caught.value
+    assert type(error) is kind
+    assert error.seen is not None
+    assert str(error.seen) in str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error)
+    assert (again.message, again.seen, again.expected, again.fix) == (
+        error.message,
+        error.seen,
+        error.expected,
+        error.fix,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_saved_prefix_comes_back_with_its_values_meta_and_digest(
+    backbone: Backbone, tmp_path: Path, dtype: Any
+) -> None:
+    kv = random_kv(backbone, P, 1)[0]
+    prefix = make_prefix({DECODER: kv}, meta_for(backbone), ArtifactConfig(dtype=dtype))
+    path = prefix.save(tmp_path / "new" / "folder" / "p.safetensors")
+    again = Prefix.load(
+        path,
+        backbone,
+        user_key=user_key("alice"),
+        prefix_name="work",
+        digest=prefix.digest,
+    )
+    assert torch.equal(again.kv[DECODER], kv.to(getattr(torch, dtype)))
+    assert again.kv[DECODER].dtype == getattr(torch, dtype)
+    assert again.meta == prefix.meta
+    assert again.digest == prefix.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert again.num_virtual_tokens == P
+    assert again.save(tmp_path / "copy").read_bytes() == path.read_bytes()
+
+
+def test_the_file_is_plain_safetensors_with_a_tensor_kv(backbone: Backbone, tmp_path: Path) -> None:
+    prefix = prefix_for(backbone)
+    with safe_open(str(prefix.save(tmp_path / "p")), framework="pt") as file:
+        assert list(file.keys()) == ["kv"]
+        assert torch.equal(file.get_tensor("kv"), prefix.kv[DECODER])
+        assert file.get_tensor("kv").shape == (2, 2, 2, P, 8)  # [L, 2, H, P, D]
+        texts = file.metadata()
+    assert texts["user_key"] == user_key("alice")
+    assert texts["backbone_fingerprint"] == backbone.fingerprint
+    assert json.loads(texts["method"])["num_virtual_tokens"] == P
+
+
+# The identity of every prefix ever registered rests on this value.
+GOLDEN = "2d4d6ca119114dda698aedafc351f6f550fd1da7990d696864ebacfa8795b50c"
+_DIGEST_SCRIPT = """
+import torch
+from ptuning.artifact import PrefixMeta, make_prefix
+meta = PrefixMeta(
+    method={"type": "prefix", "num_virtual_tokens": 2, "init": "words", "z": None, "a": 1},
+    backbone="b \\u00e9", backbone_fingerprint="f" * 64, template_digest="t" * 64,
+    user_key="u" * 52, data_digest="d", training_digest="g",
+)
+kv = torch.arange(64, dtype=torch.float32).reshape(2, 2, 2, 2, 4)
+digest = make_prefix({"decoder": kv}, meta).digest
+print(digest)
+"""
+
+
+def test_the_digest_is_the_same_in_every_process_and_version() -> None:
+    """The safetensors writer alone would order the metadata anew at each call."""
+    for _ in range(20):
+        scope: dict[str, Any] = {}
+        exec(_DIGEST_SCRIPT, scope)
+        assert scope["digest"] == GOLDEN
+
+
+@pytest.mark.slow
+def test_three_processes_give_the_same_digest() -> None:
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", _DIGEST_SCRIPT],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.getcwd()},
+        )
+        for seed in range(3)
+    ]
+    assert [run.communicate(timeout=240)[0].strip() for run in runs] == [GOLDEN] * 3
+
+
+def test_every_part_of_a_prefix_is_in_its_digest(backbone: Backbone) -> None:
+    prefixes = [prefix_for(backbone), prefix_for(backbone, seed=2)]
+    for name in vars(meta_for(backbone)):
+        value: Any = {"type": "prefix", "other": 1} if name == "method" else "other"
+        prefixes.append(prefix_for(backbone, **{name: value}))
+    assert len({prefix.digest for prefix in prefixes}) == len(prefixes)
+    assert prefix_for(backbone).digest == prefixes[0].digest
+
+
+def test_a_prefix_of_another_backbone_is_refused(backbone: Backbone) -> None:
+    with refused(WrongBackbone):
+        Prefix.from_bytes(prefix_for(backbone, backbone_fingerprint="0" * 64).to_bytes(), backbone)
+    with refused(WrongBackbone):
+        prefix_for(backbone).check(build(FAMILIES["gpt2"]()))
+
+
+def test_a_prefix_of_another_template_or_tokenizer_is_refused(
+    backbone: Backbone, tokenizer: Any
+) -> None:
+    prefix = prefix_for(backbone)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    chatty = Backbone(
+        backbone.model, tokenizer, name=backbone.name, fingerprint=backbone.fingerprint
+    )
+    with refused(WrongBackbone):
+        Prefix.from_bytes(prefix.to_bytes(), chatty)
+
+
+def test_a_prefix_of_another_user_or_name_is_refused(backbone: Backbone) -> None:
+    data = prefix_for(backbone).to_bytes()
+    with refused(WrongUser):
+        Prefix.from_bytes(data, backbone, user_key=user_key("bob"))
+    with refused(WrongUser):
+        Prefix.from_bytes(data, backbone, prefix_name="default")
+    with refused(WrongUser):
+        Prefix.from_bytes(data, backbone, user_key="")
+
+
+def test_another_file_than_the_one_asked_for_is_refused(backbone: Backbone) -> None:
+    one, two = prefix_for(backbone), prefix_for(backbone, seed=2)
+    with refused(CorruptArtifact):
+        Prefix.from_bytes(two.to_bytes(), backbone, digest=one.digest)
+
+
+def test_the_digest_is_of_the_files_bytes_whoever_wrote_its_header(backbone: Backbone) -> None:
+    prefix = prefix_for(backbone)
+    data = rewritten(prefix, lambda tensors, texts: None)
+    again = Prefix.from_bytes(data, backbone)
+    assert again.digest == hashlib.sha256(data).hexdigest()
+    assert again.to_bytes() == data
+    if data != prefix.to_bytes():
+        with refused(CorruptArtifact):
+            Prefix.from_bytes(data, backbone, digest=prefix.digest)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 2, 2, P, 8), (2, 1, 2, P, 8), (2, 2, 4, P, 8), (2, 2, 2, P, 16), (2, 2, 2, P), (P, 8)],
+    ids=str,
+)
+def test_keys_and_values_of_another_shape_are_refused(
+    backbone: Backbone, shape: tuple[int, ...]
+) -> None:
+    def change(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+        tensors["kv"] = torch.zeros(shape)
+
+    with refused(WrongShape):
+        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+
+
+def _no_kv(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors["keys"] = tensors.pop("kv")
+
+
+def _no_tensors(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors.clear()
+
+
+def _no_virtual_tokens(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors["kv"] = tensors["kv"][:, :, :, :0].contiguous()
+
+
+def _whole_numbers(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors["kv"] = tensors["kv"].to(torch.int64)
+
+
+def _another_tensor(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors["weights"] = torch.ones(3)
+
+
+def _another_stack(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors["kv.encoder"] = tensors["kv"].clone()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_no_kv, _no_tensors, _no_virtual_tokens, _whole_numbers, _another_tensor, _another_stack],
+)
+def test_a_file_with_other_tensors_is_refused(
+    backbone: Backbone, change: Callable[[dict[str, Any], dict[str, str]], None]
+) -> None:
+    with refused(WrongShape):
+        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused(backbone: Backbone, value: float) -> None:
+    def change(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+        tensors["kv"][1, 0, 1, 2, 3] = value
+
+    with refused(CorruptArtifact):
+        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("format", "2", WrongMethod),
+        ("format", None, WrongMethod),
+        ("method", json.dumps({"type": "lora"}), WrongMethod),
+        ("method", json.dumps({}), WrongMethod),
+        ("method", "{not json", CorruptArtifact),
+        ("method", "[1, 2]", CorruptArtifact),
+        ("method", None, CorruptArtifact),
+        ("user_key", None, CorruptArtifact),
+        ("training_digest", None, CorruptArtifact),
+        ("template_digest", "0" * 64, WrongBackbone),
+        ("backbone_fingerprint", "", WrongBackbone),
+    ],
+)
+def test_tampered_or_missing_metadata_is_refused(
+    backbone: Backbone, name: str, value: str | None, kind: type[ArtifactError]
+) -> None:
+    def change(_tensors: dict[str, Any], texts: dict[str, str]) -> None:
+        if value is None:
+            del texts[name]
+        else:
+            texts[name] = value
+
+    with pytest.raises(kind) as caught:
+        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+    assert type(caught.value) is kind
+
+
+def test_a_file_cut_short_anywhere_is_refused(backbone: Backbone) -> None:
+    data = prefix_for(backbone).to_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    sizes = {0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) - 1}
+    for size in sorted(sizes | set(range(0, len(data), 61))):
+        with pytest.raises(CorruptArtifact):
+            Prefix.from_bytes(data[:size], backbone)
+    with pytest.raises(CorruptArtifact):
+        Prefix.from_bytes(data + b"\0", backbone)
+
+
+@hypothesis_settings(max_examples=60)
+@given(data=st.data())
+def test_damaged_bytes_raise_an_artifact_error_or_keep_the_digests_promise(
+    backbone: Backbone, data: st.DataObject
+) -> None:
+    prefix = prefix_for(backbone)
+    octets = bytearray(prefix.to_bytes())
+    at = data.draw(st.integers(0, len(octets) - 1))
+    octets[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(CorruptArtifact):
+        Prefix.from_bytes(bytes(octets), backbone, digest=prefix.digest)
+    try:
+        Prefix.from_bytes(bytes(octets), backbone)
+    except ArtifactError:
+        return
+    assert hashlib.sha256(octets).hexdigest() != prefix.digest
+
+
+@given(octets=st.binary(max_size=200))
+def test_random_bytes_are_refused(backbone: Backbone, octets: bytes) -> None:
+    with pytest.raises(CorruptArtifact):
+        Prefix.from_bytes(octets, backbone)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle in a prefix file was executed",))
+
+
+def test_a_pickle_is_refused_and_not_executed(backbone: Backbone, tmp_path: Path) -> None:
+    bomb = pickle.dumps(_Bomb())
+    with refused(CorruptArtifact):
+        Prefix.from_bytes(bomb, backbone)
+    torch.save({"kv": torch.zeros(2, 2, 2, P, 8)}, tmp_path / "p.safetensors")
+    with refused(CorruptArtifact):
+        Prefix.load(tmp_path / "p.safetensors", backbone)
+
+
+def test_safetensors_of_something_else_are_refused(
+    backbone: Backbone, tiny_model_dir: Path
+) -> None:
+    with pytest.raises(WrongMethod):
+        Prefix.load(tiny_model_dir / "model.safetensors", backbone)
+    with pytest.raises(WrongMethod):
+        Prefix.from_bytes(save_safetensors({"kv": torch.zeros(2, 2, 2, P, 8)}), backbone)
+
+
+def test_a_path_without_a_file_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    with refused(CorruptArtifact):
+        Prefix.load(tmp_path / "nothing", backbone)
+    with refused(CorruptArtifact):
+        Prefix.load(tmp_path, backbone)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = prefix_for(backbone).save(tmp_path / "p.safetensors")
+    before = path.read_bytes()
+
+    def fail(*_args: Any) -> None:
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="no space"):
+        prefix_for(backbone, seed=2).save(path)
+    with pytest.raises(OSError, match="no space"):
+        prefix_for(backbone, seed=2).save(tmp_path / "other.safetensors")
+    monkeypatch.undo()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.safetensors"]
+    assert path.read_bytes() == before
+
+
+def test_errors_of_every_kind_keep_their_fields_through_pickling() -> None:
+    def kinds(root: type[PTuningError]) -> list[type[PTuningError]]:
+        return [root, *(kind for child in root.__subclasses__() for kind in kinds(child))]
+
+    for kind in kinds(PTuningError):
+        error = kind("it broke", seen=1, expected=(2, 3), fix="mend it", user_key="abc")
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind
+        assert str(again) == str(error) == "it broke; seen: 1; expected: (2, 3); to fix: mend it"
+        assert again.fields == {"user_key": "abc"}
+
+
+@given(one=st.text(), two=st.text())
+def test_user_keys_are_safe_names_and_differ_for_ids_that_differ(one: str, two: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in one + two):
+        return
+    key = user_key(one)
+    assert len(key) == 52
+    assert set(key) <= set("abcdefghijklmnopqrstuvwxyz234567")
+    assert (key == user_key(two)) == (one == two)
+
+
+def test_user_keys_are_what_the_store_and_the_registry_already_hold() -> None:
+    digest = hashlib.sha256("Zoë".encode()).digest()
+    assert user_key("Zoë") == base64.b32encode(digest).decode().rstrip("=").lower()
+    assert user_key("alice") != user_key("Alice") != user_key("alice ")

@@ -1,0 +1,217 @@
+"""Many users in one batch: each row is what it would be alone, with its own prefix or none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import FAMILIES, build, logits_of, random_kv
+from tiny_model import make_tokenizer
+from tokenizers import processors
+
+from ptuning.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.backbone import DECODER, Backbone
+from ptuning.errors import ConfigError, DataError, WrongBackbone
+from ptuning.generate import generate, row_prefix, stop_ids
+
+PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
+
+
+def prefix_for(backbone: Backbone, length: int, seed: int) -> Prefix:
+    meta = PrefixMeta(
+        method={"type": "prefix", "num_virtual_tokens": length},
+        backbone=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        template_digest=backbone.template.digest,
+        user_key=f"user-{seed}",
+    )
+    return make_prefix({DECODER: random_kv(backbone, length, seed)[0]}, meta)
+
+
+def prefixes_for(backbone: Backbone) -> list[Prefix | None]:
+    """Three users with prefixes of different lengths, and the base model."""
+    return [
+        prefix_for(backbone, 3, 1),
+        None,
+        prefix_for(backbone, 7, 2),
+        prefix_for(backbone, 1, 3),
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_a_mixed_batch_gives_each_row_what_it_gets_alone(family: str, kind: str) -> None:
+    backbone = build(FAMILIES[family](), kind)
+    prefixes = prefixes_for(backbone)
+    together = generate(backbone, PROMPTS, prefixes, max_new_tokens=8)
+    alone = [
+        generate(backbone, [prompt], [prefix], max_new_tokens=8)[0]
+        for prompt, prefix in zip(PROMPTS, prefixes, strict=True)
+    ]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mistral"])
+def test_greedy_steps_equal_whole_passes_over_the_growing_text(family: str) -> None:
+    """The cache, the window and the positions after the first step are right."""
+    config = FAMILIES[family]()
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 6
+    backbone = build(config)
+    prefix = prefix_for(backbone, 4, 1)
+    ids = backbone.template.encode_prompt(PROMPTS[1])
+    expected: list[int] = []
+    kv = row_prefix(backbone, [prefix])
+    for _ in range(12):
+        with torch.no_grad():
+            (logits,) = logits_of(backbone, [[*ids, *expected]], kv)
+        token = int(logits[-1].argmax())
+        if token in stop_ids(backbone):
+            break
+        expected.append(token)
+    text = generate(backbone, [PROMPTS[1]], [prefix], max_new_tokens=12)[0]
+    assert text == backbone.template.decode(expected)
+
+
+def test_a_row_without_a_prefix_is_the_plain_models_greedy_generation() -> None:
+    backbone = build(FAMILIES["llama"]())
+    ids = backbone.template.encode_prompt(PROMPTS[0])
+    output = backbone.model.generate(  # type: ignore[operator]
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
+        max_new_tokens=10,
+        do_sample=False,
+    )
+    expected = backbone.template.decode(output[0, len(ids) :].tolist())
+    prefixes = [None, prefix_for(backbone, 5, 1)]
+    ours = generate(backbone, [PROMPTS[0], PROMPTS[1]], prefixes, max_new_tokens=10)
+    assert ours[0] == expected
+
+
+def test_the_prefix_decides_the_text() -> None:
+    strong = build(FAMILIES["llama"]())
+    prefixes: list[Prefix | None] = [None, prefix_for(strong, 4, 1), prefix_for(strong, 4, 2)]
+    texts = generate(strong, [PROMPTS[0]] * 3, prefixes, max_new_tokens=12)
+    assert len(set(texts)) == 3
+
+
+def test_sampled_rows_depend_on_seed_and_place_and_on_no_neighbour() -> None:
+    backbone = build(FAMILIES["llama"]())
+    prefixes = prefixes_for(backbone)
+
+    def sample(prompts: list[str], chosen: list[Prefix | None], seed: int = 0) -> list[str]:
+        return generate(backbone, prompts, chosen, max_new_tokens=10, temperature=1.0, seed=seed)
+
+    first = sample(PROMPTS, prefixes)
+    assert sample(PROMPTS, prefixes) == first
+    torch.manual_seed(99)  # not the process's own random state either
+    others = ["the", PROMPTS[1], "fox fox fox", "you"]
+    assert sample(others, [None, *prefixes[1:2], None, None])[1] == first[1]
+    assert sample(PROMPTS[:2], prefixes[:2]) == first[:2]
+    assert sample(PROMPTS, prefixes, seed=1) != first
+    same = sample([PROMPTS[0]] * 4, [prefixes[0]] * 4)
+    assert len(set(same)) > 1, "rows of one prompt must not draw the same numbers"
+
+
+def test_a_low_temperature_is_nearly_greedy() -> None:
+    backbone = build(FAMILIES["llama"]())
+    prefixes = prefixes_for(backbone)
+    greedy = generate(backbone, PROMPTS, prefixes, max_new_tokens=6)
+    cold = generate(backbone, PROMPTS, prefixes, max_new_tokens=6, temperature=1e-6)
+    assert cold == greedy
+
+
+def test_generation_stops_at_the_end_token_of_each_row_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = build(FAMILIES["llama"]())
+    prefixes = prefixes_for(backbone)
+    free = generate(backbone, PROMPTS, prefixes, max_new_tokens=8)
+    ids = backbone.template.encode_prompt(PROMPTS[0])
+    with torch.no_grad():
+        (logits,) = logits_of(backbone, [ids], row_prefix(backbone, prefixes[:1]))
+    first = int(logits[-1].argmax())
+    module = sys.modules["ptuning.generate"]  # `ptuning.generate` is the function
+    monkeypatch.setattr(module, "stop_ids", lambda _backbone: {first})
+    stopped = generate(backbone, PROMPTS, prefixes, max_new_tokens=8)
+    assert stopped[0] == ""
+    for ours, whole in zip(stopped, free, strict=True):
+        assert whole.startswith(ours)
+    assert any(stopped), "the others go on"
+
+
+def test_at_most_max_new_tokens_are_generated() -> None:
+    backbone = build(FAMILIES["llama"]())
+    texts = [
+        generate(backbone, PROMPTS[:1], [None], max_new_tokens=count)[0] for count in (1, 4, 9)
+    ]
+    assert texts[1].startswith(texts[0])
+    assert texts[2].startswith(texts[1])
+
+
+def test_long_prompts_lose_their_oldest_tokens() -> None:
+    backbone = build(FAMILIES["llama"]())
+    short = "the lazy dog"
+    room = len(backbone.template.encode_prompt(short))
+    cut = generate(backbone, ["x" * 50 + short], [None], max_new_tokens=6, max_length=room)
+    assert cut == generate(backbone, [short], [None], max_new_tokens=6)
+
+
+def test_nothing_asked_is_nothing_answered(backbone: Backbone) -> None:
+    assert generate(backbone, [], []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "prefixes"),
+    [({}, []), ({"max_new_tokens": 0}, [None]), ({"temperature": -1.0}, [None])],
+)
+def test_impossible_requests_are_errors(
+    backbone: Backbone, options: dict[str, Any], prefixes: list[None]
+) -> None:
+    with pytest.raises(ConfigError):
+        generate(backbone, ["hello"], prefixes, **options)
+
+
+def test_a_prompt_without_tokens_is_an_error_not_a_broken_batch() -> None:
+    backbone = build(FAMILIES["gpt2"]())
+    backbone.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    bare = Backbone(backbone.model, backbone.tokenizer, name="bare", fingerprint="0")
+    for prompts in ([""], ["hello", ""]):
+        with pytest.raises(DataError, match="no tokens"):
+            generate(bare, prompts, [None] * len(prompts))
+
+
+def test_a_prefix_of_another_backbone_is_refused_before_anything_runs(backbone: Backbone) -> None:
+    other = build(FAMILIES["gpt2"]())
+    with pytest.raises(WrongBackbone):
+        generate(backbone, PROMPTS[:2], [None, prefix_for(other, 3, 1)])
+
+
+def test_mixed_lengths_are_padded_on_the_left_and_hidden(backbone: Backbone) -> None:
+    prefixes = prefixes_for(backbone)
+    made = row_prefix(backbone, prefixes)
+    assert made is not None
+    assert made.length == 7
+    assert made.visible is not None
+    assert made.visible.sum(-1).tolist() == [3, 0, 7, 1]
+    assert bool(made.visible[:, -1].tolist() == [True, False, True, True])
+    assert made.offsets(4).tolist() == [3, 0, 7, 1]
+    first = prefixes[0]
+    assert first is not None
+    for layer, kv in enumerate(made.layers[DECODER]):
+        assert torch.equal(kv[0, :, :, -3:], first.kv[DECODER][layer])
+    assert row_prefix(backbone, [None, None]) is None
+    equal = row_prefix(backbone, [first, first])
+    assert equal is not None
+    assert equal.visible is None
+
+
+def test_the_templates_end_and_the_models_own_ends_both_stop(backbone: Backbone) -> None:
+    tokenizer = make_tokenizer()
+    assert stop_ids(backbone) == {tokenizer.eos_token_id}
+    strong = build(FAMILIES["llama"]())
+    strong.model.generation_config.eos_token_id = [5, 9]  # type: ignore[union-attr]
+    assert stop_ids(strong) == {5, 9, tokenizer.eos_token_id}

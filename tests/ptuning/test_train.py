@@ -1,0 +1,482 @@
+"""The packed trainer is the plain one, user by user, whoever the neighbours are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, user_rows
+from tiny_model import make_tokenizer
+from torch import Tensor
+
+from ptuning.attention import implementation
+from ptuning.backbone import DECODER, Backbone
+from ptuning.data.encode import IGNORE, Encoded
+from ptuning.data.packing import epoch_batches, fill_words, microbatches
+from ptuning.errors import BackboneChanged, MethodError
+from ptuning.methods.base import Parameters
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
+from ptuning.train.packed import train_pack
+from ptuning.train.plain import train_user
+from ptuning.train.step import LocalDriver
+
+P = 3
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    """With weights large enough that prefixes matter."""
+    return build(FAMILIES["llama"]())
+
+
+METHODS = {
+    "direct-words": PrefixTuning(num_virtual_tokens=P),
+    "direct-random": PrefixTuning(num_virtual_tokens=P, init="random"),
+    "mlp-words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8),
+    "mlp-random": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8, init="random"),
+}
+methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+
+
+def users() -> list[UserRows]:
+    """Ragged: many rows, one row, no validation rows, more batches than the others."""
+    return [
+        user_rows("alice", train=7, valid=3, words=P),
+        user_rows("bob", train=1, valid=1, words=P),
+        user_rows("carol", train=4, valid=0, words=P),
+        user_rows("dave", train=11, valid=2, words=P, longest=30),
+        user_rows("erin", train=3, valid=5, words=P),
+    ]
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"epochs": 3, "batch_size": 3, "patience": None, **changes})
+
+
+def packed(
+    backbone: Backbone, method: PrefixTuning, settings: TrainConfig, pack: Sequence[UserRows]
+) -> dict[str, Trained]:
+    results = LocalDriver(backbone).run(train_pack(backbone, method, settings, pack))
+    assert [one.user_key for one in results] == [user.user_key for user in pack]
+    return {one.user_key: one for one in results}
+
+
+def assert_same(ours: Trained, expected: Trained, atol: float = 1e-4) -> None:
+    assert ours.error is None
+    assert expected.error is None
+    assert ours.kv is not None
+    assert expected.kv is not None
+    for stack, kv in expected.kv.items():
+        torch.testing.assert_close(ours.kv[stack], kv, atol=atol, rtol=0)
+    assert (ours.steps, ours.tokens) == (expected.steps, expected.tokens)
+    assert [line["epoch"] for line in ours.history] == [line["epoch"] for line in expected.history]
+    for line, wanted in zip(ours.history, expected.history, strict=True):
+        for split in ("train", "valid"):
+            assert line[split] == (
+                None if wanted[split] is None else pytest.approx(wanted[split], abs=atol)
+            )
+
+
+@methods
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"weight_decay": 0.1, "max_grad_norm": None, "schedule": "constant"},
+        {"max_grad_norm": 0.05, "warmup_fraction": 0.4, "batch_size": 2, "epochs": 4},
+        {"batch_size": 100, "tokens_per_microbatch": 1},
+    ],
+    ids=["defaults", "decay", "clipped-warmup", "one-row-microbatches"],
+)
+def test_a_pack_gives_what_each_user_alone_gives_in_the_plain_trainer(
+    backbone: Backbone, method: PrefixTuning, changes: dict[str, Any]
+) -> None:
+    settings = config(**changes)
+    results = packed(backbone, method, settings, users())
+    for user in users():
+        expected = train_user(backbone, method, settings, user)
+        assert_same(results[user.user_key], expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "opt"])
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_packed_equals_plain_on_other_families(family: str, kind: str) -> None:
+    backbone, method = build(FAMILIES[family](), kind), METHODS["direct-words"]
+    # Adam divides by the size of a gradient, so rounding is what is left where it is tiny.
+    settings = config(epochs=2, learning_rate=1e-2)
+    results = packed(backbone, method, settings, users()[:3])
+    for user in users()[:3]:
+        assert_same(results[user.user_key], train_user(backbone, method, settings, user), atol=5e-4)
+
+
+@methods
+def test_a_users_prefix_does_not_depend_on_neighbours_order_or_microbatches(
+    backbone: Backbone, method: PrefixTuning
+) -> None:
+    pack = users()
+    alone = {user.user_key: packed(backbone, method, config(), [user]) for user in pack}
+    variants = [
+        packed(backbone, method, config(), pack),
+        packed(backbone, method, config(), pack[::-1]),
+        packed(backbone, method, config(tokens_per_microbatch=40), pack[1:] + pack[:1]),
+        packed(backbone, method, config(pack_users=1), pack[:3]),
+    ]
+    for variant in variants:
+        for key, trained in variant.items():
+            assert_same(trained, alone[key][key])
+
+
+def test_the_same_rows_and_seed_in_two_slots_of_a_pack_give_the_same_prefix(
+    backbone: Backbone,
+) -> None:
+    alice = users()[0]
+    twin = replace(alice, user_key="twin")
+    results = packed(backbone, METHODS["direct-words"], config(), [alice, twin])
+    one, two = results["alice"].kv, results["twin"].kv
+    assert one is not None
+    assert two is not None
+    torch.testing.assert_close(one[DECODER], two[DECODER], atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_trains_the_same_prefix() -> None:
+    results = [
+        packed(build(FAMILIES["llama"](), **options), METHODS["mlp-words"], config(), users()[:2])
+        for options in ({}, {"gradient_checkpointing": True})
+    ]
+    for key in results[0]:
+        assert_same(results[1][key], results[0][key], atol=1e-5)
+
+
+def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers() -> None:
+    model = build_model(FAMILIES["llama"](), implementation("eager")).to(torch.bfloat16)
+    backbone = Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)
+    method, settings = METHODS["direct-words"], config(epochs=2, learning_rate=1e-2)
+    results = packed(backbone, method, settings, users()[:3])
+    for user in users()[:3]:
+        ours, plain = results[user.user_key], train_user(backbone, method, settings, user)
+        assert ours.kv is not None
+        assert plain.kv is not None
+        assert ours.kv[DECODER].dtype == torch.float32
+        for line, wanted in zip(ours.history, plain.history, strict=True):
+            assert line["train"] == pytest.approx(wanted["train"], abs=0.05)
+        # Adam moves by at most the learning rate a step, whatever rounding made of a gradient.
+        assert (ours.kv[DECODER] - plain.kv[DECODER]).abs().mean() < 0.01
+
+
+@methods
+def test_training_lowers_the_loss_on_a_task_that_can_be_learned(
+    backbone: Backbone, method: PrefixTuning
+) -> None:
+    """Every completion of a user is the same token of that user's."""
+
+    def rows(answer: int) -> tuple[Encoded, ...]:
+        prompts = [random_ids(5, seed) for seed in range(6)]
+        return tuple(
+            Encoded([*ids, answer, answer], [IGNORE] * 5 + [answer] * 2) for ids in prompts
+        )
+
+    pack = [
+        UserRows(
+            user_key=f"says-{answer}",
+            seed=answer,
+            train=rows(answer),
+            valid=rows(answer)[:2],
+            words=(answer,) * P,
+        )
+        for answer in (50, 120, 260)
+    ]
+    settings = config(epochs=15, learning_rate=0.1)
+    results = packed(backbone, method, settings, pack)
+    for trained in results.values():
+        first, last = trained.history[0]["train"], trained.history[-1]["train"]
+        assert first is not None
+        assert last is not None
+        assert last < first - 0.3, trained.history
+
+
+def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: Backbone) -> None:
+    """Validation contradicts training for one user: it stops early, its neighbours go on."""
+
+    def rows(answer: int, count: int) -> tuple[Encoded, ...]:
+        return tuple(
+            Encoded([*random_ids(4, n), answer, answer], [IGNORE] * 4 + [answer] * 2)
+            for n in range(count)
+        )
+
+    contrary = UserRows(
+        user_key="contrary", seed=1, train=rows(50, 4), valid=rows(120, 2), words=(9, 8, 7)
+    )
+    steady = UserRows(
+        user_key="steady", seed=2, train=rows(60, 4), valid=rows(60, 2), words=(9, 8, 7)
+    )
+    settings = config(epochs=8, patience=1, learning_rate=0.2, batch_size=2)
+    method = METHODS["direct-words"]
+    results = packed(backbone, method, settings, [contrary, steady, *users()[:2]])
+    assert len(results["contrary"].history) < len(results["steady"].history)
+    for user in (contrary, steady, *users()[:2]):
+        assert_same(results[user.user_key], train_user(backbone, method, settings, user))
+    # What is kept is the best epoch's prefix, not the last one's.
+    valid = [line["valid"] or math.inf for line in results["contrary"].history]
+    best = valid.index(min(valid))
+    assert best < len(valid) - 1
+    # A constant rate makes shorter trainings beginnings of longer ones.
+    shorter = config(
+        epochs=best + 1, learning_rate=0.2, batch_size=2, schedule="constant", patience=None
+    )
+    longer = shorter.model_copy(update={"epochs": 8, "patience": 1})
+    kept = packed(backbone, method, longer, [contrary])["contrary"].kv
+    last = packed(backbone, method, shorter, [contrary])["contrary"]
+    assert kept is not None
+    assert last.kv is not None
+    torch.testing.assert_close(kept[DECODER], last.kv[DECODER], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1e30])
+def test_a_user_whose_loss_is_not_finite_fails_alone(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    method, pack = METHODS["direct-words"], users()[:3]
+    healthy = packed(backbone, method, config(), pack)
+    one_epoch = packed(backbone, method, config(epochs=1), pack)
+    initial = PrefixTuning.initial
+
+    def poisoned(
+        self: PrefixTuning, facts: Any, words: dict[str, Tensor] | None, seed: int
+    ) -> Parameters:
+        made = initial(self, facts, words, seed)
+        if seed == pack[1].seed:
+            for parameter in made.trained.values():
+                parameter.fill_(bad)
+        return made
+
+    monkeypatch.setattr(PrefixTuning, "initial", poisoned)
+    results = packed(backbone, method, config(), pack)
+    sick = results["bob"]
+    if math.isfinite(bad):
+        # Huge values may still give a finite loss; then nothing failed, and nothing leaked.
+        assert sick.error is None or sick.kv is None
+    else:
+        assert sick.kv is None
+        assert sick.error is not None
+        assert "not finite" in sick.error
+        assert sick.steps == 1, "a failed user is trained no further"
+    for key in ("alice", "carol"):
+        assert_same(results[key], healthy[key])
+    # With the same rows beside it (no user dropped yet) a neighbour is equal bit for bit.
+    again = packed(backbone, method, config(epochs=1), pack)
+    for key in ("alice", "carol"):
+        ours, wanted = again[key].kv, one_epoch[key].kv
+        assert ours is not None
+        assert wanted is not None
+        assert torch.equal(ours[DECODER], wanted[DECODER])
+        assert again[key].history == one_epoch[key].history
+
+
+def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
+    empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
+    alice = users()[0]
+    for method in METHODS.values():
+        results = packed(backbone, method, config(), [empty, alice])
+        assert results["empty"].kv is None
+        assert results["empty"].error is not None
+        assert_same(results["alice"], packed(backbone, method, config(), [alice])["alice"])
+
+
+def test_training_leaves_the_frozen_weights_as_they_were(backbone: Backbone) -> None:
+    before = backbone.checksum()
+    packed(backbone, METHODS["mlp-random"], config(), users())
+    assert backbone.checksum() == before
+    backbone.verify_unchanged(before)
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+def test_a_changed_weight_is_noticed_wherever_it_is() -> None:
+    backbone = build(FAMILIES["gpt2"]())
+    before = backbone.checksum()
+    for parameter in list(backbone.model.parameters())[::5]:
+        flat = parameter.data.view(-1)
+        old = flat[-1].clone()
+        flat[-1] += 1e-3
+        with pytest.raises(BackboneChanged):
+            backbone.verify_unchanged(before)
+        flat[-1] = old
+        backbone.verify_unchanged(before)
+        if len(flat) > 1 and flat[0] != flat[-1]:  # a swap keeps every plain sum
+            flat[[0, -1]] = flat[[-1, 0]]
+            assert backbone.checksum() != before
+            flat[[0, -1]] = flat[[-1, 0]]
+    assert backbone.checksum() == before
+
+
+def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backbone) -> None:
+    alice = users()[0]
+    for method in METHODS.values():
+        runs = [
+            packed(backbone, method, config(), [replace(alice, seed=seed)])["alice"]
+            for seed in (1, 1, 2)
+        ]
+        kvs = [run.kv[DECODER] for run in runs if run.kv is not None]
+        assert torch.equal(kvs[0], kvs[1])
+        assert not torch.equal(kvs[0], kvs[2])
+
+
+def test_words_make_the_prefix_start_as_those_words(backbone: Backbone) -> None:
+    """With an MLP too: its last layer starts at zero and is added to the words."""
+    alice = users()[0]
+    with torch.no_grad():
+        words, _ = backbone.capture(torch.tensor([alice.words]))
+    for name in ("direct-words", "mlp-words"):
+        method = METHODS[name]
+        made = method.initial(backbone.facts, {DECODER: words[DECODER][0]}, seed=1)
+        compiled = method.compile(
+            {key: p.unsqueeze(0) for key, p in made.trained.items()},
+            {key: p.unsqueeze(0) for key, p in made.fixed.items()},
+            backbone.facts,
+        )
+        assert torch.equal(compiled[DECODER], words[DECODER])
+
+
+def test_more_virtual_tokens_than_positions_are_refused() -> None:
+    backbone = build(FAMILIES["gpt2"]())  # 128 positions
+    with pytest.raises(MethodError, match="positions"):
+        packed(backbone, PrefixTuning(num_virtual_tokens=128), config(), users())
+
+
+def test_words_are_needed_where_the_method_starts_from_words(backbone: Backbone) -> None:
+    with pytest.raises(MethodError):
+        METHODS["direct-words"].initial(backbone.facts, None, seed=1)
+
+
+# Pure parts
+
+
+@given(lengths=st.lists(st.integers(1, 60), max_size=40), budget=st.integers(1, 200))
+def test_microbatches_hold_every_row_once_within_the_budget(
+    lengths: list[int], budget: int
+) -> None:
+    groups = microbatches(lengths, budget)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    assert all(groups)
+    for group in groups:
+        longest = max(lengths[row] for row in group)
+        assert len(group) == 1 or len(group) * longest <= budget
+    flat = [lengths[row] for group in groups for row in group]
+    assert flat == sorted(flat, reverse=True)
+    assert groups == microbatches(lengths, budget)
+    for one, two in pairwise(groups):  # no group could have taken one more
+        assert (len(one) + 1) * lengths[one[0]] > budget
+        assert lengths[two[0]] <= lengths[one[-1]]
+
+
+@given(
+    rows=st.integers(0, 50),
+    size=st.integers(1, 12),
+    seed=st.integers(0, 2**62),
+    epoch=st.integers(1, 9),
+)
+def test_an_epochs_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone(
+    rows: int, size: int, seed: int, epoch: int
+) -> None:
+    batches = epoch_batches(rows, size, seed=seed, epoch=epoch)
+    assert sorted(row for batch in batches for row in batch) == list(range(rows))
+    assert len(batches) == math.ceil(rows / size)
+    assert all(len(batch) == size for batch in batches[:-1])
+    assert batches == epoch_batches(rows, size, seed=seed, epoch=epoch)
+    order = [row for batch in batches for row in batch]
+    other_size = epoch_batches(rows, size + 1, seed=seed, epoch=epoch)
+    assert order == [row for batch in other_size for row in batch]
+    if rows >= 20:
+        assert batches != epoch_batches(rows, size, seed=seed, epoch=epoch + 1)
+        assert batches != epoch_batches(rows, size, seed=seed + 1, epoch=epoch)
+
+
+@given(
+    total=st.integers(1, 200),
+    warmup=st.floats(0, 0.99),
+    schedule=st.sampled_from(["linear", "constant"]),
+    peak=st.floats(1e-6, 1),
+)
+def test_the_learning_rate_rises_to_its_peak_and_never_leaves_its_range(
+    total: int, warmup: float, schedule: Any, peak: float
+) -> None:
+    settings = TrainConfig(warmup_fraction=warmup, schedule=schedule)
+    rates = [learning_rate_at(settings, peak, step, total) for step in range(total)]
+    assert all(0 < rate <= peak * (1 + 1e-9) for rate in rates)
+    assert max(rates) == pytest.approx(peak)
+    top = int(warmup * total)
+    assert rates[:top] == sorted(rates[:top])
+    if schedule == "constant":
+        assert all(rate == peak for rate in rates[top:])
+    else:
+        assert rates[top:] == sorted(rates[top:], reverse=True)
+        assert rates[-1] == pytest.approx(peak / (total - top))
+
+
+@given(
+    losses=st.lists(st.floats(0, 10) | st.none(), min_size=1, max_size=12),
+    patience=st.none() | st.integers(1, 4),
+)
+def test_the_best_epoch_is_the_first_lowest_and_patience_is_counted_from_it(
+    losses: list[float | None], patience: int | None
+) -> None:
+    stopper, seen = BestEpoch(patience), []
+    best_at, kept = -1, -1
+    for epoch, loss in enumerate(losses):
+        is_best, stop = stopper.see(loss)
+        if is_best:
+            kept = epoch
+        if loss is None:
+            assert (is_best, stop) == (True, False)
+            continue
+        seen.append(loss)
+        assert is_best == (loss < min(seen[:-1], default=math.inf))
+        best_at = epoch if is_best else best_at
+        if patience is None:
+            assert not stop
+        if stop:
+            assert kept == best_at or None in losses
+            break
+
+
+@given(ids=st.lists(st.integers(0, 99), min_size=1, max_size=9), count=st.integers(1, 30))
+def test_words_fill_exactly_the_virtual_tokens(ids: list[int], count: int) -> None:
+    filled = fill_words(ids, count)
+    assert len(filled) == count
+    assert filled[: len(ids)] == ids[:count]
+    assert set(filled) <= set(ids)
+
+
+@hypothesis_settings(max_examples=12)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=4),
+    batch_size=st.integers(1, 4),
+    budget=st.integers(1, 120),
+    method=st.sampled_from(list(METHODS)),
+)
+def test_any_pack_equals_the_plain_trainer(
+    backbone: Backbone,
+    sizes: list[tuple[int, int]],
+    batch_size: int,
+    budget: int,
+    method: str,
+) -> None:
+    pack = [
+        user_rows(f"{n}-{train}-{valid}", train, valid, words=P)
+        for n, (train, valid) in enumerate(sizes)
+    ]
+    settings = config(
+        epochs=2, batch_size=batch_size, tokens_per_microbatch=budget, patience=1, seed=3
+    )
+    results = packed(backbone, METHODS[method], settings, pack)
+    for user in pack:
+        expected = train_user(backbone, METHODS[method], settings, user)
+        assert_same(results[user.user_key], expected)

@@ -1,0 +1,26 @@
+"""Runs the service as the command line does, in a process of its own: JSON in, signals out."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from ptuning.backbone import BackboneConfig
+from ptuning.registry import RegistryConfig
+from serve.app import run
+from serve.config import ServeConfig
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    run(
+        ServeConfig(**settings["serve"]),
+        store=settings["store"],
+        backbone=BackboneConfig(name=settings["model"], dtype="float32", device="cpu"),
+        template="auto",
+        registry=RegistryConfig(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""The service on Ray Serve, started as users start it, with two engine replicas."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from serving import Files, prefix_file, save_llama
+
+from ptuning.artifact import Prefix
+from ptuning.backbone import Backbone
+from ptuning.errors import ServeError
+from ptuning.load import load_backbone
+from ptuning.registry import RegistryConfig, open_registry
+from ptuning.store import Store
+from serve.auth import is_loopback
+from serve.config import ServeConfig
+
+pytestmark = pytest.mark.slow
+
+LAUNCH = Path(__file__).parent / "launch.py"
+MODEL = "tiny"
+REFRESH_SECONDS = 1.0
+START_SECONDS = 180.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+@dataclass
+class Served:
+    """A running service, its store, and the library's own view of the same model."""
+
+    process: subprocess.Popen[str]
+    address: str
+    backbone: Backbone
+    files: Files
+    output: Path
+    clients: dict[str, Any] = field(default_factory=dict)
+
+    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+        values = {"model": MODEL, "prompt": "hello", "temperature": 0, "max_tokens": 8, **body}
+        return httpx.post(self.address + path, json=values, timeout=60)
+
+    def promote(self, user: str, **settings: Any) -> Prefix:
+        prefix = prefix_file(self.backbone, user, **settings)
+        self.files.promote(prefix)
+        return prefix
+
+    def metric(self, name: str) -> float:
+        """A family's sum over all replicas and labels."""
+        lines = httpx.get(f"{self.address}/metrics", timeout=30).text.splitlines()
+        found = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0)
+
+
+def start(settings: dict[str, Any], output: Path) -> subprocess.Popen[str]:
+    with output.open("w") as sink:
+        return subprocess.Popen(
+            [sys.executable, str(LAUNCH), json.dumps(settings)],
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A Ray of its own, whatever other tests have started.
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        )
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("service")
+    model = save_llama(directory / "model", positions=8192)
+    store = directory / "store"
+    store.mkdir()
+    port = free_port()
+    settings = {
+        "model": str(model),
+        "store": str(store),
+        "serve": {
+            "port": port,
+            "model_name": MODEL,
+            "max_rows": 4,
+            "max_tokens_limit": 6000,
+            "refresh_seconds": REFRESH_SECONDS,
+            "replicas": 2,
+            "num_cpus": 0.5,
+            "num_threads": 1,
+            "start_timeout_s": START_SECONDS,
+        },
+    }
+    backbone = load_backbone(str(model), dtype="float32", attention="sdpa", device="cpu")
+    registry = open_registry(RegistryConfig(), f"sqlite:///{Store(str(store)).path('mlflow.db')}")
+    output = directory / "output.txt"
+    process = start(settings, output)
+    service = Served(
+        process=process,
+        address=f"http://127.0.0.1:{port}",
+        backbone=backbone,
+        files=Files(registry, store / "prefixes"),
+        output=output,
+    )
+    try:
+        eventually(
+            lambda: service.address in output.read_text() or process.poll() is not None,
+            START_SECONDS + 30,
+        )
+        assert process.poll() is None, output.read_text()
+        yield service
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(60) == 0, output.read_text()
+        finally:
+            process.kill()
+
+
+def test_it_prints_its_address_and_how_to_ask(served: Served) -> None:
+    text = served.output.read_text()
+    assert f"curl {served.address}/v1/completions" in text
+    assert httpx.get(f"{served.address}/healthz").json() == {"status": "ok", "replicas_ready": 2}
+
+
+def test_nothing_listens_beyond_loopback(served: Served) -> None:
+    launcher = psutil.Process(served.process.pid)
+    family = {launcher.pid, *(child.pid for child in launcher.children(recursive=True))}
+    listening = [
+        (connection.laddr.ip.removeprefix("::ffff:"), psutil.Process(connection.pid).name())
+        for connection in psutil.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in family
+    ]
+    assert len(listening) > 3
+    assert [entry for entry in listening if not is_loopback(entry[0])] == []
+
+
+def test_the_openai_client_works_unmodified(served: Served) -> None:
+    prefix = served.promote("alice")
+    client = served.openai()
+    assert [model.id for model in client.models.list()] == [MODEL]
+    raw = client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        user="alice",
+        messages=[{"role": "user", "content": "hello"}],
+        temperature=0,
+        max_completion_tokens=12,
+    )
+    assert raw.headers["x-prefix-digest"] == prefix.digest
+    answer = raw.parse()
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 12
+    assert (answer.model_extra or {})["prefix"]["digest"] == prefix.digest
+    text = answer.choices[0].message.content
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL,
+            user="alice",
+            messages=[{"role": "user", "content": "hello"}],
+            temperature=0,
+            max_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert (chunks[0].model_extra or {})["prefix"]["digest"] == prefix.digest
+    assert chunks[-1].usage == answer.usage
+    completion = client.completions.create(
+        model=MODEL, user="alice", prompt="hello", temperature=0, max_tokens=5
+    )
+    assert completion.choices[0].finish_reason in ("stop", "length")
+
+
+def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
+    client = served.openai()
+    with pytest.raises(openai.NotFoundError, match="no model"):
+        client.completions.create(model="other", prompt="x")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="word " * 2000)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model=MODEL, prompt="x", n=2)
+
+
+def test_concurrent_users_get_their_own_digests_on_both_replicas(served: Served) -> None:
+    users = [f"user{n}" for n in range(8)]
+    prefixes = {
+        user: served.promote(user, length=1 + n, seed=20 + n) for n, user in enumerate(users)
+    }
+    alone = {user: served.post(user=user).json() for user in users}
+    assert len({answer["choices"][0]["text"] for answer in alone.values()}) > 4
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda user: (user, served.post(user=user)), users * 5))
+    for user, response in together:
+        assert response.headers["x-prefix-digest"] == prefixes[user].digest
+        assert response.json()["prefix"]["digest"] == prefixes[user].digest
+        assert response.json()["choices"] == alone[user]["choices"]
+    text = httpx.get(f"{served.address}/metrics").text
+    tokens = [line for line in text.splitlines() if line.startswith("ptuning_tokens_generated")]
+    assert len(tokens) == 2
+    assert all(float(line.rsplit(" ", 1)[1]) > 0 for line in tokens)
+    assert not any(user in text for user in users)
+
+
+def test_a_new_champion_answers_without_a_restart_and_a_running_request_keeps_its_own(
+    served: Served,
+) -> None:
+    old = served.promote("carol", seed=1)
+    served.post(user="carol")
+    body = {"model": MODEL, "prompt": "hello", "user": "carol", "temperature": 0}
+    with httpx.stream(
+        "POST",
+        f"{served.address}/v1/completions",
+        json={**body, "max_tokens": 1500, "stream": True},
+        timeout=60,
+    ) as running:
+        assert running.headers["x-prefix-digest"] == old.digest
+        new = served.promote("carol", seed=2)
+        promoted = time.monotonic()
+        eventually(lambda: served.post(user="carol").headers["x-prefix-digest"] == new.digest, 20)
+        assert time.monotonic() - promoted < REFRESH_SECONDS + 3
+        chunks = [line for line in running.iter_lines() if line]
+    assert chunks[-1] == "data: [DONE]"
+    streamed = "".join(json.loads(c[6:])["choices"][0]["text"] for c in chunks[:-1])
+    served.files.promote(old)
+    eventually(lambda: served.post(user="carol").headers["x-prefix-digest"] == old.digest, 20)
+    again = served.post(user="carol", max_tokens=1500).json()["choices"][0]["text"]
+    assert streamed == again
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(served: Served, stream: bool) -> None:
+    before = served.metric("ptuning_requests_cancelled_total")
+    body = {"model": MODEL, "prompt": "hello", "max_tokens": 5900, "stream": stream, "seed": 1}
+    data = json.dumps({**body, "logit_bias": {}}).encode()
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        eventually(lambda: served.metric("ptuning_rows_in_use") == 1)
+    eventually(lambda: served.metric("ptuning_requests_cancelled_total") == before + 1)
+    eventually(lambda: served.metric("ptuning_rows_in_use") == 0)
+
+
+def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Served) -> None:
+    prefix = served.promote("dave")
+    launcher = psutil.Process(served.process.pid)
+    engines = [
+        child
+        for child in launcher.children(recursive=True)
+        if "ServeReplica:ptuning:Engine" in " ".join(child.cmdline())
+    ]
+    assert len(engines) == 2
+    engines[0].kill()
+    seen = []
+
+    def healthy() -> bool:
+        response = served.post(user="dave")
+        seen.append(response.status_code)
+        if response.status_code == 200:
+            assert response.headers["x-prefix-digest"] == prefix.digest
+        else:
+            assert response.json()["error"]["code"] == "replica_unavailable"
+        health = httpx.get(f"{served.address}/healthz", timeout=30)
+        return bool(health.status_code == 200 and engines[0].pid not in psutil.pids())
+
+    eventually(healthy, 90)
+    assert served.post(user="dave").status_code == 200
+
+
+def test_a_port_in_use_is_said_before_anything_starts(served: Served, tmp_path: Path) -> None:
+    from ptuning.backbone import BackboneConfig
+    from serve.app import run
+
+    port = int(served.address.rsplit(":", 1)[1])
+    with pytest.raises(ServeError, match=r"serve\.port"):
+        run(
+            ServeConfig(port=port, model_name=MODEL),
+            store=str(tmp_path),
+            backbone=BackboneConfig(name=served.backbone.name),
+        )
+
+
+def test_a_model_that_cannot_be_served_ends_the_start_with_its_reason(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    settings = {
+        "model": str(model),
+        "store": str(tmp_path),
+        "serve": {"port": free_port(), "model_name": MODEL, "start_timeout_s": 120},
+    }
+    output = tmp_path / "output.txt"
+    process = start(settings, output)
+    try:
+        assert process.wait(150) == 1
+    finally:
+        process.kill()
+    text = output.read_text()
+    assert "ServeError: the service did not become healthy" in text
+    assert "safetensors" in text.lower() or "header" in text.lower()
