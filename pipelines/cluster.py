@@ -45,7 +45,7 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
     if ours:
         try:
             ray.init(
-                address=config.address,
+                address=config.address or "local",
                 include_dashboard=False if config.address is None else None,
                 log_to_driver=False,
                 logging_level=logging.WARNING,

@@ -98,7 +98,7 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
                 member.examples = found[key]
                 member.rows = prepare(backbone.template, job.recipe, key, found[key])
                 _check_data(backbone, job, member)
-                member.champion = _champion(backbone, member)
+                member.champion = _champion(backbone, job, member)
             except PTuningError as error:
                 member.fail("tune", error)
 
@@ -114,7 +114,7 @@ def _check_data(backbone: Backbone, job: PackJob, member: _Member) -> None:
         )
 
 
-def _champion(backbone: Backbone, member: _Member) -> Prefix | None:
+def _champion(backbone: Backbone, job: PackJob, member: _Member) -> Prefix | None:
     """The prefix the user has now, if this backbone can still use it."""
     planned = member.planned
     if planned.champion_uri is None:
@@ -124,6 +124,7 @@ def _champion(backbone: Backbone, member: _Member) -> Prefix | None:
             read_uri(planned.champion_uri),
             backbone,
             user_key=planned.user_key,
+            prefix_name=job.recipe.prefix_name,
             digest=planned.champion_digest,
         )
     except (PTuningError, OSError) as error:

@@ -165,7 +165,8 @@ def _body(question: str, user: str | None) -> dict[str, Any]:
         "model": "smollm2",
         "messages": [{"role": "user", "content": question}],
         "max_tokens": MAX_TOKENS,
-        "temperature": 0,
+        "temperature": 0.7,
+        "seed": 1,  # with a seed the same answers come again
     }
     return body | ({"user": user} if user else {})
 

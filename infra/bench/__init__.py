@@ -1,0 +1,1 @@
+"""Measurements that README and decisions quote: each a script that prints its figures."""

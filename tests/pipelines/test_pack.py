@@ -1,0 +1,167 @@
+"""One pack's work, without Ray: failures stay with their user, champions are judged by rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import user_rows
+
+import pipelines.pack
+from pipelines.evaluate import gate_all
+from pipelines.pack import PackJob, pack_machine
+from pipelines.plan import Pack, PlannedUser
+from ptuning.artifact import ArtifactConfig, Prefix
+from ptuning.backbone import Backbone
+from ptuning.data.examples import arrange, data_digest
+from ptuning.evaluate import GateConfig
+from ptuning.load import load_backbone
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.store import Store, prefix_path
+from ptuning.train.config import TrainConfig
+from ptuning.train.step import LocalDriver
+from ptuning.types import Example, UserReport, user_key
+from ptuning.users import Recipe, identity
+
+USERS = ("ann", "bob", "cy")
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model_dir: Path) -> Backbone:
+    torch.set_num_threads(1)
+    return load_backbone(str(tiny_model_dir), dtype="float32")
+
+
+def _examples(user: str, count: int = 12) -> list[Example]:
+    rows = user_rows(user, count)
+    return arrange([Example(**{k: v for k, v in r.items() if k != "user_id"}) for r in rows])
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Example]]:
+    """What the buckets hold; a test may change it."""
+    held = {user: _examples(user) for user in USERS}
+
+    def read(
+        _store: Any, _partition: str, _bucket: int, keys: Sequence[str]
+    ) -> dict[str, list[Example]]:
+        return {user: found for user, found in held.items() if user_key(user) in set(keys)}
+
+    monkeypatch.setattr(pipelines.pack, "read_users", read)
+    return held
+
+
+def _recipe(tokens: int = 4, epochs: int = 2) -> Recipe:
+    return Recipe(PrefixTuning(num_virtual_tokens=tokens), TrainConfig(epochs=epochs))
+
+
+def _pack(
+    backbone: Backbone, recipe: Recipe, rows: dict[str, list[Example]], **champion: Any
+) -> Pack:
+    users = []
+    for user, examples in rows.items():
+        data = data_digest(examples)
+        key = user_key(user)
+        users.append(
+            PlannedUser(
+                user_key=key,
+                bucket=0,
+                tokens=1,
+                data_digest=data,
+                training_digest=identity(
+                    recipe, backbone.fingerprint, backbone.template.digest, key, data
+                ),
+                **(champion if user == "ann" else {}),
+            )
+        )
+    return Pack(pack_id="p", users=tuple(users))
+
+
+def _work(backbone: Backbone, tmp_path: Path, recipe: Recipe, pack: Pack) -> dict[str, UserReport]:
+    job = PackJob(Store(tmp_path), "partition", recipe, ArtifactConfig())
+    reports = LocalDriver(backbone).run(pack_machine(backbone, job, pack))
+    names = {user_key(user): user for user in USERS}
+    return {names[report.user_key]: report for report in reports}
+
+
+def test_every_user_of_a_pack_gets_a_file_and_losses_of_every_judge(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = _recipe()
+    reports = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))
+    for user, report in reports.items():
+        assert report.status == "trained"
+        assert set(report.losses) == {"base", "candidate", "other"}
+        path = tmp_path / prefix_path(user_key(user), str(report.digest))
+        prefix = Prefix.load(path, backbone, user_key=user_key(user), digest=report.digest)
+        assert prefix.meta.data_digest == data_digest(rows[user])
+
+
+def test_a_user_whose_rows_cannot_be_encoded_fails_alone(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = _recipe()
+    pack = _pack(backbone, recipe, rows)
+    whole = _work(backbone, tmp_path / "whole", recipe, pack)
+    rows["bob"] = [Example(prompt="p", completion="x" * 5000, split="train")]
+    reports = _work(backbone, tmp_path / "broken", recipe, pack)
+    assert reports["bob"].status == "failed"
+    assert reports["bob"].error
+    for user in ("ann", "cy"):
+        assert reports[user].status == "trained"
+        assert reports[user].losses["candidate"]["valid"].nll == pytest.approx(
+            whole[user].losses["candidate"]["valid"].nll, abs=1e-4
+        )
+
+
+def test_rows_of_another_user_under_a_users_key_are_noticed(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = _recipe()
+    pack = _pack(backbone, recipe, rows)
+    rows["ann"], rows["bob"] = rows["bob"], rows["ann"]
+    reports = _work(backbone, tmp_path, recipe, pack)
+    assert reports["ann"].status == reports["bob"].status == "failed"
+    assert reports["cy"].status == "trained"
+    assert not (tmp_path / "prefixes" / user_key("ann")[:2] / user_key("ann")).exists()
+
+
+def test_a_champion_with_other_virtual_tokens_is_judged_on_the_same_rows(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    first = _recipe(tokens=6, epochs=8)
+    before = _work(backbone, tmp_path, first, _pack(backbone, first, rows))["ann"]
+    recipe = _recipe(tokens=2, epochs=1)
+    pack = _pack(
+        backbone,
+        recipe,
+        rows,
+        champion_uri=str(tmp_path / prefix_path(user_key("ann"), str(before.digest))),
+        champion_digest=before.digest,
+    )
+    after = _work(backbone, tmp_path, recipe, pack)["ann"]
+    assert after.losses["champion"]["valid"].nll == pytest.approx(
+        before.losses["candidate"]["valid"].nll, abs=1e-4
+    )
+    gate_all([after], GateConfig(min_valid_tokens=0))
+    assert after.decision == "rejected", "one epoch of two tokens must not beat eight of six"
+
+
+def test_another_users_file_is_never_taken_for_the_champion(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = _recipe()
+    before = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))["bob"]
+    pack = _pack(
+        backbone,
+        recipe,
+        rows,
+        champion_uri=str(tmp_path / prefix_path(user_key("bob"), str(before.digest))),
+        champion_digest=before.digest,
+    )
+    after = _work(backbone, tmp_path, recipe, pack)["ann"]
+    assert "champion" not in after.losses
+    assert "another user" in after.details["champion_ignored"]
