@@ -34,7 +34,7 @@ from ptuning.load import (
     weight_bytes,
 )
 
-_WORKER_BYTES = 2 << 30  # a worker's interpreter, libraries and activations, measured
+_WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, measured
 
 
 @contextlib.contextmanager
@@ -42,6 +42,8 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
     """Ray, initialised: (the cluster's resources, seconds it took). Left as it was found."""
     begin = time.monotonic()
     ours = not ray.is_initialized()
+    # A Ray of our own is for this machine alone: it listens on loopback only.
+    local: dict[str, Any] = {} if config.address else {"_node_ip_address": "127.0.0.1"}
     if ours:
         try:
             ray.init(
@@ -50,8 +52,7 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 configure_logging=False,
-                # A Ray of our own is for this machine alone: it listens on loopback only.
-                **({"_node_ip_address": "127.0.0.1"} if config.address is None else {}),
+                **local,
             )
         except (ConnectionError, RuntimeError) as error:
             raise RunError(

@@ -180,7 +180,8 @@ class Backbone:
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
-                module._gradient_checkpointing_func = partial(_checkpoint_in_eval, module)
+                inside = partial(_checkpoint_in_eval, module)
+                module._gradient_checkpointing_func = inside  # type: ignore[assignment]
 
     def _discover(self) -> Facts:
         """Run two tokens and note which modules attend, in which order and with which shapes.

@@ -220,7 +220,7 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
     implementation = attention_module.implementation(attention)
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path,
                 dtype=dtype,
                 attn_implementation=implementation,
@@ -230,8 +230,15 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
         raise ModelNotFound(
             "the model's weights are damaged", seen=f"{source.name}: {error}", fix="fetch it again"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("the model does not fit on the device", seen=str(error)) from error
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
         raise _not_loadable(source.name, error) from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(source.name, error) from error
+    model, info = loaded
     # Transformers fills what a checkpoint lacks with random numbers and only warns.
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(

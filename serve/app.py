@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import socket
 import threading
@@ -31,6 +33,8 @@ from ptuning.store import Store
 from serve.auth import Keys, check_exposure
 from serve.config import ServeConfig
 from serve.replica import EngineReplica, HttpReplica
+
+log = logging.getLogger("ptuning.serve")
 
 APP = "ptuning"
 _SLACK = 32  # requests beyond rows and queue: those that are refused, health checks
@@ -63,7 +67,11 @@ def build(
     engine = ray.serve.deployment(
         name="Engine",
         num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": {"env_vars": _engine_environment()},
+        },
         max_ongoing_requests=capacity,
         max_queued_requests=_SLACK,
         health_check_period_s=5,
@@ -85,6 +93,15 @@ def build(
     return http.bind(config, served_name(config, backbone), engine)
 
 
+def _engine_environment() -> dict[str, str]:
+    """What must stand in an engine's environment before torch is imported there.
+
+    OpenMP's threads spin while they wait, which is ruinous where somebody else wants the
+    cores (2 cores, load 6: 4 answers took 260 s, with passive waiting 6 s).
+    """
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+
+
 class Running:
     """A service that is up; `close` (or leaving its `with` block) takes it down."""
 
@@ -97,11 +114,18 @@ class Running:
         """Stop the service, and Ray too where `run` started it. May be called twice."""
         if not ray.is_initialized():
             return
-        ray.serve.delete(APP)
-        if not ray.serve.status().applications:
-            ray.serve.shutdown()
-        if self._owns_ray:
-            ray.shutdown()
+        try:
+            applications = ray.serve.status().applications
+            if APP in applications:
+                ray.serve.delete(APP)  # lets requests in flight end
+            # Where Ray goes too, everything goes with it.
+            if not self._owns_ray and set(applications) <= {APP}:
+                ray.serve.shutdown()
+        except Exception:
+            log.exception("the service did not stop cleanly")
+        finally:
+            if self._owns_ray:
+                ray.shutdown()
 
     def __enter__(self) -> Running:
         return self
@@ -130,6 +154,8 @@ def run(
     and returns after SIGINT or SIGTERM, with everything stopped. Raises ConfigError,
     ModelNotFound, or ServeError where the port is taken or the service does not come up.
     """
+    check_exposure(config)
+    config = config.model_copy(update={"port": _free_port(config)})
     application = build(
         config,
         store=store,
@@ -137,7 +163,6 @@ def run(
         template=template,
         registry=registry or RegistryConfig(),
     )
-    _check_port(config)
     owns_ray = local_ray.start_ray(max(1.0, config.replicas * config.num_cpus))
     running = Running(config, owns_ray=owns_ray)
     # After Ray, which sets handlers of its own.
@@ -156,7 +181,8 @@ def run(
     return running
 
 
-def _check_port(config: ServeConfig) -> None:
+def _free_port(config: ServeConfig) -> int:
+    """The configured port if it is free, any free one for 0. Raises ServeError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -168,6 +194,7 @@ def _check_port(config: ServeConfig) -> None:
                 seen=f"{config.host}:{config.port}: {error.strerror}",
                 fix="stop what uses that port, or set serve.port",
             ) from error
+        return int(probe.getsockname()[1])
 
 
 def _deploy(config: ServeConfig, application: ray.serve.Application) -> None:
@@ -179,6 +206,7 @@ def _deploy(config: ServeConfig, application: ray.serve.Application) -> None:
             expected=f"{needed:g} = serve.replicas x serve.num_cpus",
             fix="lower serve.replicas or serve.num_cpus",
         )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     ray.serve.start(
         proxy_location="HeadOnly",

@@ -14,7 +14,7 @@ class ServeConfig(Config):
         "127.0.0.1",
         description="address to listen on; beyond loopback only with serve.api_keys_file",
     )
-    port: int = Field(8000, ge=1, le=65535, description="TCP port of the HTTP service")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 takes any free one")
     model_name: str | None = Field(
         None, description="name in /v1/models and in requests; none: the backbone's own name"
     )

@@ -55,7 +55,9 @@ def train_pack(
     """Train every user of a pack; results in the order of `users`."""
     method.check(backbone.facts)
     slots = yield from _initial_slots(backbone, method, users, config.tokens_per_microbatch)
-    progress = [_start(user, config) for user in users]
+    limit = backbone.facts.max_positions
+    room = None if limit is None else limit - method.num_virtual_tokens
+    progress = [_start(user, config, room) for user in users]
     peak = config.learning_rate or method.default_learning_rate
     while active := [slot for slot, one in enumerate(progress) if not one.done]:
         leaves = slots.leaves()
@@ -73,18 +75,25 @@ def train_pack(
     return [_result(one, slots.best[slot]) for slot, one in enumerate(progress)]
 
 
-def _start(user: UserRows, config: TrainConfig) -> _Progress:
+def _start(user: UserRows, config: TrainConfig, room: int | None) -> _Progress:
+    """`room` is how many real tokens the backbone's positions leave beside the prefix."""
     one = _Progress(
         user=user,
         total_steps=config.epochs * math.ceil(len(user.train) / config.batch_size),
         best=BestEpoch(config.patience),
         result=Trained(user_key=user.user_key, kv=None),
-        done=not user.train,
     )
-    if user.train:
-        one.begin_epoch(config.batch_size)
-    else:
+    longest = max((len(row.input_ids) for row in (*user.train, *user.valid)), default=0)
+    if not user.train:
         one.result.error = "the user has no train rows"
+    elif room is not None and longest > room:
+        one.result.error = (
+            f"a row has {longest} tokens, but the backbone has positions for {room} beside the "
+            "prefix; lower data.max_length or method.num_virtual_tokens"
+        )
+    else:
+        one.begin_epoch(config.batch_size)
+    one.done = one.result.error is not None
     return one
 
 

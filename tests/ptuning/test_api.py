@@ -211,11 +211,11 @@ def test_a_users_init_words_start_the_prefix(backbone: Backbone) -> None:
                 for n, row in enumerate(rows)
             ]
         },
-        method=ptuning.PrefixTuning(num_virtual_tokens=len(words)),
+        method=ptuning.PrefixTuning(num_virtual_tokens=len(words) + 2),
         train=ptuning.TrainConfig(epochs=1, learning_rate=1e-12),
     )["alice"]
     with torch.no_grad():
-        captured, _ = backbone.capture(torch.tensor([words]))
+        captured, _ = backbone.capture(torch.tensor([[*words, *words[:2]]]))  # repeated to fill
     assert result.prefix is not None
     torch.testing.assert_close(
         result.prefix.kv["decoder"], captured["decoder"][0], atol=1e-6, rtol=0

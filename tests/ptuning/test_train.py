@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, user_rows
+from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, random_kv, user_rows
 from tiny_model import make_tokenizer
 from torch import Tensor
 
@@ -22,11 +22,13 @@ from ptuning.backbone import DECODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import epoch_batches, fill_words, microbatches
 from ptuning.errors import BackboneChanged, MethodError
+from ptuning.evaluate import score_split
 from ptuning.methods.base import Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
+from ptuning.train.slots import Slots
 from ptuning.train.step import LocalDriver
 
 P = 3
@@ -343,6 +345,62 @@ def test_words_make_the_prefix_start_as_those_words(backbone: Backbone) -> None:
             backbone.facts,
         )
         assert torch.equal(compiled[DECODER], words[DECODER])
+
+
+@pytest.mark.parametrize("method", [METHODS["direct-random"], METHODS["mlp-random"]])
+def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
+    backbone: Backbone, method: PrefixTuning
+) -> None:
+    """Each slot has a step count, a rate and a norm of its own, whoever else is updated."""
+    settings = TrainConfig(weight_decay=0.05, max_grad_norm=0.5)
+    initial = [method.initial(backbone.facts, None, seed) for seed in range(3)]
+    slots = Slots(method, backbone.facts, initial, backbone.device)
+    twins = [
+        {name: p.clone().unsqueeze(0).requires_grad_() for name, p in one.trained.items()}
+        for one in initial
+    ]
+    optimizers = [
+        torch.optim.AdamW(twin.values(), weight_decay=settings.weight_decay) for twin in twins
+    ]
+    generator = torch.Generator().manual_seed(1)
+    for turn, named in enumerate([[0, 2], [2], [1, 2], [2, 0]]):
+        target = torch.randn((3, *backbone.facts.kv_shape(DECODER, P)), generator=generator)
+        leaves = slots.leaves()
+        (target * leaves[DECODER]).sum().backward()
+        rates = [0.01 * (slot + 1) / (turn + 1) for slot in named]
+        slots.update(leaves, named, rates, settings)
+        for slot, rate in zip(named, rates, strict=True):
+            optimizers[slot].param_groups[0]["lr"] = rate
+            optimizers[slot].zero_grad()
+            kv = method.compile(twins[slot], {}, backbone.facts)[DECODER]
+            (target[slot] * kv[0]).sum().backward()
+            torch.nn.utils.clip_grad_norm_(twins[slot].values(), 0.5)
+            optimizers[slot].step()
+    for slot, twin in enumerate(twins):
+        for name, parameter in twin.items():
+            torch.testing.assert_close(
+                slots.trained[name][slot], parameter[0].detach(), atol=1e-6, rtol=1e-5
+            )
+
+
+def test_scoring_many_users_at_once_gives_each_its_own_rows_under_its_own_prefix(
+    backbone: Backbone,
+) -> None:
+    pack = users()
+    rows = [user.train for user in pack]
+    kv = {DECODER: random_kv(backbone, P, seed=1, users=len(pack))}
+    driver = LocalDriver(backbone)
+    for budget in (1, 60, 10_000):
+        together = driver.run(score_split(backbone, rows, kv, budget))
+        for slot, user in enumerate(pack):
+            own = {DECODER: kv[DECODER][slot : slot + 1]}
+            (alone,) = driver.run(score_split(backbone, [user.train], own, 10_000))
+            assert together[slot].tokens == alone.tokens
+            assert together[slot].tokens == tuple(row.supervised for row in user.train)
+            assert together[slot].nats == pytest.approx(alone.nats, abs=1e-4)
+    base = driver.run(score_split(backbone, rows, None, 60))
+    assert base[0].nats != pytest.approx(together[0].nats, abs=1e-2)
+    assert driver.run(score_split(backbone, [(), rows[1]], None, 60))[0].nll is None
 
 
 def test_more_virtual_tokens_than_positions_are_refused() -> None:
