@@ -290,16 +290,9 @@ def _share_better(reports: list[UserReport], than: str) -> float | None:
 
 def _rates(facts: RunFacts) -> dict[str, str]:
     """What each stage got through per second, in the unit that drives its cost."""
-    evaluated = sum(
-        sum(losses.tokens)
-        for report in _trained(facts)
-        for by_split in report.losses.values()
-        for losses in by_split.values()
-    )
     amounts = {
         "partition": (facts.rows_read, "rows/s"),
         "tune": (facts.tokens_trained, "tokens/s"),
-        "evaluate": (evaluated, "tokens/s"),
         "register": (sum(1 for _ in _trained(facts)), "users/s"),
     }
     seconds = _seconds(facts)
