@@ -17,8 +17,11 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Threads that wait by spinning stop a busy machine (infra/decisions.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ray
+import ray._private.ray_constants as ray_constants
 
 from pipelines.config import RayConfig, RunConfig
 from ptuning.data.encode import Template
@@ -38,12 +41,15 @@ _WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, me
 
 
 @contextlib.contextmanager
-def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
-    """Ray, initialised: (the cluster's resources, seconds it took). Left as it was found."""
+def session(config: RayConfig) -> Iterator[float]:
+    """Ray, initialised, for the block; the value is the seconds it took. Left as it was found."""
     begin = time.monotonic()
     ours = not ray.is_initialized()
-    # A Ray of our own is for this machine alone: it listens on loopback only.
-    local: dict[str, Any] = {} if config.address else {"_node_ip_address": "127.0.0.1"}
+    if ours and config.address is None:
+        # A Ray of our own is for this machine alone: it listens on loopback only. The name
+        # speaks of Windows; what it does is to make the node's address 127.0.0.1.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        ray_constants.ENABLE_RAY_CLUSTER = False
     if ours:
         try:
             ray.init(
@@ -52,7 +58,6 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 configure_logging=False,
-                **local,
             )
         except (ConnectionError, RuntimeError) as error:
             raise RunError(
@@ -61,7 +66,7 @@ def session(config: RayConfig) -> Iterator[tuple[dict[str, float], float]]:
                 fix="check ray.address, or leave it out to start Ray on this machine",
             ) from error
     try:
-        yield ray.cluster_resources(), time.monotonic() - begin
+        yield time.monotonic() - begin
     finally:
         if ours:
             ray.shutdown()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from serve.config import ServeConfig
-
+from ptuning.errors import RunError
+from ptuning.registry.base import Registry
 from ptuning.store import Store
+from serve.config import ServeConfig
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -15,9 +16,26 @@ if TYPE_CHECKING:
 __all__ = ["ServeConfig", "deploy", "serve_forever"]
 
 
-def deploy(config: ServeConfig, store: Store, promoted: Mapping[str, str]) -> None:
-    """Champions are deployed by their alias: a running service reads it within
-    `serve.refresh_seconds`, so there is nothing to push and nothing to restart."""
+def deploy(registry: Registry, promoted: Mapping[str, str], prefix_name: str) -> None:
+    """Check that what the service will read is what this run promoted (user key to digest).
+
+    Nothing is pushed: a running service looks the `champion` alias up at least every
+    `serve.refresh_seconds`, so the alias is the deployment. Raises RunError where an alias
+    does not point at the promoted prefix.
+    """
+    current = registry.current(promoted, prefix_name)
+    astray = []
+    for key, digest in promoted.items():
+        now = current.get(key)
+        champion = now.champion if now else None
+        if champion is None or champion.digest != digest:
+            astray.append(key)
+    if astray:
+        raise RunError(
+            "promoted prefixes are not the registry's champions",
+            seen=f"{len(astray)} of {len(promoted)} users, such as {astray[0]}",
+            fix="another run may have promoted meanwhile; run again to compare with it",
+        )
 
 
 def serve_forever(config: RunConfig, store: str) -> None:

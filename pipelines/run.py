@@ -22,11 +22,13 @@ from pipelines import cluster
 from pipelines.config import RunConfig
 from pipelines.deploy import deploy
 from pipelines.evaluate import gate_all
+from pipelines.inputs import find_files
 from pipelines.partition import Partition, partition, read_index
 from pipelines.plan import Plan, PlannedUser, make_packs
 from pipelines.register import pack_metrics, register_pack
 from pipelines.report import RunFacts, RunProgress, html_report, summary, users_table
 from ptuning.errors import RunError
+from ptuning.load import locate
 from ptuning.registry import open_registry
 from ptuning.registry.base import PackRecord, Registry
 from ptuning.store import Store, read_uri
@@ -46,6 +48,7 @@ class Run:
     fingerprint: str
     template_digest: str
     backbone_name: str
+    config_digest: str
     index: list[dict[str, Any]] = field(default_factory=list)
     plan: Plan = field(default_factory=Plan)
     reports: dict[str, UserReport] = field(default_factory=dict)
@@ -67,9 +70,11 @@ def execute(
 ) -> RunFacts:
     """Run every stage and write the run's results; returns what the end report prints."""
     begun = time.monotonic()
+    # What can be known to be wrong is said before a cluster is started.
+    find_files(sources)
+    locate(config.backbone.name)
     _check_writable(store)
-    with cluster.session(config.ray) as (resources, start_seconds):
-        config = cluster.resolve(config)
+    with cluster.session(config.ray) as start_seconds:
         start = time.monotonic()
         part = partition(
             sources, store, config.data, config.backbone.name, progress=_rows_of(progress)
@@ -78,7 +83,6 @@ def execute(
         with _open_run(store, config, part) as run:
             run.seconds = {"start": start_seconds, "partition": partition_seconds}
             facts = _stages(run, progress, begun)
-    del resources
     return facts
 
 
@@ -93,7 +97,7 @@ def _stages(run: Run, progress: RunProgress, begun: float) -> RunFacts:
     with run.timed("register"):
         _register(run, registry, progress)
     with run.timed("deploy"):
-        deploy(run.config.serve, run.store, _promoted(run))
+        deploy(registry, _promoted(run), run.config.registry.prefix_name)
     run.seconds["total"] = time.monotonic() - begun
     return _finish(run)
 
@@ -126,10 +130,14 @@ def _check_writable(store: Store) -> None:
 @contextlib.contextmanager
 def _open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]:
     """The unfinished run with the same partition and configuration, else a new one; locked."""
-    identity_of_backbone = cluster.backbone_identity(config)
-    run_id = _unfinished(store, config, part)
+    digest = config.digest()  # of what was asked for: "auto" may be decided otherwise next time
+    run_id = _unfinished(store, digest, part)
     resumed = run_id is not None
-    run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if run_id is None:
+        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        config = cluster.resolve(config)
+    else:
+        config = _as_begun(store, run_id, config)
     run = Run(
         run_id=run_id,
         store=store,
@@ -143,18 +151,26 @@ def _open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]
             config.artifact.dtype,
         ),
         resumed=resumed,
-        **identity_of_backbone,
+        config_digest=digest,
+        **cluster.backbone_identity(config),
     )
     with _lock(store, run_id):
-        header = {"partition_id": part.partition_id, "config_digest": config.digest()}
+        header = {"partition_id": part.partition_id, "config_digest": digest}
         if not resumed:
             text = yaml.safe_dump(header) + config.to_yaml()
             store.write(run.name("config.yaml"), text.encode("utf-8"))
         yield run
 
 
-def _unfinished(store: Store, config: RunConfig, part: Partition) -> str | None:
-    wanted = (part.partition_id, config.digest())
+def _as_begun(store: Store, run_id: str, config: RunConfig) -> RunConfig:
+    """The configuration with the dtype and attention that the run was begun with."""
+    saved = yaml.safe_load(store.read(f"runs/{run_id}/config.yaml"))["backbone"]
+    decided = {"dtype": saved["dtype"], "attention": saved["attention"]}
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update=decided)})
+
+
+def _unfinished(store: Store, config_digest: str, part: Partition) -> str | None:
+    wanted = (part.partition_id, config_digest)
     for run_id in reversed(store.list("runs")):
         name = f"runs/{run_id}/config.yaml"
         if store.exists(f"runs/{run_id}/summary.json") or not store.exists(name):
@@ -285,7 +301,7 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
                 "backbone": run.backbone_name,
                 "backbone_fingerprint": run.fingerprint,
                 "template_digest": run.template_digest,
-                "config_digest": run.config.digest(),
+                "config_digest": run.config_digest,
                 "partition_id": run.part.partition_id,
                 "run_id": run.run_id,
                 "decision": report.decision or "",

@@ -12,6 +12,7 @@ from tiny_model import save_model
 
 # Read when Ray and Transformers are imported, so they are set before any test imports them.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

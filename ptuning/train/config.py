@@ -38,13 +38,10 @@ class TrainConfig(Config):
     pack_users: int = Field(
         16, ge=1, description="users that train together in one process; changes speed only"
     )
-    keep_resume: bool = Field(
-        False, description="keep optimiser state beside each prefix file, to continue exactly"
-    )
 
 
 # Settings that change no result beyond rounding, so no part of a training's identity.
-SPEED_ONLY = frozenset({"tokens_per_microbatch", "pack_users", "keep_resume"})
+SPEED_ONLY = frozenset({"tokens_per_microbatch", "pack_users"})
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as torch's defaults
 

@@ -16,7 +16,7 @@ from ptuning.attention import RowPrefix
 from ptuning.backbone import DECODER, Backbone
 from ptuning.registry import PackRecord, Registration, Registry, Version
 from ptuning.types import user_key
-from serve.engine import HeldPrefix, Request
+from serve.engine import Engine, HeldPrefix, Request
 from serve.events import Delta, Event, Failed, Finished, PrefixInfo, Started
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
@@ -167,3 +167,14 @@ class Files:
         self._packs += 1
         pack = PackRecord(run_id="test", pack_id=f"{self.directory.name}-{self._packs}")
         return self.registry.register(pack, [entry])[0]
+
+
+def make_engine(backbone: Backbone, **settings: int) -> Engine:
+    values = {"max_rows": 4, "max_queue": 100, "prefill_tokens": 64, **settings}
+    return Engine(backbone, **values)  # type: ignore[arg-type]
+
+
+def expected_text(backbone: Backbone, request: Request) -> str:
+    kv = request.prefix.kv if request.prefix else None
+    tokens = oracle(backbone, request.prompt, kv, request.max_tokens)
+    return backbone.template.decode(tokens)
