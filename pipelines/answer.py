@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipelines.config import RunConfig
+from pipelines.deploy import registry_of
 from ptuning.artifact import Prefix
 from ptuning.generate import generate
 from ptuning.load import load_backbone
@@ -24,7 +25,7 @@ def answer(
 ) -> tuple[list[str], str]:
     """The answers, and a line that says which prefix gave them."""
     store = Store(store_root)
-    registry = open_registry(config.registry, f"sqlite:///{store.path('mlflow.db')}")
+    registry = open_registry(config.registry, registry_of(config, store))
     key, name = user_key(user_id), config.registry.prefix_name
     champion = registry.champion(key, name)
     chosen = config.backbone

@@ -51,9 +51,6 @@ def _load(model: str | None, file: str | None, settings: Sequence[str]) -> Any:
 class _Keys(click.Command):
     """A command whose help ends with every configuration key it understands."""
 
-    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_help_text(ctx, formatter)
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         from pipelines.config import known_keys
@@ -226,6 +223,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         click.echo(f"ptuning: {error}", err=True)
         code = USAGE
+    except ModuleNotFoundError as error:
+        click.echo(
+            f"ptuning: this verb needs {error.name}, which is not installed; "
+            "to fix: pip install 'ptuning[cluster]'",
+            err=True,
+        )
+        code = FAILED
     except PTuningError as error:
         click.echo(f"ptuning: {error}", err=True)
         code = FAILED

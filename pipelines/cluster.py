@@ -25,7 +25,7 @@ import ray._private.ray_constants as ray_constants
 
 from pipelines.config import RayConfig, RunConfig
 from ptuning.data.encode import Template
-from ptuning.errors import RunError
+from ptuning.errors import ConfigError, RunError
 from ptuning.load import (
     choose_attention,
     choose_device,
@@ -96,9 +96,21 @@ def gang(config: RunConfig) -> Gang:
         gpus = 1.0 if resources.get("GPU", 0) else 0.0
     count = chosen.workers
     if count is None:
-        count = int(resources["GPU"] // gpus) if gpus else _workers_in_memory(config, int(cores))
-    cpus = chosen.cpus_per_worker or (1.0 if gpus else max(0.5, cores // count))
-    return Gang(max(1, count), cpus, gpus, max(1, int(cpus)))
+        count = (
+            int(resources.get("GPU", 0) // gpus) if gpus else _workers_in_memory(config, int(cores))
+        )
+    cpus = chosen.cpus_per_worker or (1.0 if gpus else cores / max(1, count))
+    count = max(1, count)
+    for name, wanted in (("CPU", count * cpus), ("GPU", count * gpus)):
+        # Ray would wait for such workers for ever.
+        if wanted > resources.get(name, 0.0):
+            raise ConfigError(
+                f"the gang does not fit into the cluster's {name}s",
+                seen=f"{count} workers need {wanted:g}",
+                expected=f"at most {resources.get(name, 0.0):g}",
+                fix="lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker",
+            )
+    return Gang(count, cpus, gpus, max(1, int(cpus)))
 
 
 def _workers_in_memory(config: RunConfig, cores: int) -> int:

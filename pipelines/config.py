@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,11 @@ class RunConfig(Config):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The configuration as a file; a password in the registry's address is left out."""
+        values = self.model_dump(mode="json")
+        if uri := self.registry.uri:
+            values["registry"]["uri"] = re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", uri)
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 def load_config(
@@ -94,7 +99,7 @@ def load_config(
     for name, value in sorted((os.environ if environment is None else environment).items()):
         if name.startswith(_ENVIRONMENT) and "__" in name and name not in _NOT_CONFIG:
             path = name.removeprefix(_ENVIRONMENT).lower().split("__")
-            _put(tree, path, yaml.safe_load(value), name)
+            _put(tree, path, _parse(value), name)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ptuning.errors import RunError
+from ptuning.errors import ConfigError, RunError
+from ptuning.registry import embedded_uri
 from ptuning.registry.base import Registry
 from ptuning.store import Store
 from serve.config import ServeConfig
@@ -38,10 +39,26 @@ def deploy(registry: Registry, promoted: Mapping[str, str], prefix_name: str) ->
         )
 
 
+def registry_of(config: RunConfig, store: Store) -> str:
+    """URI of the registry that a reading verb uses. A mistyped store must not become a new,
+    empty one that answers everybody with the base model."""
+    if config.registry.uri is not None:
+        return config.registry.uri
+    if store.is_local and not store.exists("mlflow.db"):
+        raise ConfigError(
+            "no run has been made in this store",
+            seen=store.root,
+            expected="a store with an mlflow.db",
+            fix="check --store, run `ptuning run` first, or set registry.uri",
+        )
+    return embedded_uri(store)
+
+
 def serve_forever(config: RunConfig, store: str) -> None:
     """Run the service until it is stopped."""
     import serve.app
 
+    registry_of(config, Store(store))
     serve.app.run(
         config.serve,
         store=Store(store).root,

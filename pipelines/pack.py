@@ -20,7 +20,13 @@ from pipelines.partition import read_users
 from pipelines.plan import Pack, PlannedUser
 from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
 from ptuning.backbone import Backbone
-from ptuning.errors import PTuningError
+from ptuning.errors import (
+    PTuningError,
+    WrongBackbone,
+    WrongMethod,
+    WrongShape,
+    WrongUser,
+)
 from ptuning.evaluate import score_split
 from ptuning.store import Store, prefix_path, read_uri
 from ptuning.train.config import Trained, UserRows
@@ -66,7 +72,11 @@ def pack_machine(backbone: Backbone, job: PackJob, pack: Pack) -> Machine[list[U
     ready = [member for member in members if member.rows is not None]
     if ready:
         trained = yield from train_pack(
-            backbone, job.recipe.method, job.recipe.train, [_rows(member) for member in ready]
+            backbone,
+            job.recipe.method,
+            job.recipe.train,
+            [_rows(member) for member in ready],
+            job.recipe.min_valid_tokens,
         )
         for member, outcome in zip(ready, trained, strict=True):
             _keep(backbone, job, member, outcome)
@@ -85,11 +95,7 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
     for member in members:
         by_bucket[member.planned.bucket].append(member)
     for bucket, group in sorted(by_bucket.items()):
-        wanted = [member.planned.user_key for member in group]
-        found = {
-            user_key(user_id): examples
-            for user_id, examples in read_users(job.store, job.partition_id, bucket, wanted).items()
-        }
+        found = _examples(job, bucket, [member.planned.user_key for member in group])
         for member in group:
             key = member.planned.user_key
             try:
@@ -99,8 +105,20 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
                 member.rows = prepare(backbone.template, job.recipe, key, found[key])
                 _check_data(backbone, job, member)
                 member.champion = _champion(backbone, job, member)
-            except PTuningError as error:
+            except (PTuningError, OSError) as error:
                 member.fail("tune", error)
+
+
+def _examples(job: PackJob, bucket: int, keys: Sequence[str]) -> dict[str, list[Example]]:
+    """The users' rows by key. Where one cannot be read the others still are."""
+    try:
+        found = read_users(job.store, job.partition_id, bucket, keys)
+    except (PTuningError, OSError):
+        if len(keys) == 1:
+            return {}
+        parts = [_examples(job, bucket, [key]) for key in keys]
+        return {key: examples for part in parts for key, examples in part.items()}
+    return {user_key(user_id): examples for user_id, examples in found.items()}
 
 
 def _check_data(backbone: Backbone, job: PackJob, member: _Member) -> None:
@@ -127,7 +145,8 @@ def _champion(backbone: Backbone, job: PackJob, member: _Member) -> Prefix | Non
             prefix_name=job.recipe.prefix_name,
             digest=planned.champion_digest,
         )
-    except (PTuningError, OSError) as error:
+    except (WrongBackbone, WrongShape, WrongMethod, WrongUser, FileNotFoundError) as error:
+        # It cannot serve either. What may only be a hiccup is raised, and fails the user.
         member.report.details["champion_ignored"] = str(error)
         return None
 
@@ -141,9 +160,9 @@ def _keep(backbone: Backbone, job: PackJob, member: _Member, outcome: Trained) -
     meta = meta_of(backbone, job.recipe, member.planned.user_key, member.examples)
     member.prefix = make_prefix(outcome.kv, meta, job.artifact)
     # The digest is in the name: another attempt can write the same file, never another into it.
+    # Written even where it exists: the one that is there may be damaged.
     path = prefix_path(member.planned.user_key, member.prefix.digest)
-    if not job.store.exists(path):
-        job.store.write(path, member.prefix.to_bytes())
+    job.store.write(path, member.prefix.to_bytes())
     report.digest = member.prefix.digest
 
 

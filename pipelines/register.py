@@ -17,6 +17,7 @@ def register_pack(
     reports: Sequence[UserReport],
     lineage: Callable[[UserReport], Mapping[str, str]],
     prefix_name: str,
+    gate_digest: str,
 ) -> None:
     """Register every trained user of a pack. Idempotent: a repeated call adds nothing.
 
@@ -35,6 +36,7 @@ def register_pack(
                 uri=store.path(prefix_path(report.user_key, report.digest)),
                 training_digest=tags.pop("training_digest"),
                 data_digest=tags.pop("data_digest"),
+                gate_digest="" if report.decision == "pending" else gate_digest,
                 promote=report.decision == "promoted",
                 tags=tags,
                 metrics=user_metrics(report),
@@ -52,8 +54,10 @@ def user_metrics(report: UserReport) -> dict[str, float]:
         for split, losses in splits.items():
             if (nll := losses.nll) is not None and nll == nll:
                 figures[f"nll_{who}_{split}"] = nll
-    if report.gate is not None and report.gate.gain_over_base is not None:
-        figures["gain_over_base"] = report.gate.gain_over_base
+    for split in ("valid", "test"):  # the gate decides on valid; test is what to publish
+        base, own = (figures.get(f"nll_{who}_{split}") for who in ("base", "candidate"))
+        if base is not None and own is not None:
+            figures[f"gain_over_base_{split}"] = base - own
     return figures
 
 

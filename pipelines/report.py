@@ -550,7 +550,7 @@ def _failures_section(found: list[dict[str, str]]) -> str:
 
 
 def _users_section(facts: RunFacts) -> str:
-    numbers = ("base#", "another's#", "own#", "gain#", "steps#", "tokens#")
+    numbers = ("base#", "another's#", "own#", "gain#", "rows", "steps#", "tokens#")
     head = ("user key", "outcome", *numbers, "why")
     rows = [_page_row(user_id, report) for user_id, report in facts.users[:USERS_SHOWN]]
     shown = ""
@@ -561,16 +561,19 @@ def _users_section(facts: RunFacts) -> str:
 
 
 def _page_row(user_id: str, report: UserReport) -> tuple[str, ...]:
-    base, own = nll(report, "base", "valid"), nll(report, "candidate", "valid")
+    # What is published comes from test rows where there are any.
+    split = "valid" if nll(report, "candidate", "test") is None else "test"
+    base, own = nll(report, "base", split), nll(report, "candidate", split)
     gain = f"{base - own:+.3f}" if base is not None and own is not None else "–"
     why = report.error or (report.gate.reason if report.gate else "")
     return (
         report.user_key[:12],
         report.decision or report.status.replace("_", " "),
         _loss(base),
-        _loss(nll(report, "other", "valid")),
+        _loss(nll(report, "other", split)),
         _loss(own),
         gain,
+        split if own is not None else "–",
         f"{report.steps:,}",
         f"{report.tokens:,}",
         redact(why, user_id),

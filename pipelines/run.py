@@ -8,6 +8,7 @@ registry); a run without a summary.json is unfinished and is taken up again by t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import time
@@ -29,10 +30,10 @@ from pipelines.register import pack_metrics, register_pack
 from pipelines.report import RunFacts, RunProgress, html_report, summary, users_table
 from ptuning.errors import RunError
 from ptuning.load import locate
-from ptuning.registry import open_registry
-from ptuning.registry.base import PackRecord, Registry
+from ptuning.registry import embedded_uri, open_registry
+from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.store import Store, read_uri
-from ptuning.types import UserReport
+from ptuning.types import Gate, UserReport
 from ptuning.users import Recipe, identity
 
 
@@ -73,6 +74,8 @@ def execute(
     # What can be known to be wrong is said before a cluster is started.
     find_files(sources)
     locate(config.backbone.name)
+    if config.registry.uri is None:
+        embedded_uri(store)
     _check_writable(store)
     with cluster.session(config.ray) as start_seconds:
         start = time.monotonic()
@@ -88,7 +91,7 @@ def execute(
 
 def _stages(run: Run, progress: RunProgress, begun: float) -> RunFacts:
     with run.timed("plan"):
-        registry = open_registry(run.config.registry, f"sqlite:///{run.store.path('mlflow.db')}")
+        registry = open_registry(run.config.registry, embedded_uri(run.store))
         _plan(run, registry)
     with run.timed("tune"):
         _tune(run, progress)
@@ -149,6 +152,7 @@ def _open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]
             config.data.max_length,
             config.registry.prefix_name,
             config.artifact.dtype,
+            config.gate.min_valid_tokens,
         ),
         resumed=resumed,
         config_digest=digest,
@@ -212,7 +216,7 @@ def _plan(run: Run, registry: Registry) -> None:
         [row["user_key"] for row in run.index], run.config.registry.prefix_name
     )
     skipped: dict[str, Any] = {}
-    users = []
+    gate, users = _gate_digest(run), []
     for row in run.index:
         key = row["user_key"]
         if row["too_few"]:
@@ -220,7 +224,7 @@ def _plan(run: Run, registry: Registry) -> None:
             continue
         digest = identity(run.recipe, run.fingerprint, run.template_digest, key, row["data_digest"])
         now = current.get(key)
-        if now and now.candidate and now.candidate.training_digest == digest and _kept(now):
+        if now and _is_unchanged(now, digest, gate):
             skipped[key] = "unchanged"
             continue
         champion = now.champion if now else None
@@ -240,12 +244,24 @@ def _plan(run: Run, registry: Registry) -> None:
     run.store.write_json(run.name("plan.json"), run.plan.to_json())
 
 
-def _kept(now: Any) -> bool:
-    """Whether the candidate's file is still there: a lost one is trained again."""
-    try:
-        return bool(read_uri(now.candidate.uri))
-    except OSError:
+def _is_unchanged(now: Current, training: str, gate: str) -> bool:
+    """Whether the candidate is what training would give, judged by this gate, and its file and
+    the champion's are still what they were: a lost or damaged one is trained again."""
+    candidate = now.candidate
+    if candidate is None or (candidate.training_digest, candidate.gate_digest) != (training, gate):
         return False
+    for version in {candidate, now.champion or candidate}:
+        try:
+            if hashlib.sha256(read_uri(version.uri)).hexdigest() != version.digest:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def _gate_digest(run: Run) -> str:
+    """SHA-256 of the gate's settings: a prefix judged by others is judged again."""
+    return hashlib.sha256(run.config.gate.model_dump_json().encode()).hexdigest()
 
 
 def _tune(run: Run, progress: RunProgress) -> None:
@@ -284,6 +300,7 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
     for pack in run.plan.packs:
         reports = [run.reports[user.user_key] for user in pack.users]
         planned = {user.user_key: user for user in pack.users}
+        _hold_overtaken(run, registry, reports, planned)
         record = PackRecord(
             run_id=run.run_id,
             pack_id=pack.pack_id,
@@ -308,10 +325,34 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
             }
 
         register_pack(
-            registry, run.store, record, reports, lineage, run.config.registry.prefix_name
+            registry,
+            run.store,
+            record,
+            reports,
+            lineage,
+            run.config.registry.prefix_name,
+            _gate_digest(run),
         )
         done += len(reports)
         progress.update(done)
+
+
+def _hold_overtaken(
+    run: Run,
+    registry: Registry,
+    reports: Sequence[UserReport],
+    planned: Mapping[str, PlannedUser],
+) -> None:
+    """Leave a user `pending` whose champion changed since the plan: it was never compared with."""
+    current = registry.current(planned, run.config.registry.prefix_name)
+    for report in reports:
+        now = current.get(report.user_key)
+        champion = now.champion.digest if now and now.champion else None
+        known = (None, planned[report.user_key].champion_digest, report.digest)
+        if report.decision == "promoted" and champion not in known:
+            report.decision = "pending"
+            reason = "the champion changed while this run worked; the next run compares with it"
+            report.gate = Gate(decision="pending", reason=reason)
 
 
 def _params(run: Run) -> dict[str, str]:
@@ -347,7 +388,7 @@ def _finish(run: Run) -> RunFacts:
             for row in run.index
         },
         store=run.store.root,
-        registry_uri=run.config.registry.uri or f"sqlite:///{run.store.path('mlflow.db')}",
+        registry_uri=run.config.registry.uri or embedded_uri(run.store),
         report_path=run.store.path(run.name("report.html")),
     )
     run.store.remove(run.name("ray"))  # Ray Train's own state; nothing reads it again

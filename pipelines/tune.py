@@ -29,7 +29,6 @@ from ptuning.data.encode import TemplateKind
 from ptuning.errors import RunError
 from ptuning.load import load_backbone
 from ptuning.store import Store
-from ptuning.train.config import TrainConfig
 from ptuning.train.step import Driver, LocalDriver, Machine, Train
 from ptuning.types import UserReport
 from ptuning.users import Recipe
@@ -175,7 +174,8 @@ def _worker(config: dict[str, Any]) -> None:
     store = Store(task.store)
     plan: Plan = config["plan"]
     done = read_done(store, task.run_id, plan.packs)
-    share = assign([pack for pack in plan.packs if pack.pack_id not in done], size)[rank]
+    # Shares are of the whole plan: ranks that list `done` at different moments must agree.
+    share = [pack for pack in assign(plan.packs, size)[rank] if pack.pack_id not in done]
     if task.backbone.sharding == "replicate" and not share:
         return
     backbone, driver = _load(task)
@@ -238,13 +238,6 @@ def _counted(machine: Machine[None], board: Any) -> Machine[None]:
             board.add.remote(0, tokens)
             tokens, told = 0, time.monotonic()
         result = yield work
-
-
-def recipe_of(
-    train: TrainConfig, method: Any, max_length: int, prefix_name: str, artifact: ArtifactConfig
-) -> Recipe:
-    """A run's recipe from its configuration."""
-    return Recipe(method, train, max_length, prefix_name, artifact.dtype)
 
 
 def _report_to_json(report: UserReport) -> dict[str, Any]:

@@ -85,7 +85,11 @@ def _downloaded(name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return str(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            )
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelNotFound(
             "the model is not in the hub's cache and cannot be downloaded",

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from ptuning.errors import RunError
+from ptuning.errors import ConfigError, RunError
 
 
 class Store:
@@ -26,7 +26,16 @@ class Store:
         self.root = str(root).rstrip("/") or "/"
         if "://" not in self.root:
             self.root = os.path.abspath(os.path.expanduser(self.root))
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        try:
+            # Listings must be fresh: other processes write while this one looks.
+            fresh = {} if "://" not in self.root else {"use_listings_cache": False}
+            self.fs, self._base = fsspec.core.url_to_fs(self.root, **fresh)
+        except ImportError as error:
+            raise ConfigError(
+                "the store's file system needs a package that is not installed",
+                seen=self.root,
+                fix=str(error),
+            ) from error
         self.is_local = "file" in self.fs.protocol
 
     def path(self, *parts: str) -> str:

@@ -70,7 +70,13 @@ def tune(
     size = recipe.train.pack_users
     for at in range(0, len(ready), size):
         pack = ready[at : at + size]
-        machine = train_pack(backbone, recipe.method, recipe.train, [rows for _, _, rows in pack])
+        machine = train_pack(
+            backbone,
+            recipe.method,
+            recipe.train,
+            [rows for _, _, rows in pack],
+            recipe.min_valid_tokens,
+        )
         for (user_id, rows, _), trained in zip(
             pack, LocalDriver(backbone).run(machine), strict=True
         ):

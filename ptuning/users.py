@@ -29,6 +29,7 @@ class Recipe:
     max_length: int = 512
     prefix_name: str = "default"
     artifact_dtype: str = "float32"
+    min_valid_tokens: int = 64  # with fewer, the last epoch is kept: too few to choose by
 
 
 def identity(
@@ -41,6 +42,7 @@ def identity(
         recipe.max_length,
         recipe.prefix_name,
         recipe.artifact_dtype,
+        recipe.min_valid_tokens,
         backbone_fingerprint,
         template_digest,
         user_key,

@@ -28,7 +28,7 @@ from ptuning.backbone import BackboneConfig
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
 from ptuning.load import locate
-from ptuning.registry import RegistryConfig
+from ptuning.registry import RegistryConfig, embedded_uri
 from ptuning.store import Store
 from serve.auth import Keys, check_exposure
 from serve.config import ServeConfig
@@ -64,6 +64,7 @@ def build(
             update={"api_keys_file": str(Path(config.api_keys_file).resolve())}
         )
     capacity = config.max_rows + config.max_queue + _SLACK
+    embedded = registry.uri or embedded_uri(Store(store))
     engine = ray.serve.deployment(
         name="Engine",
         num_replicas=config.replicas,
@@ -77,9 +78,7 @@ def build(
         health_check_period_s=5,
         graceful_shutdown_timeout_s=10,
         max_constructor_retry_count=1,
-    )(EngineReplica).bind(
-        config, backbone, template, registry, f"sqlite:///{Store(store).path('mlflow.db')}"
-    )
+    )(EngineReplica).bind(config, backbone, template, registry, embedded)
     http = ray.serve.deployment(
         name="Http",
         num_replicas=1,

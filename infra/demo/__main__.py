@@ -49,8 +49,8 @@ def main() -> int:
     run_id = _tune(console, data)
     rows = _losses(run_id)
     _print_losses(console, rows)
-    best = sorted((row for row in rows if row.own < row.base), key=lambda row: row.own - row.base)
-    asked = [row.user for row in best[:3]]
+    best = sorted(rows, key=lambda row: row.own - row.base)
+    asked = [row.user for row in best if row.user in _promoted()][:3]
     with _service(console) as address:
         answers = _ask(address, asked)
         _print_answers(console, answers, address)
@@ -81,7 +81,8 @@ def _tune(console: Console, data: Path) -> str:
     command = [sys.executable, "-m", "pipelines", "run", "--data", str(data), "--store", str(STORE)]
     if subprocess.run(command, check=False).returncode != 0:
         raise PTuningError("the run failed", fix="see its messages above")
-    run_id = max(path.parent.name for path in (STORE / "runs").glob("*/summary.json"))
+    newest = max((STORE / "runs").glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    run_id = newest.parent.name
     summary = json.loads((STORE / "runs" / run_id / "summary.json").read_text())
     if summary["users"]["trained"] == 0:
         console.print("\n[bold]Nothing changed since the last demo, so nothing was trained.[/bold]")
@@ -101,6 +102,16 @@ def _losses(run_id: str) -> list[LossRow]:
                     other=row["nll_other_valid"],
                 )
     return [found[user] for user in sorted(found)]
+
+
+def _promoted() -> set[str]:
+    """Users who were promoted in some run of this store."""
+    return {
+        row["user_id"]
+        for path in (STORE / "runs").glob("*/users.parquet")
+        for row in pq.read_table(path).to_pylist()
+        if row["decision"] == "promoted"
+    }
 
 
 def _print_losses(console: Console, rows: list[LossRow]) -> None:
@@ -181,7 +192,10 @@ def _ask(address: str, users: list[str]) -> list[Answer]:
             f"{address}/v1/chat/completions", json=_body(question, user), timeout=120
         )
         reply.raise_for_status()
-        text = reply.json()["choices"][0]["message"]["content"]
+        answer = reply.json()
+        if user is not None and answer["prefix"] is None:
+            raise ServeError("a promoted user was answered by the base model", seen=user)
+        text = answer["choices"][0]["message"]["content"]
         return Answer(question=question, who=user or "base", text=text)
 
     with ThreadPoolExecutor(len(jobs)) as pool:

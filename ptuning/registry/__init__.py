@@ -20,6 +20,7 @@ from ptuning.registry.base import (
     Version,
 )
 from ptuning.registry.memory import MemoryRegistry
+from ptuning.store import Store
 
 __all__ = [
     "Alias",
@@ -30,8 +31,21 @@ __all__ = [
     "Registry",
     "RegistryConfig",
     "Version",
+    "embedded_uri",
     "open_registry",
 ]
+
+
+def embedded_uri(store: Store) -> str:
+    """The registry inside a store: SQLite, which needs a local directory. ConfigError if not."""
+    if not store.is_local:
+        raise ConfigError(
+            "a store that is not a local directory cannot hold the embedded registry",
+            seen=store.root,
+            fix="set registry.uri to an MLflow server or database",
+        )
+    return f"sqlite:///{store.path('mlflow.db')}"
+
 
 _MLFLOW_SCHEMES = frozenset({"http", "https", "postgresql", "sqlite"})
 _named: dict[str, MemoryRegistry] = {}

@@ -46,6 +46,7 @@ class Registration:
     uri: str
     training_digest: str
     data_digest: str
+    gate_digest: str = ""  # which gate judged it; empty: not judged to the end
     promote: bool = False
     tags: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Version:
     uri: str
     training_digest: str
     data_digest: str
+    gate_digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,12 @@ class PackRecord:
 @runtime_checkable
 class Registry(Protocol):
     def register(self, pack: PackRecord, entries: Sequence[Registration]) -> list[Version]:
-        """Register each entry as a version, move `candidate` to it, and `champion` too if
-        `promote`. Idempotent: an entry whose digest is already a version of its model makes no
-        second version, and a pack registered twice makes no second MLflow run."""
+        """Register each entry as a version, move `champion` to it if `promote`, then `candidate`:
+        whoever is killed between the two leaves a user that is not taken for finished.
+
+        Idempotent: an entry whose digest is already a version of its model makes no second
+        version, and a pack registered twice makes no second MLflow run.
+        """
 
     def champion(self, user_key: str, prefix_name: str = "default") -> Version | None:
         """The serving version, or None. Raises RegistryError if the registry can't be asked:

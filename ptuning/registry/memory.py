@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ptuning.errors import RegistryError
 from ptuning.registry.base import (
@@ -94,10 +94,14 @@ class MemoryRegistry:
         if version is None:
             version = _version(entry, len(model.versions) + 1)
             model.versions.append(version)
-            self.entries[entry.user_key, entry.prefix_name, entry.digest] = entry
-        model.aliases["candidate"] = version
+        elif version.gate_digest != entry.gate_digest:  # judged anew
+            judged = replace(version, gate_digest=entry.gate_digest)
+            model.versions[model.versions.index(version)] = judged
+            version = judged
+        self.entries[entry.user_key, entry.prefix_name, entry.digest] = entry
         if entry.promote:
             model.aliases["champion"] = version
+        model.aliases["candidate"] = version
         return version
 
     def _ask(self) -> None:
@@ -116,4 +120,5 @@ def _version(entry: Registration, number: int) -> Version:
         uri=entry.uri,
         training_digest=entry.training_digest,
         data_digest=entry.data_digest,
+        gate_digest=entry.gate_digest,
     )

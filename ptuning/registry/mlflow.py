@@ -273,7 +273,11 @@ class MlflowRegistry:
             )
             known.versions[entry.digest] = found
         version = str(found.version)
-        for alias in ("candidate", "champion") if entry.promote else ("candidate",):
+        if found.tags.get("gate_digest", "") != entry.gate_digest:  # judged anew
+            for tag, value in _judgement(entry).items():
+                self._models.set_model_version_tag(name, version, tag, value)
+        # `candidate` last: it is what says that a user is done with.
+        for alias in ("champion", "candidate") if entry.promote else ("candidate",):
             if known.aliases.get(alias) != version:
                 self._models.set_registered_model_alias(name, alias, version)
                 known.aliases[alias] = version
@@ -380,6 +384,7 @@ class MlflowRegistry:
             uri=tags.get("uri") or found.source or "",
             training_digest=tags.get("training_digest", ""),
             data_digest=tags.get("data_digest", ""),
+            gate_digest=tags.get("gate_digest", ""),
         )
 
     @contextmanager
@@ -467,8 +472,15 @@ def _tags(entry: Registration) -> dict[str, str]:
         "uri": entry.uri,
         "user_key": entry.user_key,
         "prefix_name": entry.prefix_name,
+        **_judgement(entry),
     }
     return {**{key: str(value) for key, value in entry.tags.items()}, **figures, **identity}
+
+
+def _judgement(entry: Registration) -> dict[str, str]:
+    """Tags that change where another gate judges the same prefix."""
+    decided = {"decision": entry.tags["decision"]} if "decision" in entry.tags else {}
+    return {**decided, "gate_digest": entry.gate_digest}
 
 
 def _description(entry: Registration) -> str:

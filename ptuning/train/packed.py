@@ -50,9 +50,17 @@ class _Progress:
 
 
 def train_pack(
-    backbone: Backbone, method: Method, config: TrainConfig, users: Sequence[UserRows]
+    backbone: Backbone,
+    method: Method,
+    config: TrainConfig,
+    users: Sequence[UserRows],
+    min_valid_tokens: int = 0,
 ) -> Machine[list[Trained]]:
-    """Train every user of a pack; results in the order of `users`."""
+    """Train every user of a pack; results in the order of `users`.
+
+    A user with fewer than `min_valid_tokens` validation tokens trains all epochs and keeps
+    the last: so few tokens would choose an epoch by chance.
+    """
     method.check(backbone.facts)
     slots = yield from _initial_slots(backbone, method, users, config.tokens_per_microbatch)
     limit = backbone.facts.max_positions
@@ -71,7 +79,7 @@ def train_pack(
             progress[slot].result.steps += 1
         ended = [slot for slot in active if not progress[slot].pending]
         if ended:
-            yield from _end_epoch(backbone, config, slots, progress, ended)
+            yield from _end_epoch(backbone, config, slots, progress, ended, min_valid_tokens)
     return [_result(one, slots.best[slot]) for slot, one in enumerate(progress)]
 
 
@@ -83,7 +91,7 @@ def _start(user: UserRows, config: TrainConfig, room: int | None) -> _Progress:
         best=BestEpoch(config.patience),
         result=Trained(user_key=user.user_key, kv=None),
     )
-    longest = max((len(row.input_ids) for row in (*user.train, *user.valid)), default=0)
+    longest = max((len(row.input_ids) for row in (*user.train, *user.valid, *user.test)), default=0)
     if not user.train:
         one.result.error = "the user has no train rows"
     elif room is not None and longest > room:
@@ -156,6 +164,7 @@ def _end_epoch(
     slots: Slots,
     progress: Sequence[_Progress],
     ended: Sequence[int],
+    min_valid_tokens: int,
 ) -> Machine[None]:
     """Validate the users whose epoch ended; keep, stop or go on, each for itself."""
     compiled = slots.compiled()
@@ -173,7 +182,7 @@ def _end_epoch(
             one.result.error = f"the loss is not finite after epoch {one.epoch}: {train}, {valid}"
             one.done = True
             continue
-        is_best, stop = one.best.see(valid)
+        is_best, stop = one.best.see(valid if labels >= min_valid_tokens else None)
         if is_best:
             slots.keep_best(slot, compiled)
         one.done = stop or one.epoch == config.epochs

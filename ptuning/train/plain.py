@@ -27,8 +27,15 @@ from ptuning.train.step import collate, predicted
 from ptuning.types import EpochLoss
 
 
-def train_user(backbone: Backbone, method: Method, config: TrainConfig, user: UserRows) -> Trained:
-    """Train one user's prefix; the best epoch by validation loss is kept."""
+def train_user(
+    backbone: Backbone,
+    method: Method,
+    config: TrainConfig,
+    user: UserRows,
+    min_valid_tokens: int = 0,
+) -> Trained:
+    """Train one user's prefix; the best epoch by validation loss is kept (the last, where there
+    are fewer than `min_valid_tokens` validation tokens)."""
     parameters = _initial(backbone, method, user)
     trained = {name: p.unsqueeze(0).requires_grad_() for name, p in parameters.trained.items()}
     fixed = {name: p.unsqueeze(0) for name, p in parameters.fixed.items()}
@@ -61,7 +68,8 @@ def train_user(backbone: Backbone, method: Method, config: TrainConfig, user: Us
         result.history.append(
             EpochLoss(epoch=epoch, train=nats / tokens if tokens else None, valid=valid)
         )
-        is_best, stop = best.see(valid)
+        enough = sum(predicted(row) for row in user.valid) >= min_valid_tokens
+        is_best, stop = best.see(valid if enough else None)
         if is_best:
             result.kv = {stack: tensor[0].detach().clone() for stack, tensor in kv.items()}
         if stop:

@@ -119,6 +119,23 @@ def test_a_second_run_on_the_same_data_changes_nothing(
     assert sorted((store / "prefixes").rglob("*.safetensors")) == before
 
 
+def test_a_damaged_prefix_file_and_a_new_gate_are_noticed(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Nobody stays unchanged on a file that cannot serve, or on a gate that never judged them."""
+    data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
+    first = _run(data, store, config_of(tiny_model_dir))
+    (path,) = (store / "prefixes").glob(f"*/{user_key('ann')}/*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    again = _run(data, store, config_of(tiny_model_dir))
+    assert (again["users"]["trained"], again["users"]["unchanged"]) == (1, 1)
+    assert path.read_bytes() == whole
+    judged = _run(data, store, config_of(tiny_model_dir, "gate.min_gain=99"))
+    assert judged["users"]["trained"] == judged["users"]["rejected"] == 2
+    assert first["users"]["trained"] == 2
+
+
 def test_only_the_user_with_new_rows_is_trained_again(
     finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
