@@ -20,13 +20,7 @@ from pipelines.partition import read_users
 from pipelines.plan import Pack, PlannedUser
 from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
 from ptuning.backbone import Backbone
-from ptuning.errors import (
-    PTuningError,
-    WrongBackbone,
-    WrongMethod,
-    WrongShape,
-    WrongUser,
-)
+from ptuning.errors import ArtifactError, PTuningError
 from ptuning.evaluate import score_split
 from ptuning.store import Store, prefix_path, read_uri
 from ptuning.train.config import Trained, UserRows
@@ -145,7 +139,7 @@ def _champion(backbone: Backbone, job: PackJob, member: _Member) -> Prefix | Non
             prefix_name=job.recipe.prefix_name,
             digest=planned.champion_digest,
         )
-    except (WrongBackbone, WrongShape, WrongMethod, WrongUser, FileNotFoundError) as error:
+    except (ArtifactError, FileNotFoundError) as error:
         # It cannot serve either. What may only be a hiccup is raised, and fails the user.
         member.report.details["champion_ignored"] = str(error)
         return None
