@@ -53,11 +53,10 @@ def main() -> int:
     asked = [row.user for row in best if row.user in _promoted()][:3]
     with _service(console) as address:
         answers = _ask(address, asked)
-        _print_answers(console, answers, address)
+    _print_answers(console, answers)
     picture = draw(rows, answers, OUT / "demo.png")
     console.print(f"\npicture: {picture}")
     console.print(f"whole report: {STORE / 'runs' / run_id / 'report.html'}")
-    console.print(f"serve it yourself: .venv/bin/ptuning serve --store {STORE}")
     console.print(f"done in {time.monotonic() - begun:.0f} s")
     return 0
 
@@ -202,7 +201,7 @@ def _ask(address: str, users: list[str]) -> list[Answer]:
         return list(pool.map(one, jobs))
 
 
-def _print_answers(console: Console, answers: list[Answer], address: str) -> None:
+def _print_answers(console: Console, answers: list[Answer]) -> None:
     for question in QUESTIONS:
         table = Table(title=question, title_justify="left", show_lines=True)
         table.add_column("answered by")
@@ -211,7 +210,7 @@ def _print_answers(console: Console, answers: list[Answer], address: str) -> Non
             if answer.question == question:
                 table.add_row(answer.who, answer.text.strip())
         console.print(table)
-    console.print("\nthe same with curl, while the service runs:")
+    console.print(f"\nthe same with curl, after: .venv/bin/ptuning serve --store {STORE}")
     for user in dict.fromkeys(answer.who for answer in answers):
         body = json.dumps(_body(QUESTIONS[0], None if user == "base" else user))
         print(
