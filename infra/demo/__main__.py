@@ -214,7 +214,8 @@ def _print_answers(console: Console, answers: list[Answer]) -> None:
     for user in dict.fromkeys(answer.who for answer in answers):
         body = json.dumps(_body(QUESTIONS[0], None if user == "base" else user))
         print(
-            f"curl -s {address}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+            "curl -s http://127.0.0.1:8000/v1/chat/completions "
+            f"-H 'content-type: application/json' -d '{body}'"
         )
 
 
