@@ -114,7 +114,8 @@ def run(
     config = _load(model, config_file, settings)
     from rich.console import Console
 
-    from pipelines.report import RunProgress, print_report
+    from pipelines.progress import RunProgress
+    from pipelines.report import print_report
     from pipelines.run import execute
     from ptuning.store import Store
 

@@ -23,11 +23,13 @@ from pipelines import cluster
 from pipelines.config import RunConfig
 from pipelines.deploy import deploy
 from pipelines.evaluate import gate_all
+from pipelines.html_report import html_report
 from pipelines.inputs import find_files
 from pipelines.partition import Partition, partition, read_index
 from pipelines.plan import Plan, PlannedUser, make_packs
+from pipelines.progress import RunProgress
 from pipelines.register import pack_metrics, register_pack
-from pipelines.report import RunFacts, RunProgress, html_report, summary, users_table
+from pipelines.report import RunFacts, summary, users_table
 from ptuning.errors import RunError
 from ptuning.load import locate
 from ptuning.registry import embedded_uri, open_registry

@@ -11,14 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from pipelines.html_report import DUMBBELLS_SHOWN, USERS_SHOWN, html_report
+from pipelines.progress import RunProgress
 from pipelines.report import (
-    DUMBBELLS_SHOWN,
     STAGES,
     USERS_SCHEMA,
-    USERS_SHOWN,
     RunFacts,
-    RunProgress,
-    html_report,
     print_report,
     redact,
     summary,
