@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from ptuning.evaluate import GateConfig, decide
@@ -25,10 +26,13 @@ def gate_one(report: UserReport, config: GateConfig) -> Gate:
     base, candidate = valid("base"), valid("candidate")
     if base is None or candidate is None:
         return Gate(decision="rejected", reason="no validation loss was measured")
+    champion = valid("champion")
+    if champion is not None and not math.isfinite(champion.nll or 0.0):
+        champion = None  # a champion that cannot be scored must not stay for ever
     return decide(
         config,
         base=base,
         candidate=candidate,
-        champion=valid("champion"),
+        champion=champion,
         seed=seed_of(report.user_key, "gate"),
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
+from pipelines.plan import PlannedUser
 from ptuning.registry.base import PackRecord, Registration, Registry
 from ptuning.store import Store, prefix_path
-from ptuning.types import UserReport
+from ptuning.types import Gate, UserReport
 
 
 def register_pack(
@@ -45,6 +46,24 @@ def register_pack(
         )
     if entries:
         registry.register(pack, entries)
+
+
+def hold_overtaken(
+    registry: Registry,
+    prefix_name: str,
+    reports: Sequence[UserReport],
+    planned: Mapping[str, PlannedUser],
+) -> None:
+    """Leave a user `pending` whose champion changed since the plan: it was never compared with."""
+    current = registry.current(planned, prefix_name)
+    for report in reports:
+        now = current.get(report.user_key)
+        champion = now.champion.digest if now and now.champion else None
+        known = (None, planned[report.user_key].champion_digest, report.digest)
+        if report.decision == "promoted" and champion not in known:
+            report.decision = "pending"
+            reason = "the champion changed while this run worked; the next run compares with it"
+            report.gate = Gate(decision="pending", reason=reason)
 
 
 def user_metrics(report: UserReport) -> dict[str, float]:

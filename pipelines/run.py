@@ -28,14 +28,14 @@ from pipelines.inputs import find_files
 from pipelines.partition import Partition, partition, read_index
 from pipelines.plan import Plan, PlannedUser, make_packs
 from pipelines.progress import RunProgress
-from pipelines.register import pack_metrics, register_pack
+from pipelines.register import hold_overtaken, pack_metrics, register_pack
 from pipelines.report import RunFacts, summary, users_table
 from ptuning.errors import RunError
 from ptuning.load import locate
 from ptuning.registry import embedded_uri, open_registry
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.store import Store, read_uri
-from ptuning.types import Gate, UserReport
+from ptuning.types import UserReport
 from ptuning.users import Recipe, identity
 
 
@@ -135,8 +135,15 @@ def _check_writable(store: Store) -> None:
 @contextlib.contextmanager
 def _open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]:
     """The unfinished run with the same partition and configuration, else a new one; locked."""
-    digest = config.digest()  # of what was asked for: "auto" may be decided otherwise next time
-    run_id = _unfinished(store, digest, part)
+    known = cluster.backbone_identity(config)
+    header = {
+        "partition_id": part.partition_id,
+        # Of what was asked for: "auto" may be decided otherwise next time.
+        "config_digest": config.digest(),
+        "fingerprint": known["fingerprint"],
+        "template_digest": known["template_digest"],
+    }
+    run_id = _unfinished(store, header)
     resumed = run_id is not None
     if run_id is None:
         run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -157,11 +164,10 @@ def _open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]
             config.gate.min_valid_tokens,
         ),
         resumed=resumed,
-        config_digest=digest,
-        **cluster.backbone_identity(config),
+        config_digest=header["config_digest"],
+        **known,
     )
     with _lock(store, run_id):
-        header = {"partition_id": part.partition_id, "config_digest": digest}
         if not resumed:
             text = yaml.safe_dump(header) + config.to_yaml()
             store.write(run.name("config.yaml"), text.encode("utf-8"))
@@ -175,14 +181,14 @@ def _as_begun(store: Store, run_id: str, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"backbone": config.backbone.model_copy(update=decided)})
 
 
-def _unfinished(store: Store, config_digest: str, part: Partition) -> str | None:
-    wanted = (part.partition_id, config_digest)
+def _unfinished(store: Store, wanted: dict[str, str]) -> str | None:
+    """The newest run without a summary that was begun with the same header."""
     for run_id in reversed(store.list("runs")):
         name = f"runs/{run_id}/config.yaml"
         if store.exists(f"runs/{run_id}/summary.json") or not store.exists(name):
             continue
         header = yaml.safe_load(store.read(name))
-        if (header.get("partition_id"), header.get("config_digest")) == wanted:
+        if {key: header.get(key) for key in wanted} == wanted:
             return run_id
     return None
 
@@ -302,7 +308,7 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
     for pack in run.plan.packs:
         reports = [run.reports[user.user_key] for user in pack.users]
         planned = {user.user_key: user for user in pack.users}
-        _hold_overtaken(run, registry, reports, planned)
+        hold_overtaken(registry, run.config.registry.prefix_name, reports, planned)
         record = PackRecord(
             run_id=run.run_id,
             pack_id=pack.pack_id,
@@ -337,24 +343,6 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
         )
         done += len(reports)
         progress.update(done)
-
-
-def _hold_overtaken(
-    run: Run,
-    registry: Registry,
-    reports: Sequence[UserReport],
-    planned: Mapping[str, PlannedUser],
-) -> None:
-    """Leave a user `pending` whose champion changed since the plan: it was never compared with."""
-    current = registry.current(planned, run.config.registry.prefix_name)
-    for report in reports:
-        now = current.get(report.user_key)
-        champion = now.champion.digest if now and now.champion else None
-        known = (None, planned[report.user_key].champion_digest, report.digest)
-        if report.decision == "promoted" and champion not in known:
-            report.decision = "pending"
-            reason = "the champion changed while this run worked; the next run compares with it"
-            report.gate = Gate(decision="pending", reason=reason)
 
 
 def _params(run: Run) -> dict[str, str]:

@@ -168,7 +168,11 @@ def fingerprint_of(source: Source) -> str:
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
     if not files:
         raise ModelNotFound("the model's directory holds no weights", seen=source.path)
-    digest = hashlib.sha256()
+    # The weights mean something only with the architecture's settings (rotary base, windows, …).
+    settings = json.loads((path / "config.json").read_text())
+    for volatile in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
+        settings.pop(volatile, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in files:
         digest.update(f"{file.name}:{_sha256(file)}\n".encode())
     return digest.hexdigest()

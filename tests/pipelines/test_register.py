@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from pipelines.deploy import deploy
 from pipelines.plan import PlannedUser
-from pipelines.register import register_pack
-from pipelines.run import _hold_overtaken
+from pipelines.register import hold_overtaken, register_pack
 from ptuning.errors import RunError
 from ptuning.registry import MemoryRegistry
 from ptuning.registry.base import PackRecord
@@ -19,7 +16,6 @@ from ptuning.store import Store
 from ptuning.types import UserReport, user_key
 
 KEY = user_key("ann")
-RUN: Any = SimpleNamespace(config=SimpleNamespace(registry=SimpleNamespace(prefix_name="default")))
 
 
 def _report(digest: str, decision: str = "promoted") -> UserReport:
@@ -56,7 +52,7 @@ def test_a_champion_that_was_never_compared_with_is_not_replaced(tmp_path: Path)
     registry = MemoryRegistry()
     _register(registry, tmp_path, _report("theirs"))
     report = _report("ours")
-    _hold_overtaken(RUN, registry, [report], _planned(champion=None))
+    hold_overtaken(registry, "default", [report], _planned(champion=None))
     assert report.decision == "pending"
     _register(registry, tmp_path, report)
     current = registry.current([KEY])[KEY]
@@ -71,7 +67,7 @@ def test_a_champion_that_was_compared_with_is_replaced(tmp_path: Path, champion:
     registry = MemoryRegistry()
     _register(registry, tmp_path, _report(champion))
     report = _report("ours")
-    _hold_overtaken(RUN, registry, [report], _planned(champion="old"))
+    hold_overtaken(registry, "default", [report], _planned(champion="old"))
     assert report.decision == "promoted"
 
 
