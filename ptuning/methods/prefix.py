@@ -24,7 +24,9 @@ from ptuning.types import Config
 class PrefixTuning(Config):
     """Settings of Prefix Tuning, and the method itself."""
 
-    type: Literal["prefix"] = "prefix"
+    type: Literal["prefix"] = Field(
+        "prefix", description="tuning method: prefix (keys and values before every layer's own)"
+    )
     num_virtual_tokens: int = Field(
         16, ge=1, le=200, description="P, virtual tokens of a prefix (1-200)"
     )
