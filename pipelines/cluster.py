@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# No usage reports, and no reuse of this process's import state by Ray's own logging.
+# Read when ray is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -99,7 +100,9 @@ def gang(config: RunConfig) -> Gang:
         count = (
             int(resources.get("GPU", 0) // gpus) if gpus else _workers_in_memory(config, int(cores))
         )
-    cpus = chosen.cpus_per_worker or (1.0 if gpus else cores / max(1, count))
+    # Ray counts in ten-thousandths; rounding up would ask for more than there is.
+    share = math.floor(1e4 * cores / max(1, count)) / 1e4
+    cpus = chosen.cpus_per_worker or (1.0 if gpus else share)
     count = max(1, count)
     for name, wanted in (("CPU", count * cpus), ("GPU", count * gpus)):
         # Ray would wait for such workers for ever.

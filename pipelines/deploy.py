@@ -1,4 +1,4 @@
-"""The run's only contact with the service: its configuration, starting it, and telling it."""
+"""The run's only contact with the service: its configuration, starting it, what it reads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ptuning.errors import ConfigError, RunError
-from ptuning.registry import embedded_uri
+from ptuning.registry import registry_uri
 from ptuning.registry.base import Registry
 from ptuning.store import Store
 from serve.config import ServeConfig
@@ -14,7 +14,7 @@ from serve.config import ServeConfig
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
 
-__all__ = ["ServeConfig", "deploy", "serve_forever"]
+__all__ = ["ServeConfig", "deploy", "registry_of", "serve_forever"]
 
 
 def deploy(registry: Registry, promoted: Mapping[str, str], prefix_name: str) -> None:
@@ -42,16 +42,14 @@ def deploy(registry: Registry, promoted: Mapping[str, str], prefix_name: str) ->
 def registry_of(config: RunConfig, store: Store) -> str:
     """URI of the registry that a reading verb uses. A mistyped store must not become a new,
     empty one that answers everybody with the base model."""
-    if config.registry.uri is not None:
-        return config.registry.uri
-    if store.is_local and not store.exists("mlflow.db"):
+    if config.registry.uri is None and store.is_local and not store.exists("mlflow.db"):
         raise ConfigError(
             "no run has been made in this store",
             seen=store.root,
             expected="a store with an mlflow.db",
             fix="check --store, run `ptuning run` first, or set registry.uri",
         )
-    return embedded_uri(store)
+    return registry_uri(config.registry, store)
 
 
 def serve_forever(config: RunConfig, store: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ptuning.evaluate import GateConfig, decide
 from ptuning.types import Gate, SplitLosses, UserReport, seed_of
@@ -13,8 +14,10 @@ def gate_all(reports: Iterable[UserReport], config: GateConfig) -> None:
     """Set `gate` and `decision` of every trained user."""
     for report in reports:
         if report.status == "trained":
-            report.gate = gate_one(report, config)
-            report.decision = report.gate.decision
+            gate = gate_one(report, config)
+            if ignored := report.details.get("champion_ignored"):
+                gate = replace(gate, reason=f"{gate.reason}; the champion did not count: {ignored}")
+            report.gate, report.decision = gate, gate.decision
 
 
 def gate_one(report: UserReport, config: GateConfig) -> Gate:

@@ -89,10 +89,14 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
     for member in members:
         by_bucket[member.planned.bucket].append(member)
     for bucket, group in sorted(by_bucket.items()):
-        found = _examples(job, bucket, [member.planned.user_key for member in group])
+        try:
+            together = _examples(job, bucket, [member.planned.user_key for member in group])
+        except (PTuningError, OSError):
+            together = None  # then one by one, so that only who cannot be read fails
         for member in group:
             key = member.planned.user_key
             try:
+                found = _examples(job, bucket, [key]) if together is None else together
                 if key not in found:
                     raise PTuningError("the user's rows are not in their bucket", seen=bucket)
                 member.examples = found[key]
@@ -104,14 +108,8 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
 
 
 def _examples(job: PackJob, bucket: int, keys: Sequence[str]) -> dict[str, list[Example]]:
-    """The users' rows by key. Where one cannot be read the others still are."""
-    try:
-        found = read_users(job.store, job.partition_id, bucket, keys)
-    except (PTuningError, OSError):
-        if len(keys) == 1:
-            return {}
-        parts = [_examples(job, bucket, [key]) for key in keys]
-        return {key: examples for part in parts for key, examples in part.items()}
+    """The users' rows by key; raises where one of them cannot be read."""
+    found = read_users(job.store, job.partition_id, bucket, keys)
     return {user_key(user_id): examples for user_id, examples in found.items()}
 
 

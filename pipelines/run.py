@@ -32,7 +32,7 @@ from pipelines.register import hold_overtaken, pack_metrics, register_pack
 from pipelines.report import RunFacts, summary, users_table
 from ptuning.errors import RunError
 from ptuning.load import locate
-from ptuning.registry import embedded_uri, open_registry
+from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.store import Store, read_uri
 from ptuning.types import UserReport
@@ -76,8 +76,7 @@ def execute(
     # What can be known to be wrong is said before a cluster is started.
     find_files(sources)
     locate(config.backbone.name)
-    if config.registry.uri is None:
-        embedded_uri(store)
+    registry_uri(config.registry, store)
     _check_writable(store)
     with cluster.session(config.ray) as start_seconds:
         start = time.monotonic()
@@ -93,7 +92,7 @@ def execute(
 
 def _stages(run: Run, progress: RunProgress, begun: float) -> RunFacts:
     with run.timed("plan"):
-        registry = open_registry(run.config.registry, embedded_uri(run.store))
+        registry = open_registry(run.config.registry, registry_uri(run.config.registry, run.store))
         _plan(run, registry)
     with run.timed("tune"):
         _tune(run, progress)
@@ -378,7 +377,7 @@ def _finish(run: Run) -> RunFacts:
             for row in run.index
         },
         store=run.store.root,
-        registry_uri=run.config.registry.uri or embedded_uri(run.store),
+        registry_uri=registry_uri(run.config.registry, run.store),
         report_path=run.store.path(run.name("report.html")),
     )
     run.store.remove(run.name("ray"))  # Ray Train's own state; nothing reads it again

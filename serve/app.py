@@ -28,7 +28,7 @@ from ptuning.backbone import BackboneConfig
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
 from ptuning.load import locate
-from ptuning.registry import RegistryConfig, embedded_uri
+from ptuning.registry import RegistryConfig, registry_uri
 from ptuning.store import Store
 from serve.auth import Keys, check_exposure
 from serve.config import ServeConfig
@@ -64,7 +64,7 @@ def build(
             update={"api_keys_file": str(Path(config.api_keys_file).resolve())}
         )
     capacity = config.max_rows + config.max_queue + _SLACK
-    embedded = registry.uri or embedded_uri(Store(store))
+    embedded = registry_uri(registry, Store(store))
     engine = ray.serve.deployment(
         name="Engine",
         num_replicas=config.replicas,

@@ -31,13 +31,16 @@ __all__ = [
     "Registry",
     "RegistryConfig",
     "Version",
-    "embedded_uri",
     "open_registry",
+    "registry_uri",
 ]
 
 
-def embedded_uri(store: Store) -> str:
-    """The registry inside a store: SQLite, which needs a local directory. ConfigError if not."""
+def registry_uri(config: RegistryConfig, store: Store) -> str:
+    """The configured registry, else the one inside the store: SQLite, which needs a local
+    directory. Raises ConfigError where there is neither."""
+    if config.uri is not None:
+        return config.uri
     if not store.is_local:
         raise ConfigError(
             "a store that is not a local directory cannot hold the embedded registry",

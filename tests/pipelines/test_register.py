@@ -9,8 +9,8 @@ import pytest
 from pipelines.deploy import deploy
 from pipelines.plan import PlannedUser
 from pipelines.register import hold_overtaken, register_pack
-from ptuning.errors import RunError
-from ptuning.registry import MemoryRegistry
+from ptuning.errors import ConfigError, RunError
+from ptuning.registry import MemoryRegistry, RegistryConfig, registry_uri
 from ptuning.registry.base import PackRecord
 from ptuning.store import Store
 from ptuning.types import UserReport, user_key
@@ -86,3 +86,11 @@ def test_deployment_is_checked_against_the_registry(tmp_path: Path) -> None:
     deploy(registry, {KEY: "ours"}, "default")
     with pytest.raises(RunError, match="not the registry's champions"):
         deploy(registry, {KEY: "another"}, "default")
+
+
+def test_a_store_elsewhere_needs_a_named_registry_and_takes_it() -> None:
+    elsewhere = Store("memory://bucket/ptuning")
+    named = RegistryConfig(uri="http://127.0.0.1:5000")
+    assert registry_uri(named, elsewhere) == named.uri
+    with pytest.raises(ConfigError, match=r"registry\.uri"):
+        registry_uri(RegistryConfig(), elsewhere)
