@@ -25,7 +25,6 @@ import ray
 import ray._private.ray_constants as ray_constants
 
 from pipelines.config import RayConfig, RunConfig
-from ptuning.data.encode import Template
 from ptuning.errors import ConfigError, RunError
 from ptuning.load import (
     choose_attention,
@@ -33,7 +32,7 @@ from ptuning.load import (
     choose_dtype,
     fingerprint_of,
     free_memory,
-    load_tokenizer,
+    load_template,
     locate,
     weight_bytes,
 )
@@ -168,7 +167,7 @@ def _fastest(device: str) -> str:
 def backbone_identity(config: RunConfig) -> dict[str, Any]:
     """Name, fingerprint and template digest of the backbone, without loading its weights."""
     source = locate(config.backbone.name)
-    template = Template.of(load_tokenizer(config.backbone.name), config.data.template)
+    template = load_template(config.backbone.name, config.data.template)
     return {
         "backbone_name": source.name,
         "fingerprint": fingerprint_of(source),

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipelines.deploy import ServeConfig
 from ptuning.artifact import ArtifactConfig
@@ -24,7 +25,7 @@ from ptuning.backbone import BackboneConfig
 from ptuning.data.examples import DataConfig
 from ptuning.errors import ConfigError
 from ptuning.evaluate import GateConfig
-from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods import METHODS, AnyMethod, PrefixTuning
 from ptuning.registry.base import RegistryConfig
 from ptuning.train.config import TrainConfig
 from ptuning.types import Config
@@ -66,7 +67,7 @@ class RunConfig(Config):
 
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
-    method: PrefixTuning = PrefixTuning()
+    method: AnyMethod = PrefixTuning()
     train: TrainConfig = TrainConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
@@ -109,6 +110,8 @@ def load_config(
                 expected="--set section.key=value",
             )
         _put(tree, key.strip().split("."), _parse(value), f"--set {setting}")
+    if isinstance(tree.get("method"), Mapping):
+        tree["method"] = {"type": "prefix", **tree["method"]}
     _check_keys(RunConfig, tree, "")
     try:
         return RunConfig.model_validate(tree)
@@ -164,31 +167,70 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any, origin: str) -> 
     node[key] = value
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `section.key` with its pydantic field: the source of help and reference pages."""
+def known_keys(
+    model: type[BaseModel] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
+    """Every `section.key` with its pydantic field: the source of help and reference pages.
+
+    Keys of `method` are those of all its types, one after another; a key of several types
+    comes once for each that describes it in its own words.
+    """
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from known_keys(kind, f"{prefix}{name}.")
-        else:
+        told: dict[str, set[str]] = {}
+        for kind in _sections(field):
+            for key, own in known_keys(kind, f"{prefix}{name}."):
+                if str(own.description) not in told.setdefault(key, set()):
+                    told[key].add(str(own.description))
+                    yield key, own
+        if not _sections(field):
             yield f"{prefix}{name}", field
+
+
+def _sections(field: FieldInfo) -> tuple[type[BaseModel], ...]:
+    """The models that a field may hold; none for a plain value."""
+    if field.discriminator == "type":
+        return tuple(METHODS.values())
+    kind = field.annotation
+    return (kind,) if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
 
 
 def _check_keys(model: type[BaseModel], tree: Mapping[str, Any], prefix: str) -> None:
     for key, value in tree.items():
         field = model.model_fields.get(str(key))
         if field is None:
-            known = [name for name, _ in known_keys()] + list(RunConfig.model_fields)
-            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
-            raise ConfigError(
-                "no such configuration key",
-                seen=f"{prefix}{key}",
-                expected=f"did you mean {near[0]}?" if near else "a key of `ptuning run --help`",
-            )
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            raise _no_such_key(model, f"{prefix}{key}")
+        kinds = _sections(field)
+        if kinds:
             if not isinstance(value, Mapping):
                 raise ConfigError(
                     f"{prefix}{key} is a section", seen=repr(value), expected="keys below it"
                 )
+            kind = METHODS.get(str(value.get("type"))) if len(kinds) > 1 else kinds[0]
+            if kind is None:
+                raise ConfigError(
+                    "no such tuning method",
+                    seen=f"{prefix}{key}.type={value.get('type')}",
+                    expected=", ".join(METHODS),
+                )
             _check_keys(kind, value, f"{prefix}{key}.")
+
+
+def _no_such_key(model: type[BaseModel], key: str) -> ConfigError:
+    own = {f"method.{name}" for name in model.model_fields}
+    others = [
+        name for name, kind in METHODS.items() if key.removeprefix("method.") in kind.model_fields
+    ]
+    if key.startswith("method.") and others:
+        return ConfigError(
+            "this tuning method has no such setting",
+            seen=key,
+            expected=", ".join(sorted(own)),
+            fix=f"it belongs to method.type {' or '.join(others)}",
+        )
+    known = [name for name, _ in known_keys()] + list(RunConfig.model_fields)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return ConfigError(
+        "no such configuration key",
+        seen=key,
+        expected=f"did you mean {near[0]}?" if near else "a key of `ptuning run --help`",
+    )

@@ -9,25 +9,24 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from pipelines.partition import read_users
 from pipelines.plan import Pack, PlannedUser
-from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
+from ptuning.artifact import ArtifactConfig, Prefix, make_prefix, pack_prefix
 from ptuning.backbone import Backbone
-from ptuning.errors import ArtifactError, PTuningError
+from ptuning.data.encode import Encoded
+from ptuning.errors import ArtifactError, PTuningError, WrongMethod
 from ptuning.evaluate import score_split
-from ptuning.store import Store, prefix_path, read_uri
+from ptuning.store import Store, prefix_path, read_uri, resume_path
 from ptuning.train.config import Trained, UserRows
 from ptuning.train.packed import train_pack
+from ptuning.train.resume import Resume
 from ptuning.train.step import Machine
-from ptuning.types import Example, SplitLosses, UserReport, seed_of, user_key
-from ptuning.users import Recipe, meta_of, prepare
+from ptuning.types import Example, Split, SplitLosses, UserReport, seed_of, user_key
+from ptuning.users import Recipe, belongs, meta_of, prepare, warm_start
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,7 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
                 member.rows = prepare(backbone.template, job.recipe, key, found[key])
                 _check_data(backbone, job, member)
                 member.champion = _champion(backbone, job, member)
+                member.rows = _begun(backbone, job, member)
             except (PTuningError, OSError) as error:
                 member.fail("tune", error)
 
@@ -143,18 +143,49 @@ def _champion(backbone: Backbone, job: PackJob, member: _Member) -> Prefix | Non
         return None
 
 
+def _begun(backbone: Backbone, job: PackJob, member: _Member) -> UserRows:
+    """The member's rows with what `train.start` begins from; from the start, where that cannot
+    be had."""
+    planned, start, rows = member.planned, job.recipe.train.start, _rows(member)
+    if start == "champion" and member.champion is not None:
+        try:
+            begun = warm_start(job.recipe, backbone, member.champion)
+        except WrongMethod as error:
+            member.report.details["start_ignored"] = str(error)
+            return rows
+        member.report.details["started_from"] = planned.champion_digest
+        return replace(rows, start=begun)
+    if start == "resume" and planned.candidate_digest is not None:
+        path = resume_path(planned.user_key, planned.candidate_digest)
+        try:
+            kept = Resume.from_bytes(job.store.read(path))
+            kept.check(belongs(backbone, job.recipe, planned.user_key, planned.data_digest))
+        except (ArtifactError, FileNotFoundError) as error:
+            member.report.details["start_ignored"] = str(error)
+            return rows
+        member.report.details["continued_from"] = planned.candidate_digest
+        return replace(rows, states=kept.states)
+    return rows
+
+
 def _keep(backbone: Backbone, job: PackJob, member: _Member, outcome: Trained) -> None:
     report = member.report
     report.history, report.steps, report.tokens = outcome.history, outcome.steps, outcome.tokens
-    if outcome.kv is None:
+    if outcome.resets:
+        report.details["resets"] = outcome.resets
+    if outcome.members is None:
         member.fail("tune", outcome.error)
         return
     meta = meta_of(backbone, job.recipe, member.planned.user_key, member.examples)
-    member.prefix = make_prefix(outcome.kv, meta, job.artifact)
+    member.prefix = make_prefix(outcome.members, meta, job.artifact)
     # The digest is in the name: another attempt can write the same file, never another into it.
     # Written even where it exists: the one that is there may be damaged.
     path = prefix_path(member.planned.user_key, member.prefix.digest)
     job.store.write(path, member.prefix.to_bytes())
+    if outcome.states:
+        own = belongs(backbone, job.recipe, report.user_key, member.planned.data_digest)
+        resume = Resume(outcome.states, own)
+        job.store.write(resume_path(report.user_key, member.prefix.digest), resume.to_bytes())
     report.digest = member.prefix.digest
 
 
@@ -167,21 +198,34 @@ def _score(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> Mach
         ("candidate", [member.prefix for member in members]),
         ("other", [others.get(member.planned.user_key) for member in members]),
     )
-    for split in ("valid", "test"):
+    splits: tuple[Split, ...] = ("valid", "test")
+    for split in splits:
         for who, prefixes in judges:
             if who != "base" and not any(prefixes):
                 continue
-            for length, group in _by_length(members, prefixes, base=who == "base"):
-                kv = _stacked(backbone, [prefixes[n] for n in group]) if length else None
+            for group in _alike(prefixes) if who != "base" else [list(range(len(members)))]:
+                own = [prefix for n in group if (prefix := prefixes[n]) is not None]
                 losses = yield from score_split(
                     backbone,
-                    [getattr(_rows(members[n]), split) for n in group],
-                    kv,
+                    [_scored_rows(backbone, members[n], prefixes[n], split) for n in group],
+                    pack_prefix(own, backbone) if own else None,
                     job.recipe.train.tokens_per_microbatch,
+                    len(own[0].members) if own else 1,
                 )
                 for n, loss in zip(group, losses, strict=True):
                     if loss.tokens:
                         members[n].report.losses.setdefault(who, {})[split] = loss
+
+
+def _scored_rows(
+    backbone: Backbone, member: _Member, prefix: Prefix | None, split: Split
+) -> list[Encoded]:
+    """A member's rows of a split, arranged as the prefix that is judged on them wants it."""
+    rows: Sequence[Encoded] = getattr(_rows(member), split)
+    if prefix is None:
+        return list(rows)
+    around = prefix.arrangement(backbone.template)
+    return [around.row(row) for row in rows]
 
 
 def _others(members: Sequence[_Member]) -> Mapping[str, Prefix]:
@@ -195,27 +239,14 @@ def _others(members: Sequence[_Member]) -> Mapping[str, Prefix]:
     return drawn
 
 
-def _by_length(
-    members: Sequence[_Member], prefixes: Sequence[Prefix | None], *, base: bool
-) -> Iterator[tuple[int, list[int]]]:
-    """Members whose prefixes have the same number of virtual tokens, so can be stacked."""
-    if base:
-        yield 0, list(range(len(members)))
-        return
-    groups: dict[int, list[int]] = defaultdict(list)
+def _alike(prefixes: Sequence[Prefix | None]) -> list[list[int]]:
+    """Places of prefixes of one kind, which can be stacked: same tensors, seen the same way."""
+    groups: dict[Any, list[int]] = defaultdict(list)
     for n, prefix in enumerate(prefixes):
         if prefix is not None:
-            groups[prefix.num_virtual_tokens].append(n)
-    yield from sorted(groups.items())
-
-
-def _stacked(backbone: Backbone, prefixes: Sequence[Prefix | None]) -> dict[str, Tensor]:
-    return {
-        stack: torch.stack([p.kv[stack].float() for p in prefixes if p is not None]).to(
-            backbone.device
-        )
-        for stack in backbone.facts.stacks
-    }
+            shapes = [(name, tuple(t.shape)) for name, t in sorted(prefix.members[0].items())]
+            groups[(str(shapes), len(prefix.members), prefix.seen)].append(n)
+    return list(groups.values())
 
 
 def losses_to_json(report: UserReport) -> dict[str, dict[str, dict[str, list[Any]]]]:

@@ -103,9 +103,9 @@ def partition(
 
 
 def _template(backbone: str, config: DataConfig) -> Template:
-    from ptuning.load import load_tokenizer  # imports torch
+    from ptuning.load import load_template  # imports torch
 
-    return Template.of(load_tokenizer(backbone), config.template)
+    return load_template(backbone, config.template)
 
 
 def partition_id_of(files: Sequence[Inspected], config: DataConfig, template: Template) -> str:

@@ -25,6 +25,7 @@ class PlannedUser:
     training_digest: str
     champion_uri: str | None = None
     champion_digest: str | None = None
+    candidate_digest: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

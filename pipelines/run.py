@@ -244,6 +244,7 @@ def _plan(run: Run, registry: Registry) -> None:
                 training_digest=digest,
                 champion_uri=champion.uri if champion else None,
                 champion_digest=champion.digest if champion else None,
+                candidate_digest=now.candidate.digest if now and now.candidate else None,
             )
         )
     workers = cluster.gang(run.config).workers
@@ -329,6 +330,11 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
                 "partition_id": run.part.partition_id,
                 "run_id": run.run_id,
                 "decision": report.decision or "",
+                **{
+                    key: str(report.details[key])
+                    for key in ("started_from", "continued_from", "resets")
+                    if report.details.get(key)
+                },
             }
 
         register_pack(

@@ -199,7 +199,7 @@ def _load(task: GangTask) -> tuple[Backbone, Driver]:
         from ptuning.train.zero import LockstepDriver, load_sharded
 
         backbone = load_sharded(chosen.name, **settings)
-        return backbone, LockstepDriver(backbone)
+        return backbone, LockstepDriver(backbone, task.recipe.method)
     backbone = load_backbone(chosen.name, **settings)
     return backbone, LocalDriver(backbone)
 

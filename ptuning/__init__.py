@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from ptuning.generate import generate
     from ptuning.load import load_backbone
     from ptuning.methods.prefix import PrefixTuning
+    from ptuning.methods.prompt import PromptTuning
+    from ptuning.methods.ptuning import PTuning
     from ptuning.peft_format import load_peft, save_peft
     from ptuning.train.config import TrainConfig
+    from ptuning.train.resume import Resume
     from ptuning.tune import TuneResult, tune
     from ptuning.types import Example, Message, user_key
 
@@ -46,9 +49,12 @@ _HOMES = {
     "Example": "types",
     "GateConfig": "evaluate",
     "Message": "types",
+    "PTuning": "methods.ptuning",
     "PTuningError": "errors",
     "Prefix": "artifact",
     "PrefixTuning": "methods.prefix",
+    "PromptTuning": "methods.prompt",
+    "Resume": "train.resume",
     "TrainConfig": "train.config",
     "TuneResult": "tune",
     "encode": "evaluate",

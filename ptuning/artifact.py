@@ -1,4 +1,4 @@
-"""The prefix file: one user's keys and values with what they belong to. Safetensors, no pickle.
+"""The prefix file: one user's prefix with what it belongs to. Safetensors, no pickle.
 
 The bytes are a pure function of the training (no times, no metrics), so their SHA-256, the
 digest, is the prefix's identity everywhere. Loading refuses a file of another backbone,
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +24,22 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from ptuning.backbone import DECODER, Backbone
-from ptuning.errors import CorruptArtifact, WrongBackbone, WrongMethod, WrongShape, WrongUser
+from ptuning.attention import EMBEDDINGS, PackPrefix, Seen
+from ptuning.backbone import DECODER, Backbone, Facts
+from ptuning.data.encode import Template
+from ptuning.data.layout import Arrangement, Layout
+from ptuning.errors import (
+    CorruptArtifact,
+    MethodError,
+    WrongBackbone,
+    WrongMethod,
+    WrongShape,
+    WrongUser,
+)
 from ptuning.types import Config
 
 FORMAT = "1"
-_METHODS = ("prefix",)
+_METHODS = ("prefix", "prompt", "ptuning")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TEXT_FIELDS = (
     "format",
@@ -60,29 +71,69 @@ class PrefixMeta:
     prefix_name: str = "default"
     data_digest: str = ""
     training_digest: str = ""
+    layout: str = ""  # where embeddings stand among a row's tokens (data/layout.py)
     format: str = FORMAT
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """One user's prefix. `kv[stack]` is `[L, 2, H, P, D]`, keys as after rotary embedding."""
+    """One user's prefix: keys and values, or embeddings of virtual tokens at the input.
+
+    `kv[stack]` is `[K, 2, H, P, D]`, keys as after rotary embedding, of the stack's top K
+    layers. `embeddings` are `[P, E]`, one for each member of an ensemble.
+    """
 
     kv: dict[str, Tensor]
     meta: PrefixMeta
+    embeddings: tuple[Tensor, ...] = ()
 
     @property
     def num_virtual_tokens(self) -> int:
+        if self.embeddings:
+            return len(self.embeddings[0])
         return int(next(iter(self.kv.values())).shape[-2])
+
+    @property
+    def members(self) -> tuple[dict[str, Tensor], ...]:
+        """What answers together, each as `attention.PackPrefix` has it without U."""
+        if self.embeddings:
+            return tuple({EMBEDDINGS: values} for values in self.embeddings)
+        return (self.kv,)
+
+    @property
+    def combine(self) -> str:
+        """How an ensemble answers: `mean` or `vote` (methods/prompt.py)."""
+        return str(self.meta.method.get("combine", "mean"))
+
+    @property
+    def seen(self) -> Seen:
+        if self.embeddings:
+            return Seen(windowed=True)
+        method = self.meta.method
+        return Seen(
+            infix=method.get("placement") == "infix",
+            windowed=method.get("visibility") == "window",
+        )
+
+    def arrangement(self, template: Template) -> Arrangement:
+        """The ids that stand around a prompt with this prefix."""
+        if not self.meta.layout:
+            return Arrangement()
+        return Layout.parse(self.meta.layout).bind(template)
 
     @cached_property
     def _bytes(self) -> bytes:
-        tensors = {
-            "kv" if stack == DECODER else f"kv.{stack}": kv.detach().cpu().contiguous()
-            for stack, kv in self.kv.items()
-        }
+        tensors = {"kv" if s == DECODER else f"kv.{s}": kv for s, kv in self.kv.items()}
+        if len(self.embeddings) == 1:
+            tensors[EMBEDDINGS] = self.embeddings[0]
+        else:
+            tensors |= {f"{EMBEDDINGS}.{n}": values for n, values in enumerate(self.embeddings)}
         texts = {name: getattr(self.meta, name) for name in _TEXT_FIELDS}
-        method = json.dumps(self.meta.method, sort_keys=True)
-        return _canonical(save_safetensors(tensors, {**texts, "method": method}))
+        if self.meta.layout:
+            texts["layout"] = self.meta.layout
+        texts["method"] = json.dumps(self.meta.method, sort_keys=True)
+        stored = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
+        return _canonical(save_safetensors(stored, texts))
 
     @cached_property
     def digest(self) -> str:
@@ -170,22 +221,38 @@ class Prefix:
                 expected=backbone.template.digest[:12],
                 fix="load the backbone with the template of the training (data.template)",
             )
-        if set(self.kv) != set(backbone.facts.stacks):
+        for name, tensors in self._by_name().items():
+            expected = self._expected_shape(name, backbone.facts)
+            if any(tuple(values.shape) != expected for values in tensors):
+                raise WrongShape(
+                    "the prefix's values do not fit the backbone",
+                    seen=f"{name} {[tuple(values.shape) for values in tensors]}",
+                    expected=expected,
+                )
+            if not all(bool(torch.isfinite(values).all()) for values in tensors):
+                raise CorruptArtifact("the prefix holds values that are not finite", seen=name)
+
+    def _by_name(self) -> dict[str, list[Tensor]]:
+        by_name = {stack: [kv] for stack, kv in self.kv.items()}
+        return by_name | ({EMBEDDINGS: list(self.embeddings)} if self.embeddings else {})
+
+    def _expected_shape(self, name: str, facts: Facts) -> tuple[int, ...]:
+        method = self.meta.method
+        if name == EMBEDDINGS:
+            if not facts.takes_embeddings:
+                raise WrongBackbone("the backbone takes no embeddings at its input")
+            return (Layout.parse(self.meta.layout).num_virtual_tokens, facts.hidden_size)
+        stacks = set(method.get("stacks") or facts.stacks)
+        if set(self.kv) != stacks or not stacks <= set(facts.stacks):
             raise WrongShape(
                 "the prefix has other stacks than the backbone",
                 seen=sorted(self.kv),
-                expected=sorted(backbone.facts.stacks),
+                expected=sorted(stacks & set(facts.stacks)),
             )
-        for stack, kv in self.kv.items():
-            expected = backbone.facts.kv_shape(stack, self.num_virtual_tokens)
-            if tuple(kv.shape) != expected:
-                raise WrongShape(
-                    "the prefix's keys and values do not fit the backbone",
-                    seen=tuple(kv.shape),
-                    expected=expected,
-                )
-            if not bool(torch.isfinite(kv).all()):
-                raise CorruptArtifact("the prefix holds values that are not finite", seen=stack)
+        layers = method.get("layers")
+        return facts.kv_shape(
+            name, self.num_virtual_tokens, layers if isinstance(layers, int) else None
+        )
 
 
 def write_file(target: Path, data: bytes) -> Path:
@@ -205,11 +272,27 @@ def write_file(target: Path, data: bytes) -> Path:
 
 
 def make_prefix(
-    kv: dict[str, Tensor], meta: PrefixMeta, config: ArtifactConfig | None = None
+    members: Sequence[dict[str, Tensor]], meta: PrefixMeta, config: ArtifactConfig | None = None
 ) -> Prefix:
-    """A prefix in the configured dtype."""
+    """A prefix of what was trained, in the configured dtype."""
     dtype = _DTYPES[(config or ArtifactConfig()).dtype]
-    return Prefix({stack: tensor.detach().cpu().to(dtype) for stack, tensor in kv.items()}, meta)
+    stored = [
+        {name: values.detach().cpu().to(dtype) for name, values in member.items()}
+        for member in members
+    ]
+    if EMBEDDINGS in stored[0]:
+        return Prefix({}, meta, tuple(member[EMBEDDINGS] for member in stored))
+    return Prefix(stored[0], meta)
+
+
+def pack_prefix(prefixes: Sequence[Prefix], backbone: Backbone) -> PackPrefix:
+    """All members of prefixes of one kind, one after another, as slots; fp32."""
+    members = [member for prefix in prefixes for member in prefix.members]
+    tensors = {
+        name: torch.stack([member[name].float() for member in members]).to(backbone.device)
+        for name in members[0]
+    }
+    return PackPrefix(tensors, prefixes[0].seen)
 
 
 def training_digest(*parts: object) -> str:
@@ -263,18 +346,52 @@ def _parse(data: bytes) -> Prefix:
             seen=method.get("type"),
             expected=", ".join(_METHODS),
         )
+    kv, embeddings = _sorted_out(tensors)
+    if embeddings:
+        _check_layout(texts.get("layout"))
+    fields = (*_TEXT_FIELDS, *(["layout"] if "layout" in texts else []))
+    return Prefix(
+        kv, PrefixMeta(method=method, **{name: texts[name] for name in fields}), embeddings
+    )
+
+
+def _check_layout(text: str | None) -> None:
+    try:
+        Layout.parse(text or "")
+    except MethodError as error:
+        raise CorruptArtifact(
+            "the prefix file does not say where its virtual tokens stand",
+            seen=f"layout {text!r}: {error}",
+        ) from error
+
+
+def _sorted_out(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """A prefix file's keys and values by stack, or its members' embeddings in order."""
     kv = {
         DECODER if name == "kv" else name.removeprefix("kv."): tensor
         for name, tensor in tensors.items()
         if name == "kv" or name.startswith("kv.")
     }
-    if len(kv) != len(tensors) or not kv or not all(_is_kv(tensor) for tensor in kv.values()):
+    count = len(tensors) - len(kv)
+    names = [EMBEDDINGS] if count == 1 else [f"{EMBEDDINGS}.{n}" for n in range(count)]
+    if (
+        bool(kv) == bool(count)
+        or any(name not in tensors for name in names)
+        or not all(_is_kv(values) for values in kv.values())
+        or not all(_is_embedding(tensors[name]) for name in names)
+    ):
         raise WrongShape(
-            "the prefix file does not hold keys and values of five dimensions, and only these",
+            "the prefix file does not hold keys and values, or embeddings, and only these",
             seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
-            expected="kv [L, 2, H, P, D] with P > 0",
+            expected="kv [K, 2, H, P, D] or embeddings [P, E], with P > 0",
         )
-    return Prefix(kv, PrefixMeta(method=method, **{name: texts[name] for name in _TEXT_FIELDS}))
+    return kv, tuple(tensors[name] for name in names)
+
+
+def _is_embedding(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and len(tensor) > 0 and torch.is_floating_point(tensor)
 
 
 def _is_kv(tensor: Tensor) -> bool:

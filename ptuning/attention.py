@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,105 +22,277 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptuning.errors import UnsupportedModel
+from ptuning.types import seed_of
 
 KINDS = ("eager", "sdpa")
 # The keyword argument of model(...) that carries a call's AttentionContext to every layer.
 CONTEXT = "ptuning_context"
+EMBEDDINGS = "embeddings"  # the name, among stacks, of virtual tokens at the input
 _LAYER = "_ptuning_layer"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Which real tokens see the virtual ones.
+
+    `infix`: only the last prompt token and those after it; else all. `windowed`: in layers with
+    a sliding window only those within it, counted in positions, as where a prefix lies in a
+    cache; else all.
+    """
+
+    infix: bool = False
+    windowed: bool = False
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Zero each value with probability `rate` and scale the rest; row r draws from `seeds[r]`,
+    so that its draws depend on nothing else in the batch."""
+
+    rate: float
+    seeds: tuple[int, ...]
+
+    def __call__(self, name: str, values_R: Tensor) -> Tensor:
+        kept = torch.stack(
+            [
+                torch.rand(
+                    values_R.shape[1:], generator=torch.Generator().manual_seed(seed_of(seed, name))
+                )
+                for seed in self.seeds
+            ]
+        )
+        return values_R * (kept >= self.rate).to(values_R) / (1.0 - self.rate)
+
+
+@dataclass(frozen=True)
+class PackPrefix:
+    """The prefixes of U users (slots), all of one kind.
+
+    `tensors[stack]` is `[U, K, 2, H, P, D]`, keys and values of the stack's top K layers, keys
+    as after rotary embedding; `tensors["embeddings"]` is `[U, P, E]`, virtual tokens at the
+    input.
+    """
+
+    tensors: dict[str, Tensor]
+    seen: Seen = Seen()
+
+    def of_rows(
+        self, slots_R: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
+    ) -> RowPrefix:
+        """Gather each row's prefix (differentiable).
+
+        `unbind` rather than a slice per layer: the backward of K slices would add K tensors
+        of the full size.
+        """
+        rows = {name: kv.index_select(0, slots_R) for name, kv in self.tensors.items()}
+        if dropout is not None:
+            rows = {name: dropout(name, values) for name, values in rows.items()}
+        embeddings = rows.pop(EMBEDDINGS, None)
+        count = len(slots_R)
+        return RowPrefix(
+            {stack: values.to(dtype).unbind(1) for stack, values in rows.items()},
+            embeddings=embeddings,
+            infix=_flags(self.seen.infix, count, slots_R.device),
+            windowed=_flags(self.seen.windowed, count, slots_R.device),
+        )
+
+
+def _flags(value: bool, rows: int, device: torch.device) -> Tensor | None:
+    return torch.ones(rows, dtype=torch.bool, device=device) if value else None
 
 
 @dataclass
 class RowPrefix:
-    """Prefix keys and values of every row of one batch.
+    """The prefix of every row of one batch.
 
-    `layers[stack][l]` is `[R, 2, H, P, D]`: keys (as after rotary embedding) and values.
-    `visible` is a bool `[R, P]` where rows have prefixes of different lengths (or none):
-    False columns are padding, on the left. None means that every column is visible.
+    `layers[stack]` are the stack's top K layers, each `[R, 2, H, P, D]`: keys (as after rotary
+    embedding) and values. `visible` is a bool `[R, P]` where rows have prefixes of different
+    lengths (or none): False columns are padding, on the left. None means that every column is
+    visible. `embeddings` `[R, P, E]` stand where the row's ids are negative (data/layout.py).
+    `infix` and `windowed`, bool `[R]`: see Seen; None where it holds for no row.
+    `depths[stack]`, Long `[R]`: how many of the stack's top layers row r's prefix has, where
+    rows differ.
     """
 
     layers: dict[str, tuple[Tensor, ...]]
     visible: Tensor | None = None
-
-    @classmethod
-    def of_slots(
-        cls, kv_ULPHD: dict[str, Tensor], slots_R: Tensor, dtype: torch.dtype
-    ) -> RowPrefix:
-        """Gather each row's prefix from a pack's `[U, L, 2, H, P, D]` (differentiable).
-
-        `unbind` rather than a slice per layer: the backward of L slices would add L tensors
-        of the full size.
-        """
-        return cls(
-            {
-                stack: kv.index_select(0, slots_R).to(dtype).unbind(1)
-                for stack, kv in kv_ULPHD.items()
-            }
-        )
+    embeddings: Tensor | None = None
+    infix: Tensor | None = None
+    windowed: Tensor | None = None
+    depths: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """P, the columns put before the row's own keys."""
-        first = next(iter(self.layers.values()))[0]
-        return int(first.shape[-2])
+        first = next(iter(self.layers.values()), None)
+        return 0 if first is None else int(first[0].shape[-2])
 
     def offsets(self, rows: int) -> Tensor:
-        """How many virtual tokens each row has, Long `[R]`: where its real positions start."""
+        """How many virtual keys each row has, Long `[R]`: how far real positions are moved."""
         if self.visible is None:
             return torch.full((rows,), self.length, dtype=torch.long)
         return self.visible.sum(-1)
 
+    def after(self, prompt_lengths_R: Tensor) -> Tensor | None:
+        """Each row's first real token that sees the prefix, Long `[R]`; None: all do."""
+        if self.infix is None:
+            return None
+        return torch.where(self.infix, (prompt_lengths_R - 1).clamp_min(0), 0)
+
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention module was called with. Shapes are (H, D); `causal`: the first token
-    did not see the last (of two)."""
+    """What one attention module was called with. Shapes are (H, D); `queries` and `keys` are
+    numbers of tokens; `causal`: the first token did not see the last."""
 
     module: nn.Module
     key_shape: tuple[int, int]
     value_shape: tuple[int, int]
+    queries: int
+    keys: int
     causal: bool
 
     @classmethod
     def of(
-        cls, module: nn.Module, key: Tensor, value: Tensor, mask: Tensor | None
+        cls, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> AttentionCall:
         seen = None if mask is None else mask[0, 0, 0, -1]
         causal = seen is not None and (not bool(seen) if seen.dtype == torch.bool else seen < 0)
         return cls(
-            module, (key.shape[1], key.shape[3]), (value.shape[1], value.shape[3]), bool(causal)
+            module,
+            (key.shape[1], key.shape[3]),
+            (value.shape[1], value.shape[3]),
+            query.shape[2],
+            key.shape[2],
+            bool(causal),
         )
+
+
+class Place(NamedTuple):
+    """Where an attention module stands: its stack, its layer there, and how many there are."""
+
+    stack: str
+    layer: int
+    layers: int
+
+    @property
+    def below_top(self) -> int:
+        """How many layers stand above it."""
+        return self.layers - 1 - self.layer
 
 
 @dataclass
 class AttentionContext:
-    """What one call of the backbone tells its attention layers, and what they tell back."""
+    """What one call of the backbone tells its attention layers, and what they tell back.
+
+    `index`, Long `[R, T]`, is each token's number among its row's real tokens (None: its column,
+    as in an encoder-decoder model, whose stacks have rows of their own lengths); `after`, Long
+    `[R]`, the first of them that sees the prefix (None: all do). `cached`: prefixes that lie in
+    the cache's first columns already.
+    """
 
     prefix: RowPrefix | None = None
+    index: Tensor | None = None
+    after: Tensor | None = None
+    cached: CachedPrefix | None = None
     capture: bool = False
     record_modules: bool = False
     used: set[tuple[str, int]] = field(default_factory=set)
     captured: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    embedded: Tensor | None = None
     calls: list[AttentionCall] = field(default_factory=list)
-    _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int, object], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def widened(self, mask: Tensor, prefix: RowPrefix) -> Tensor:
+    def positions(self) -> Tensor:
+        """Where each token stands, `[R, T]`: real tokens where the prefix ends, those before an
+        infix at the start."""
+        assert self.index is not None
+        if self.prefix is None:
+            return self.index
+        moved = self.prefix.offsets(len(self.index)).to(self.index)[:, None]
+        if self.after is not None:
+            moved = moved * (self.index >= self.after[:, None])
+        return self.index + moved
+
+    def widened(self, mask: Tensor, prefix: RowPrefix, window: int | None, place: Place) -> Tensor:
         """The layer's mask `[R, 1, T, S]` widened by P columns; made once per mask, not layer."""
-        made = self._masks.get(id(mask))
+        key = (id(mask), (window, place) if place.stack in prefix.depths else window)
+        made = self._masks.get(key)
         if made is not None and made[0] is mask:
             return made[1]
-        is_bool = mask.dtype == torch.bool
-        wide = functional.pad(mask, (prefix.length, 0), value=True if is_bool else 0.0)
-        if prefix.visible is not None:
-            hidden = ~prefix.visible[:, None, None, :].expand(*wide.shape[:3], -1)
-            blocked = False if is_bool else torch.finfo(mask.dtype).min
-            wide[..., : prefix.length] = wide[..., : prefix.length].masked_fill(hidden, blocked)
-        self._masks[id(mask)] = (mask, wide)
+        wide = functional.pad(mask, (prefix.length, 0), value=_shown(mask))
+        seen = self._seen(prefix, window, place, mask)
+        if seen is not None:
+            seen = seen[:, None].expand(*wide.shape[:3], -1)
+            wide[..., : prefix.length] = wide[..., : prefix.length].masked_fill(
+                ~seen, _hidden(mask)
+            )
+        self._masks[key] = (mask, wide)
         return wide
 
+    def _seen(
+        self, prefix: RowPrefix, window: int | None, place: Place, mask: Tensor
+    ) -> Tensor | None:
+        """Bool `[R, T or 1, P]`: which virtual tokens each token sees; None where it is all."""
+        seen = None if prefix.visible is None else prefix.visible[:, None, :]
+        if place.stack in prefix.depths:
+            reaches = (prefix.depths[place.stack] > place.below_top)[:, None, None]
+            seen = reaches if seen is None else seen & reaches
+        if self.after is not None:
+            assert self.index is not None
+            inside = (self.index >= self.after[:, None])[:, :, None]
+            seen = inside if seen is None else seen & inside
+        if window is not None and prefix.windowed is not None:
+            index = self.index
+            if index is None:
+                index = torch.arange(mask.shape[-2], device=mask.device)[None]
+            # Virtual token c of a row with P_r of them, padded on the left to P, is at position
+            # c - (P - P_r); the row's real token i is at P_r + i.
+            columns = torch.arange(prefix.length, device=index.device) - prefix.length
+            near = index[:, :, None] - columns < window
+            near = near | ~prefix.windowed[:, None, None]
+            seen = near if seen is None else seen & near
+        if seen is not None and prefix.length:
+            return seen.expand(-1, -1, prefix.length)
+        return seen
 
-def layer_of(module: nn.Module) -> tuple[str, int]:
-    """The (stack, layer) that `mark_layer` gave this attention module."""
-    place: tuple[str, int] | None = getattr(module, _LAYER, None)
+    def hiding(self, mask: Tensor, place: Place) -> Tensor:
+        """The mask with the cached columns of prefixes that do not reach down to this layer."""
+        assert self.cached is not None
+        shallow = self.cached.layers <= place.below_top  # [R]
+        if not bool(shallow.any()):
+            return mask
+        key = (id(mask), tuple(shallow.tolist()))
+        made = self._masks.get(key)
+        if made is not None and made[0] is mask:
+            return made[1]
+        columns = torch.arange(mask.shape[-1])
+        hide = shallow[:, None] & (columns < self.cached.lengths[:, None])  # [R, S]
+        hidden = mask.masked_fill(hide[:, None, None, :].to(mask.device), _hidden(mask))
+        self._masks[key] = (mask, hidden)
+        return hidden
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """Prefixes in a cache's first columns: how many columns and top layers each row has, both
+    Long `[R]` on the CPU."""
+
+    lengths: Tensor
+    layers: Tensor
+
+
+def _shown(mask: Tensor) -> float | bool:
+    return True if mask.dtype == torch.bool else 0.0
+
+
+def _hidden(mask: Tensor) -> float | bool:
+    return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+
+
+def layer_of(module: nn.Module) -> Place:
+    """The place that `mark_layer` gave this attention module."""
+    place: Place | None = getattr(module, _LAYER, None)
     if place is None:
         raise UnsupportedModel(
             "an attention module was called that was not seen when the backbone was loaded",
@@ -129,9 +301,9 @@ def layer_of(module: nn.Module) -> tuple[str, int]:
     return place
 
 
-def mark_layer(module: nn.Module, stack: str, layer: int) -> None:
+def mark_layer(module: nn.Module, stack: str, layer: int, layers: int) -> None:
     """Give an attention module its place: encoder and decoder layers share layer indices."""
-    setattr(module, _LAYER, (stack, layer))
+    setattr(module, _LAYER, Place(stack, layer, layers))
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -161,11 +333,15 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
         context: AttentionContext | None = kwargs.pop(CONTEXT, None)
         if context is not None:
             if context.record_modules:
-                context.calls.append(AttentionCall.of(module, key, value, attention_mask))
+                context.calls.append(AttentionCall.of(module, query, key, value, attention_mask))
             if context.capture:
-                context.captured[layer_of(module)] = torch.stack([key, value], dim=1)
-            if context.prefix is not None:
-                key, value, attention_mask = _prepend(context, module, key, value, attention_mask)
+                context.captured[layer_of(module)[:2]] = torch.stack([key, value], dim=1)
+            if context.cached is not None and attention_mask is not None:
+                attention_mask = context.hiding(attention_mask, layer_of(module))
+            if context.prefix is not None and context.prefix.layers:
+                key, value, attention_mask = _prepend(
+                    context, module, key, value, attention_mask, kwargs
+                )
         return base(module)(module, query, key, value, attention_mask, **kwargs)
 
     return attend
@@ -177,21 +353,26 @@ def _prepend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    prefix = context.prefix
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    prefix, place = context.prefix, layer_of(module)
     assert prefix is not None
-    stack, layer = layer_of(module)
+    layers = prefix.layers.get(place.stack, ())
+    if place.below_top >= len(layers):
+        return key, value, attention_mask
     if attention_mask is None:
         raise UnsupportedModel(
             "the model calls attention without a mask, so a prefix cannot be made visible safely",
             seen=type(module).__name__,
         )
-    kv = prefix.layers[stack][layer]  # [R, 2, H, P, D]
-    context.used.add((stack, layer))
+    kv = layers[len(layers) - 1 - place.below_top]  # [R, 2, H, P, D]
+    context.used.add(place[:2])
+    if kwargs.get("position_bias") is not None:  # virtual tokens have no place: no bias
+        kwargs["position_bias"] = functional.pad(kwargs["position_bias"], (prefix.length, 0))
     return (
         torch.cat([kv[:, 0], key], dim=2),
         torch.cat([kv[:, 1], value], dim=2),
-        context.widened(attention_mask, prefix),
+        context.widened(attention_mask, prefix, kwargs.get("sliding_window"), place),
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,14 +20,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput
 
 from ptuning import attention
-from ptuning.attention import CONTEXT, AttentionContext, RowPrefix
+from ptuning.attention import (
+    CONTEXT,
+    EMBEDDINGS,
+    AttentionCall,
+    AttentionContext,
+    CachedPrefix,
+    PackPrefix,
+    RowPrefix,
+)
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import BackboneChanged, UnsupportedModel
 from ptuning.types import Config
 
-DECODER = "decoder"  # the stack of a causal model
+# The stacks of attention layers. A causal model has the decoder alone.
+DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
 
 
 class BackboneConfig(Config):
@@ -60,35 +71,51 @@ class StackFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a method must know of a backbone. `hidden_size` is E."""
+    """What a method must know of a backbone. `hidden_size` is E, that of its input embeddings.
+
+    `decoder_start_id` begins every answer of an encoder-decoder model; None: a causal model.
+    """
 
     stacks: dict[str, StackFacts]
     hidden_size: int
     vocab_size: int
     max_positions: int | None
+    takes_embeddings: bool = True
+    decoder_start_id: int | None = None
 
-    def kv_shape(self, stack: str, num_virtual_tokens: int) -> tuple[int, ...]:
-        """`(L, 2, H, P, D)` of one prefix on one stack."""
+    def kv_shape(
+        self, stack: str, num_virtual_tokens: int, layers: int | None = None
+    ) -> tuple[int, ...]:
+        """`(K, 2, H, P, D)` of one prefix on a stack's top K layers (None: on all L)."""
         facts = self.stacks[stack]
-        return (facts.layers, 2, facts.heads, num_virtual_tokens, facts.head_dim)
+        return (layers or facts.layers, 2, facts.heads, num_virtual_tokens, facts.head_dim)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One microbatch. Rows are padded on the right.
 
-    `input_ids`, `attention_mask`: Long `[R, T]`. Supervised position n predicts `targets[n]`
-    from the hidden state at `(rows[n], cols[n])`; all three are Long `[N]`.
+    `input_ids`, `attention_mask`: Long `[R, T]`; negative ids are virtual tokens.
+    `prompt_lengths`: Long `[R]`. Supervised position n predicts `targets[n]` from the hidden
+    state at `(rows[n], cols[n])`; all three are Long `[N]`. With an encoder-decoder model
+    `input_ids` are the encoder's and `decoder_input_ids` `[R, S]` the answer's, moved by one.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    prompt_lengths: Tensor
     rows: Tensor
     cols: Tensor
     targets: Tensor
+    decoder_input_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        moved = {
+            name: value.to(device)
+            for name in self.__dataclass_fields__
+            if (value := getattr(self, name)) is not None
+        }
+        return Batch(**moved)
 
 
 class FrozenPass(nn.Module):
@@ -99,10 +126,15 @@ class FrozenPass(nn.Module):
     still happens.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, always_embed: bool = False) -> None:
+        """`always_embed`: look embeddings up here in every call, so that the ranks of a sharded
+        model visit its modules in one order whatever each of them computes."""
         super().__init__()
+        self._always_embed = always_embed
         self.model = model
-        self._select: tuple[Tensor, Tensor] | None = None
+        self.takes_embeddings = "inputs_embeds" in inspect.signature(model.forward).parameters
+        # Each thread its own: a service compiles a prefix while its engine takes a step.
+        self._local = threading.local()
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
             raise UnsupportedModel(
@@ -113,9 +145,10 @@ class FrozenPass(nn.Module):
         head.register_forward_pre_hook(self._pick)
 
     def _pick(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._select is None:
+        select = getattr(self._local, "select", None)
+        if select is None:
             return args
-        rows, cols = self._select
+        rows, cols = select
         return (args[0][rows, cols].unsqueeze(0), *args[1:])
 
     def forward(
@@ -126,15 +159,41 @@ class FrozenPass(nn.Module):
         **inputs: Any,
     ) -> Tensor:
         """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`."""
-        self._select = select
+        virtual = None if context.prefix is None else context.prefix.embeddings
+        ids = inputs["input_ids"]  # None where the encoder has read them already
+        here = context.capture or self._always_embed
+        wanted = virtual is not None or (here and self.takes_embeddings)
+        if ids is not None and wanted:
+            # The ids themselves stay away from the model: sharded ranks must all look their
+            # embeddings up equally often.
+            inputs["input_ids"] = None
+            inputs["inputs_embeds"] = context.embedded = self.embed(ids, virtual)
+        self._local.select = select
         try:
             output = self.model(**inputs, **{CONTEXT: context})
         finally:
-            self._select = None
+            self._local.select = None
         logits: Tensor = output.logits if select is None else output.logits[0]
         if targets is None:
             return logits
         return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    @property
+    def table(self) -> nn.Module:
+        """The input embedding. An encoder's own, which need not be shared with the decoder's."""
+        model: Any = self.model
+        reader = model.get_encoder() if model.config.is_encoder_decoder else model
+        table: nn.Module = reader.get_input_embeddings()
+        return table
+
+    def embed(self, ids: Tensor, virtual: Tensor | None) -> Tensor:
+        """Input embeddings `[R, T, E]`; id -1-k is row r's `virtual[r, k]`."""
+        real: Tensor = self.table(ids.clamp_min(0))
+        if virtual is None:
+            return real
+        index = (-1 - ids).clamp_min(0)[..., None].expand(-1, -1, virtual.shape[-1])
+        own = virtual.gather(1, index).to(real.dtype)
+        return torch.where((ids < 0)[..., None], own, real)
 
 
 class Backbone:
@@ -159,13 +218,17 @@ class Backbone:
             name,
             fingerprint,
         )
-        self.template = Template.of(tokenizer, template)
-        whole = FrozenPass(model)
-        self.runner: nn.Module = whole if shard is None else shard(whole)
+        self.template = Template.of(
+            tokenizer,
+            template,
+            encoder_decoder=bool(model.config.is_encoder_decoder),  # type: ignore[union-attr]
+        )
+        self._whole = FrozenPass(model, always_embed=shard is not None)
+        self.runner: nn.Module = self._whole if shard is None else shard(self._whole)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
+        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         if gradient_checkpointing:
             self._checkpoint_layers()
         self.facts = self._discover()
@@ -184,80 +247,126 @@ class Backbone:
                 module._gradient_checkpointing_func = inside  # type: ignore[assignment]
 
     def _discover(self) -> Facts:
-        """Run two tokens and note which modules attend, in which order and with which shapes.
+        """Run a few tokens and note which modules attend, in which order and with which shapes.
 
-        Reading the facts off a real pass works for every family without naming one.
+        Reading the facts off a real pass works for every family without naming one. An encoder
+        gets three tokens and a decoder two, so that the numbers of queries and keys tell apart
+        a decoder's self-attention (2, 2), an encoder's (3, 3) and cross-attention (2, 3).
         """
         context = AttentionContext(record_modules=True)
-        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            self._call(context, ids, torch.ones_like(ids), position_offset=0)
         config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        shapes = {shape for call in context.calls for shape in (call.key_shape, call.value_shape)}
-        if len(shapes) != 1:
-            raise UnsupportedModel(
-                "the model does not send its attention through Transformers' attention interface, "
-                "so a prefix cannot enter it"
-                if not shapes
-                else "the model's keys and values have different shapes",
-                seen=f"{type(self.model).__name__}, shapes (H, D): {sorted(shapes)}",
-                expected="one shape in all layers, for instance Llama, Qwen, Mistral, Gemma, "
-                "GPT-2, GPT-NeoX, OPT or Phi",
-            )
-        if not all(call.causal for call in context.calls):
+        start = self._decoder_start() if self._is_encoder_decoder else None
+        length = 2 if start is None else 3
+        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
+        answer = None if start is None else torch.full_like(ids[:, :2], start)
+        with torch.no_grad():
+            self._call(context, ids, torch.ones_like(ids), decoder_input_ids=answer)
+        kinds = {(2, 2): DECODER, (3, 3): ENCODER, (2, 3): CROSS}
+        calls: dict[str, list[AttentionCall]] = {}
+        for call in context.calls:
+            calls.setdefault(kinds[(call.queries, call.keys)], []).append(call)
+        if DECODER not in calls:
+            raise self._unsupported(set())
+        if not all(call.causal for call in calls[DECODER]):
             raise UnsupportedModel(
                 "the model's tokens see the ones after them, so it cannot predict these",
                 seen=type(self.model).__name__,
-                expected="a causal language model",
+                expected="a causal language model, or an encoder with a decoder",
             )
-        for layer, call in enumerate(context.calls):
-            attention.mark_layer(call.module, DECODER, layer)
-        heads, head_dim = shapes.pop()
         return Facts(
-            stacks={DECODER: StackFacts(layers=len(context.calls), heads=heads, head_dim=head_dim)},
-            hidden_size=int(config.hidden_size),
+            stacks={stack: self._stack(stack, found) for stack, found in calls.items()},
+            hidden_size=int(getattr(self._whole.table, "embedding_dim", config.hidden_size)),
             vocab_size=int(config.vocab_size),
             max_positions=getattr(config, "max_position_embeddings", None),
+            takes_embeddings=self._whole.takes_embeddings,
+            decoder_start_id=start,
+        )
+
+    def _stack(self, stack: str, calls: Sequence[AttentionCall]) -> StackFacts:
+        """Mark a stack's attention modules with their places; raises where shapes differ."""
+        shapes = {shape for call in calls for shape in (call.key_shape, call.value_shape)}
+        if len(shapes) != 1:
+            raise self._unsupported(shapes)
+        for layer, call in enumerate(calls):
+            attention.mark_layer(call.module, stack, layer, len(calls))
+        heads, head_dim = shapes.pop()
+        return StackFacts(layers=len(calls), heads=heads, head_dim=head_dim)
+
+    def _unsupported(self, shapes: set[tuple[int, int]]) -> UnsupportedModel:
+        return UnsupportedModel(
+            "the model's keys and values have different shapes"
+            if shapes
+            else "the model does not send its attention through Transformers' attention interface, "
+            "so a prefix cannot enter it",
+            seen=f"{type(self.model).__name__}, shapes (H, D): {sorted(shapes)}",
+            expected="one shape in all layers of a stack, for instance Llama, Qwen, Mistral, "
+            "Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5",
+        )
+
+    def _decoder_start(self) -> int:
+        """The token that begins every answer, as generation takes it."""
+        for holder in (getattr(self.model, "generation_config", None), self.model.config):
+            start = getattr(holder, "decoder_start_token_id", None)
+            if start is not None:
+                return int(start)
+        raise UnsupportedModel(
+            "the encoder-decoder model has no decoder_start_token_id",
+            seen=type(self.model).__name__,
+            fix="set it in the model's config.json",
         )
 
     def _call(
         self,
         context: AttentionContext,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | dict[str, Tensor],
         *,
-        position_offset: int | Tensor,
-        position_ids: Tensor | None = None,
+        index: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
         select: tuple[Tensor, Tensor] | None = None,
         targets: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """The seam: every call of the backbone is this line, whatever it is for."""
+        """The seam: every call of the backbone is this line, whatever it is for.
+
+        `index` (see AttentionContext) is counted from the mask where it is not given. An
+        encoder-decoder model needs none: its rows are padded on the right, so columns count.
+        """
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "use_cache": cache is not None,
         }
-        if self._takes_positions:
-            if position_ids is None:
+        if not self._is_encoder_decoder:
+            if index is None:
                 assert isinstance(attention_mask, Tensor)
-                # Real tokens start where the prefix ends; masked tokens get any valid position.
-                counted = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-                position_ids = counted + position_offset
-            inputs["position_ids"] = position_ids
+                # Masked tokens get any valid position.
+                index = (attention_mask.cumsum(-1) - 1).clamp_min(0)
+            context.index = index
+            if context.prefix is not None and prompt_lengths is not None:
+                context.after = context.prefix.after(prompt_lengths)
+            if self._takes_positions:
+                inputs["position_ids"] = context.positions()
+        if decoder_input_ids is not None:
+            inputs["decoder_input_ids"] = decoder_input_ids
+        if encoder_outputs is not None:
+            inputs["encoder_outputs"] = encoder_outputs
         if cache is not None:
             inputs["past_key_values"] = cache
         output: Tensor = self.runner(context, select, targets, **inputs)
-        self._check_prefix_entered(context)
+        self._check_prefix_entered(context, whole=encoder_outputs is None)
         return output
 
-    def _check_prefix_entered(self, context: AttentionContext) -> None:
+    def _check_prefix_entered(self, context: AttentionContext, *, whole: bool) -> None:
         if context.prefix is None:
             return
         expected = {
-            (stack, layer)
+            (stack, self.facts.stacks[stack].layers - 1 - below_top)
             for stack, layers in context.prefix.layers.items()
-            for layer in range(len(layers))
+            for below_top in range(len(layers))
+            if whole or stack != ENCODER
         }
         if context.used != expected:
             raise UnsupportedModel(
@@ -271,12 +380,12 @@ class Backbone:
 
         Differentiable with respect to the prefix; the weights never take a gradient.
         """
-        context = AttentionContext(prefix=prefix)
         return self._call(
-            context,
+            AttentionContext(prefix=prefix),
             batch.input_ids,
             batch.attention_mask,
-            position_offset=0 if prefix is None else _offsets(prefix, batch.input_ids),
+            prompt_lengths=batch.prompt_lengths,
+            decoder_input_ids=batch.decoder_input_ids,
             select=(batch.rows, batch.cols),
             targets=batch.targets,
         )
@@ -284,11 +393,13 @@ class Backbone:
     def capture(
         self, input_ids: Tensor, prefix: RowPrefix | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Keys and values of real tokens at positions 0..P-1: `{stack: [R, L, 2, H, P, D]}`.
+        """What tokens are inside the model: keys and values `{stack: [R, L, 2, H, P, D]}` at
+        positions 0..P-1, and `embeddings` `[R, P, E]` where the model takes such; fp32.
 
         What a prefix that consists of these words would be before any training (Li and Liang
-        2021, section 7.4, initialisation with activations of real words). The second value is
-        one logit row: what a sharded backbone needs to run a backward pass beside its peers.
+        2021, section 7.4, initialisation with activations of real words); of virtual tokens
+        (negative ids), what they are in every layer. The second value is one logit row: what a
+        sharded backbone needs to run a backward pass beside its peers.
         """
         context = AttentionContext(capture=True, prefix=prefix)
         first = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -296,7 +407,8 @@ class Backbone:
             context,
             input_ids,
             torch.ones_like(input_ids),
-            position_offset=0,
+            # The words stand at the decoder's input too: its own prefix is what they are there.
+            decoder_input_ids=input_ids.clamp_min(0) if self._is_encoder_decoder else None,
             select=(first, first),
         )
         kept = {
@@ -305,38 +417,64 @@ class Backbone:
             )
             for stack, facts in self.facts.stacks.items()
         }
-        return {stack: kv.detach().float() for stack, kv in kept.items()}, logits
+        if context.embedded is not None:
+            kept[EMBEDDINGS] = context.embedded
+        return {name: values.detach().float() for name, values in kept.items()}, logits
 
-    def empty_prefix(self, rows: int, *, requires_grad: bool = False) -> RowPrefix:
-        """A prefix of no virtual tokens: changes nothing, but can carry a gradient."""
-        kv = {
-            stack: torch.zeros(
-                (1, *self.facts.kv_shape(stack, 0)),
-                dtype=torch.float32,
-                device=self.device,
-                requires_grad=requires_grad,
+    def keys_and_values(self, embeddings: Tensor) -> Tensor:
+        """`[R, L, 2, H, P, D]` of virtual tokens `[R, P, E]` that come before all real ones.
+
+        On a causal stack they see one another and nothing else, so one pass says for good what
+        they are in every layer.
+        """
+        rows, length, _ = embeddings.shape
+        ids = torch.arange(-1, -1 - length, -1, device=self.device).expand(rows, -1)
+        prefix = RowPrefix({}, embeddings=embeddings.to(self.device, self.dtype))
+        with torch.no_grad():
+            return self.capture(ids, prefix)[0][DECODER]
+
+    def empty_prefix(
+        self,
+        rows: int,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        requires_grad: bool = False,
+    ) -> RowPrefix:
+        """A prefix that changes nothing, but can carry a gradient: no virtual tokens inside, and
+        none of those at the input stands anywhere.
+
+        `shapes` are a method's (`Method.shapes`); None: on every layer of every stack.
+        """
+        whole = {stack: self.facts.kv_shape(stack, 0) for stack in self.facts.stacks}
+        tensors = {}
+        for name, shape in (shapes or whole).items():
+            none = (1, shape[-1]) if name == EMBEDDINGS else (*shape[:3], 0, shape[4])
+            tensors[name] = torch.zeros(
+                (1, *none), dtype=torch.float32, device=self.device, requires_grad=requires_grad
             )
-            for stack in self.facts.stacks
-        }
         slots = torch.zeros(rows, dtype=torch.long, device=self.device)
-        return RowPrefix.of_slots(kv, slots, self.dtype)
+        return PackPrefix(tensors).of_rows(slots, self.dtype)
 
     def step(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | dict[str, Tensor],
-        position_ids: Tensor,
+        index: Tensor,
         prefix: RowPrefix | None,
         cache: Any,
         last: Tensor | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+        cached: CachedPrefix | None = None,
     ) -> Tensor:
         """Logits `[R, V]` at the last column, fp32; `cache` is updated in place.
 
         For generation. `attention_mask` is `[R, S+T]` over cached and new tokens (or an
-        already prepared 4D mask, or one per layer type), `position_ids` `[R, T]` absolute.
+        already prepared 4D mask, or one per layer type), `index` `[R, T]` each new token's
+        number among its row's real tokens, or its position where a prefix is `cached`.
         `last`, Long `[R]`, names each row's last column where rows are padded on the right.
         """
-        context = AttentionContext(prefix=prefix)
+        context = AttentionContext(prefix=prefix, cached=cached)
         rows = torch.arange(input_ids.shape[0], device=self.device)
         if last is None:
             last = torch.full_like(rows, input_ids.shape[1] - 1)
@@ -345,10 +483,45 @@ class Backbone:
                 context,
                 input_ids,
                 attention_mask,
-                position_offset=0,
-                position_ids=position_ids,
+                index=index,
+                prompt_lengths=prompt_lengths,
                 select=(rows, last),
                 cache=cache,
+            ).float()
+
+    def encode_source(
+        self, input_ids: Tensor, attention_mask: Tensor, prefix: RowPrefix | None
+    ) -> Tensor:
+        """Hidden states `[R, T, E]` of an encoder-decoder model's encoder, for `answer_step`."""
+        context = AttentionContext(prefix=prefix)
+        encoder: Any = self.model.get_encoder()  # type: ignore[operator]
+        with torch.no_grad():
+            embedded = self._whole.embed(input_ids, None if prefix is None else prefix.embeddings)
+            output = encoder(
+                inputs_embeds=embedded, attention_mask=attention_mask, **{CONTEXT: context}
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def answer_step(
+        self,
+        encoded: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        prefix: RowPrefix | None,
+        last: Tensor,
+    ) -> Tensor:
+        """Logits `[R, V]` at column `last[r]` of each row's answer so far, fp32, with the
+        encoder's hidden states at hand. Nothing is cached: the plain way."""
+        rows = torch.arange(decoder_input_ids.shape[0], device=self.device)
+        with torch.no_grad():
+            return self._call(
+                AttentionContext(prefix=prefix),
+                None,
+                attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+                select=(rows, last),
             ).float()
 
     def checksum(self) -> str:
@@ -392,8 +565,3 @@ def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: A
             layer.training = True
 
     return checkpoint(run, *args, use_reentrant=False)
-
-
-def _offsets(prefix: RowPrefix, input_ids: Tensor) -> Tensor:
-    """Each row's first real position, Long `[R, 1]`."""
-    return prefix.offsets(input_ids.shape[0]).to(input_ids.device)[:, None]

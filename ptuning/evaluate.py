@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from torch import Tensor
 
-from ptuning.artifact import Prefix
+from ptuning.artifact import Prefix, pack_prefix
+from ptuning.attention import PackPrefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded
 from ptuning.errors import DataError
@@ -189,15 +189,16 @@ def nll(
 
     Raises DataError where there is nothing to score.
     """
-    if prefix is not None:
-        prefix.check(backbone)
     rows = [encode(backbone, example, max_length) for example in examples]
-    kv = (
-        None
-        if prefix is None
-        else {s: t.float().unsqueeze(0).to(backbone.device) for s, t in prefix.kv.items()}
-    )
-    machine = score_split(backbone, [rows], kv, tokens_per_microbatch)
+    if prefix is None:
+        pack = None
+    else:
+        prefix.check(backbone)
+        around = prefix.arrangement(backbone.template)
+        rows = [around.row(row) for row in rows]
+        pack = pack_prefix([prefix], backbone)
+    members = 1 if prefix is None else len(prefix.members)
+    machine = score_split(backbone, [rows], pack, tokens_per_microbatch, members)
     (losses,) = LocalDriver(backbone).run(machine)
     if losses.nll is None:
         raise DataError("there are no completion tokens to score", seen=f"{len(rows)} examples")
@@ -207,16 +208,28 @@ def nll(
 def score_split(
     backbone: Backbone,
     users: Sequence[Sequence[Encoded]],
-    kv: dict[str, Tensor] | None,
+    prefix: PackPrefix | None,
     budget: int,
+    members: int = 1,
 ) -> Machine[list[SplitLosses]]:
-    """Losses of each user's rows under that user's slot of `kv` (`[U, L, 2, H, P, D]`)."""
-    rows = [row for user in users for row in user]
-    slots = [slot for slot, user in enumerate(users) for _ in user]
-    sums = yield from score_rows(backbone, rows, slots, kv, budget)
+    """Losses of each user's rows under that user's slots of `prefix`: `members` after another.
+
+    An ensemble's loss is the mean of its members': never below the loss of the normalised mean
+    of their log-probabilities, which is how it answers (Jensen's inequality).
+    """
+    rows = [row for user in users for _ in range(members) for row in user]
+    slots = [
+        slot * members + member
+        for slot, user in enumerate(users)
+        for member in range(members)
+        for _ in user
+    ]
+    sums = yield from score_rows(backbone, rows, slots, prefix, budget)
     result, at = [], 0
     for user in users:
-        nats = tuple(sums[at : at + len(user)])
+        count = len(user)
+        own = sums[at : at + count * members]
+        nats = tuple(sum(own[row::count]) / members for row in range(count))
         result.append(SplitLosses(nats=nats, tokens=tuple(predicted(row) for row in user)))
-        at += len(user)
+        at += count * members
     return result

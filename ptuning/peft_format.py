@@ -1,10 +1,18 @@
-"""To and from PEFT's Prefix Tuning checkpoints, without importing PEFT.
+"""To and from PEFT's checkpoints of its three kinds, without importing PEFT.
 
-PEFT keeps `prompt_embeddings` `[P, L * 2 * H * D]` (a row is a virtual token's keys and values,
-layer by layer, keys before values) and hands them to the model as `past_key_values`, so its
-keys are as after rotary embedding, as ours are: the two files hold the same numbers. H are
-key-value heads (PEFT calls them `num_attention_heads`) and `token_dim` is H * D. With a
-sliding window the two differ on longer texts: PEFT's prefix leaves the window, ours stays.
+Prefix Tuning: PEFT keeps `prompt_embeddings` `[P, L * 2 * H * D]` (a row is a virtual token's
+keys and values, layer by layer, keys before values) and hands them to the model as
+`past_key_values`, so its keys are as after rotary embedding, as ours are: the two files hold
+the same numbers. H are key-value heads (PEFT calls them `num_attention_heads`) and `token_dim`
+is H * D. With a sliding window PEFT's prefix leaves the window, which ours does only with
+`visibility: window`: one that PEFT made is read as such, one of ours that stays visible gives
+other logits there once a text is longer than the window.
+
+Prompt Tuning and P-Tuning: `prompt_embeddings` `[P, E]`, of P-Tuning the encoder's output, put
+before everything else at the input (the encoder's, of an encoder-decoder model). What stands
+elsewhere, in some layers only, or answers as an ensemble has no place in PEFT's files. Nor
+have keys and values of an encoder-decoder model: PEFT gives a prefix to the decoder alone and
+moves its tokens' positions by P, which ours does not.
 
 A PEFT adapter does not say whose it is or what it was trained on, so ours has one file more,
 which PEFT ignores; with it the way there and back loses nothing, the digest included.
@@ -26,10 +34,12 @@ from torch import Tensor
 
 from ptuning.artifact import Prefix, PrefixMeta, write_file
 from ptuning.backbone import DECODER, Backbone
+from ptuning.data.layout import front
 from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape, WrongUser
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptuning_prefix.json"
 TENSOR = "prompt_embeddings"
+PREFIX, PROMPT, PTUNING = "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"
 _PICKLE = "adapter_model.bin"
 
 
@@ -37,30 +47,26 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
     """Write a directory that `peft.PeftModel.from_pretrained` reads; returns it.
 
     Each file appears whole, the configuration last. Raises an ArtifactError where the prefix
-    is not of this backbone, WrongMethod where the backbone is no causal model.
+    is not of this backbone, WrongMethod where PEFT's files cannot express it.
     """
     prefix.check(backbone)
-    if set(prefix.kv) != {DECODER}:
-        raise WrongMethod(
-            "PEFT's Prefix Tuning has one stack only", seen=sorted(prefix.kv), expected=DECODER
-        )
-    kv = prefix.kv[DECODER]
-    layers, _, heads, length, dim = kv.shape
+    _check_expressible(prefix, backbone)
+    if prefix.kv:
+        tensor, own = flattened(prefix.kv[DECODER]), _kv_config(prefix.kv[DECODER])
+    else:
+        tensor, own = prefix.embeddings[0].detach().cpu().contiguous(), _embedding_config(prefix)
     config = {
-        "peft_type": "PREFIX_TUNING",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task(backbone),
         "base_model_name_or_path": prefix.meta.backbone,
+        # Without it PEFT builds the encoder that was dropped, and sends the values through it.
         "inference_mode": True,
-        "num_virtual_tokens": length,
-        "num_layers": layers,
-        "num_attention_heads": heads,
-        "token_dim": heads * dim,
+        "num_virtual_tokens": prefix.num_virtual_tokens,
+        # An encoder-decoder model too: PEFT's second half would be read by nothing.
         "num_transformer_submodules": 1,
-        "encoder_hidden_size": heads * dim,
-        "prefix_projection": False,
+        **own,
     }
     target = Path(directory)
-    write_file(target / WEIGHTS, save_safetensors({TENSOR: flattened(kv)}, {"format": "pt"}))
+    write_file(target / WEIGHTS, save_safetensors({TENSOR: tensor}, {"format": "pt"}))
     write_file(target / OURS, _json({"digest": prefix.digest, "meta": asdict(prefix.meta)}))
     write_file(target / CONFIG, _json(config))
     return target
@@ -73,7 +79,7 @@ def load_peft(
     user_key: str | None = None,
     prefix_name: str | None = None,
 ) -> Prefix:
-    """Read a PEFT Prefix Tuning adapter of this backbone as a prefix.
+    """Read a PEFT adapter of this backbone (Prefix Tuning, Prompt Tuning or P-Tuning).
 
     One that `save_peft` wrote comes back as it was. One made by PEFT is taken to be of this
     backbone and template if its shape fits (nothing in it says so), belongs to `user_key`
@@ -82,13 +88,17 @@ def load_peft(
     """
     source = Path(directory)
     config = _read_json(source / CONFIG)
-    _check_config(config)
-    kv = unflattened(_read_tensor(source), backbone)
+    _check_config(config, backbone)
+    tensor = _read_tensor(source, config)
     if not (source / OURS).is_file():
-        return _adopted(kv, backbone, user_key or "", prefix_name or "default")
+        meta = _adopted(config["peft_type"], len(tensor), backbone)
+        owner = {"user_key": user_key or "", "prefix_name": prefix_name or "default"}
+        prefix = _prefix(config, tensor, backbone, PrefixMeta(**meta | owner))
+        prefix.check(backbone)
+        return prefix
     record = _read_json(source / OURS)
     try:
-        prefix = Prefix({DECODER: kv}, PrefixMeta(**record["meta"]))
+        prefix = _prefix(config, tensor, backbone, PrefixMeta(**record["meta"]))
         expected = str(record["digest"])
         same = prefix.digest == expected
     except (KeyError, TypeError, AttributeError) as error:
@@ -120,51 +130,152 @@ def unflattened(flat: Tensor, backbone: Backbone) -> Tensor:
     facts = backbone.facts.stacks[DECODER]
     width = facts.layers * 2 * facts.heads * facts.head_dim
     if flat.ndim != 2 or flat.shape[1] != width or not len(flat):
-        raise WrongShape(
-            "the PEFT adapter does not fit the backbone",
-            seen=f"{TENSOR} {tuple(flat.shape)}",
-            expected=f"[P, {width}] = [P, {facts.layers} layers x 2 x {facts.heads} key-value "
-            f"heads x {facts.head_dim}]",
-            fix="load the backbone that the adapter was trained on",
+        raise _does_not_fit(
+            flat,
+            f"[P, {width}] = [P, {facts.layers} layers x 2 x {facts.heads} key-value heads x "
+            f"{facts.head_dim}]",
         )
     parts = flat.view(len(flat), facts.layers, 2, facts.heads, facts.head_dim)
     return parts.permute(1, 2, 3, 0, 4).contiguous()
 
 
-def _adopted(kv: Tensor, backbone: Backbone, user_key: str, prefix_name: str) -> Prefix:
-    """A prefix of an adapter that says nothing of its origin."""
-    prefix = Prefix(
-        {DECODER: kv},
-        PrefixMeta(
-            method={
-                "type": "prefix",
-                "num_virtual_tokens": int(kv.shape[3]),
-                "imported_from": "peft",
-            },
-            backbone=backbone.name,
-            backbone_fingerprint=backbone.fingerprint,
-            template_digest=backbone.template.digest,
-            user_key=user_key,
-            prefix_name=prefix_name,
-        ),
+def _task(backbone: Backbone) -> str:
+    return "CAUSAL_LM" if backbone.facts.decoder_start_id is None else "SEQ_2_SEQ_LM"
+
+
+def _check_expressible(prefix: Prefix, backbone: Backbone) -> None:
+    """Raise WrongMethod where PEFT's files have no place for this prefix."""
+    for refused, what, seen, expected, fix in (
+        _kv_limits(prefix, backbone) if prefix.kv else _embedding_limits(prefix, backbone)
+    ):
+        if refused:
+            raise WrongMethod(
+                f"PEFT cannot hold {what}",
+                seen=seen,
+                expected=expected,
+                fix=f"train with {fix}, or keep the prefix in its own file",
+            )
+
+
+_Limit = tuple[bool, str, object, object, str]  # refused, what, seen, expected, fix
+
+
+def _kv_limits(prefix: Prefix, backbone: Backbone) -> list[_Limit]:
+    task, stacks = _task(backbone), ", ".join(sorted(prefix.kv))
+    what = "keys and values of an encoder-decoder model"
+    layers, every = len(next(iter(prefix.kv.values()))), backbone.facts.stacks[DECODER].layers
+    some, infix = "a prefix on some layers only", "virtual tokens that the prompt does not see"
+    return [
+        (task != "CAUSAL_LM", what, f"stacks {stacks}", "a causal model", "method.type=prompt"),
+        (layers != every, some, f"method.layers={layers}", f"all {every}", "method.layers=all"),
+        (prefix.seen.infix, infix, "method.placement=infix", "prefix", "method.placement=prefix"),
+    ]
+
+
+def _embedding_limits(prefix: Prefix, backbone: Backbone) -> list[_Limit]:
+    members, layout = len(prefix.embeddings), prefix.meta.layout
+    around = prefix.arrangement(backbone.template)
+    elsewhere = around.anchors > 0 or around.in_front != prefix.num_virtual_tokens
+    what = "virtual tokens that are not all in front, nor words beside them"
+    in_front = front(prefix.num_virtual_tokens).text
+    return [
+        (members > 1, "an ensemble", f"method.ensemble={members}", 1, "method.ensemble=1"),
+        (elsewhere, what, layout, in_front, "that template"),
+    ]
+
+
+def _kv_config(kv: Tensor) -> dict[str, Any]:
+    layers, _, heads, _, dim = kv.shape
+    return {
+        "peft_type": PREFIX,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * dim,
+        "encoder_hidden_size": heads * dim,
+        "prefix_projection": False,
+    }
+
+
+def _embedding_config(prefix: Prefix) -> dict[str, Any]:
+    """Layers and heads are left to PEFT, which reads them off the model and never uses them."""
+    method, width = prefix.meta.method, prefix.embeddings[0].shape[1]
+    if method.get("type") != "ptuning":
+        return {"peft_type": PROMPT, "token_dim": width}
+    return {
+        "peft_type": PTUNING,
+        "token_dim": width,
+        "encoder_reparameterization_type": "LSTM" if method.get("encoder") == "lstm" else "MLP",
+        "encoder_hidden_size": method.get("encoder_hidden_size", width),
+    }
+
+
+def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: PrefixMeta) -> Prefix:
+    if config["peft_type"] == PREFIX:
+        return Prefix({DECODER: unflattened(tensor, backbone)}, meta)
+    width = backbone.facts.hidden_size
+    if tensor.ndim != 2 or tensor.shape[1] != width or not len(tensor):
+        raise _does_not_fit(tensor, f"[P, {width}]")
+    return Prefix({}, meta, (tensor,))
+
+
+def _adopted(kind: str, length: int, backbone: Backbone) -> dict[str, Any]:
+    """What there is to say of an adapter that says nothing of its origin."""
+    layout = "" if kind == PREFIX else front(length).text
+    methods: dict[str, dict[str, Any]] = {
+        PREFIX: {"type": "prefix", "num_virtual_tokens": length, "visibility": "window"},
+        PROMPT: {"type": "prompt", "num_virtual_tokens": length},
+        PTUNING: {"type": "ptuning", "template": layout},
+    }
+    return {
+        "method": {**methods[kind], "imported_from": "peft"},
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "template_digest": backbone.template.digest,
+        "layout": layout,
+    }
+
+
+def _does_not_fit(tensor: Tensor, expected: str) -> WrongShape:
+    return WrongShape(
+        "the PEFT adapter does not fit the backbone",
+        seen=f"{TENSOR} {tuple(tensor.shape)}",
+        expected=expected,
+        fix="load the backbone that the adapter was trained on",
     )
-    prefix.check(backbone)
-    return prefix
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "PREFIX_TUNING":
+def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
+    kind, task = config.get("peft_type"), _task(backbone)
+    if kind not in (PREFIX, PROMPT, PTUNING):
         raise WrongMethod(
             "the PEFT adapter is of another method",
-            seen=config.get("peft_type"),
-            expected="PREFIX_TUNING",
+            seen=kind,
+            expected=f"{PREFIX}, {PROMPT} or {PTUNING}",
         )
-    if config.get("num_transformer_submodules") not in (None, 1):
+    if config.get("task_type") not in (None, task):
+        raise WrongMethod(
+            "the PEFT adapter is of another kind of model",
+            seen=f"task_type {config['task_type']}",
+            expected=task,
+            fix="load the backbone that the adapter was trained on",
+        )
+    if kind == PREFIX and task != "CAUSAL_LM":
+        raise WrongMethod(
+            "PEFT's Prefix Tuning of an encoder-decoder model computes what ours does not",
+            seen=f"{kind} of a {task} model",
+            expected=f"{PROMPT} or {PTUNING}, or a causal model",
+        )
+    if _copies(config) not in ((1,) if task == "CAUSAL_LM" else (1, 2)):
         raise WrongMethod(
             "the PEFT adapter is of an encoder-decoder model",
-            seen=f"num_transformer_submodules {config['num_transformer_submodules']}",
+            seen=f"num_transformer_submodules {_copies(config)}",
             expected=1,
         )
+
+
+def _copies(config: dict[str, Any]) -> Any:
+    """How often the tensor holds P rows. PEFT reads the first P and leaves the rest unused."""
+    return config.get("num_transformer_submodules") or 1
 
 
 def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None) -> None:
@@ -176,7 +287,7 @@ def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None
         raise WrongUser("the adapter has another name", seen=meta.prefix_name, expected=prefix_name)
 
 
-def _read_tensor(source: Path) -> Tensor:
+def _read_tensor(source: Path, config: dict[str, Any]) -> Tensor:
     if not (source / WEIGHTS).is_file() and (source / _PICKLE).is_file():
         raise CorruptArtifact(
             "the PEFT adapter is a pickle, which can run code when it is read",
@@ -194,11 +305,19 @@ def _read_tensor(source: Path) -> Tensor:
         ) from error
     if set(tensors) != {TENSOR} or not torch.is_floating_point(tensors[TENSOR]):
         raise WrongShape(
-            "the PEFT adapter does not hold one tensor of keys and values",
+            "the PEFT adapter does not hold one tensor of keys and values, or of embeddings",
             seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
-            expected=f"{TENSOR} [P, L * 2 * H * D]",
+            expected=f"{TENSOR} [P, L * 2 * H * D] or [P, E]",
         )
-    return tensors[TENSOR]
+    tensor, length = tensors[TENSOR], config.get("num_virtual_tokens")
+    rows = tensor.shape[0] if tensor.ndim else 0
+    if not isinstance(length, int) or length < 1 or rows != length * _copies(config):
+        raise WrongShape(
+            "the PEFT adapter's weights have another length than its configuration says",
+            seen=f"{TENSOR} {tuple(tensor.shape)}",
+            expected=f"num_virtual_tokens {length}",
+        )
+    return tensor[:length]
 
 
 def _read(path: Path) -> bytes:

@@ -147,6 +147,11 @@ def prefix_path(user_key: str, digest: str) -> str:
     return f"prefixes/{user_key[:2]}/{user_key}/{digest}.safetensors"
 
 
+def resume_path(user_key: str, digest: str) -> str:
+    """Where the state that continues a prefix's training lies, if it was kept."""
+    return prefix_path(user_key, digest).replace(".safetensors", ".resume.safetensors")
+
+
 def read_uri(uri: str) -> bytes:
     """The bytes behind a path or URI, as a registry version names it."""
     with fsspec.open(uri, "rb") as file:

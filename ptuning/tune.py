@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
 from ptuning.backbone import Backbone
-from ptuning.data.examples import DataConfig, arrange, too_few
-from ptuning.errors import PTuningError
+from ptuning.data.examples import DataConfig, arrange, data_digest, too_few
+from ptuning.errors import PTuningError, WrongUser
+from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.train.config import TrainConfig, Trained, UserRows
 from ptuning.train.packed import train_pack
+from ptuning.train.resume import Resume
 from ptuning.train.step import LocalDriver
 from ptuning.types import EpochLoss, Example, user_key
-from ptuning.users import Recipe, meta_of, prepare
+from ptuning.users import Recipe, belongs, meta_of, prepare, warm_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,23 +28,28 @@ class TuneResult:
     prefix: Prefix | None = None
     history: list[EpochLoss] = field(default_factory=list)
     error: str | None = None
+    resume: Resume | None = None  # what continues the training, with train.keep_resume
 
 
 def tune(
     backbone: Backbone,
     users: Mapping[str, Sequence[Example]],
     *,
-    method: PrefixTuning | None = None,
+    method: Method | None = None,
     train: TrainConfig | None = None,
     data: DataConfig | None = None,
     artifact: ArtifactConfig | None = None,
     prefix_name: str = "default",
+    start: Mapping[str, Prefix] | None = None,
+    resume: Mapping[str, Resume] | None = None,
 ) -> dict[str, TuneResult]:
     """Train one prefix per user, many users in one forward pass.
 
     `users` maps user ids to their examples; rows without a split are split by time
-    (DataConfig). The result has every user of `users`. The backbone's weights are compared
-    before and after; raises BackboneChanged if they differ.
+    (DataConfig). Users in `start` begin from a trained prefix of the same method and sizes,
+    users in `resume` where an earlier training on the same rows stopped (TuneResult.resume);
+    each user's must be their own. The result has every user of `users`. The backbone's weights
+    are compared before and after; raises BackboneChanged if they differ.
     """
     data = data or DataConfig()
     artifact = artifact or ArtifactConfig()
@@ -62,9 +69,9 @@ def tune(
                 results[user_id] = TuneResult(status="too_few")
                 continue
             rows = arrange(examples, data.max_rows)
-            ready.append(
-                (user_id, rows, prepare(backbone.template, recipe, user_key(user_id), rows))
-            )
+            own = prepare(backbone.template, recipe, user_key(user_id), rows)
+            given = (start or {}).get(user_id), (resume or {}).get(user_id)
+            ready.append((user_id, rows, _begun(backbone, recipe, own, rows, *given)))
         except (PTuningError, UnicodeError) as error:  # UnicodeError: text that is no Unicode
             results[user_id] = TuneResult(status="failed", error=str(error))
     size = recipe.train.pack_users
@@ -93,8 +100,39 @@ def _result(
     rows: Sequence[Example],
     trained: Trained,
 ) -> TuneResult:
-    if trained.kv is None:
+    if trained.members is None:
         return TuneResult(status="failed", history=trained.history, error=trained.error)
-    meta = meta_of(backbone, recipe, user_key(user_id), rows)
-    prefix = make_prefix(trained.kv, meta, artifact)
-    return TuneResult(status="trained", prefix=prefix, history=trained.history)
+    key = user_key(user_id)
+    meta = meta_of(backbone, recipe, key, rows)
+    return TuneResult(
+        status="trained",
+        prefix=make_prefix(trained.members, meta, artifact),
+        history=trained.history,
+        resume=Resume(trained.states, belongs(backbone, recipe, key, meta.data_digest))
+        if trained.states
+        else None,
+    )
+
+
+def _begun(
+    backbone: Backbone,
+    recipe: Recipe,
+    rows: UserRows,
+    examples: Sequence[Example],
+    start: Prefix | None,
+    resume: Resume | None,
+) -> UserRows:
+    """The user's rows with what their training begins from."""
+    if resume is not None:
+        resume.check(belongs(backbone, recipe, rows.user_key, data_digest(examples)))
+        return replace(rows, states=resume.states)
+    if start is None:
+        return rows
+    if start.meta.user_key != rows.user_key:
+        raise WrongUser(
+            "the prefix to start from belongs to another user",
+            seen=start.meta.user_key,
+            expected=rows.user_key,
+            fix="a start that users share must be made of public data and be saved as theirs",
+        )
+    return replace(rows, start=warm_start(recipe, backbone, start))

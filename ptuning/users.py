@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptuning.artifact import PrefixMeta, training_digest
+from torch import Tensor
+
+from ptuning.artifact import Prefix, PrefixMeta, training_digest
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.examples import data_digest
 from ptuning.data.packing import fill_words
-from ptuning.errors import DataError
-from ptuning.methods.prefix import PrefixTuning
+from ptuning.errors import DataError, WrongMethod
+from ptuning.methods.base import Method
 from ptuning.train.config import SPEED_ONLY, TrainConfig, UserRows
+from ptuning.train.resume import Belongs
 from ptuning.types import Example, Split, seed_of
 
 
@@ -24,7 +27,7 @@ from ptuning.types import Example, Split, seed_of
 class Recipe:
     """All settings that decide a user's prefix, besides their rows."""
 
-    method: PrefixTuning
+    method: Method
     train: TrainConfig
     max_length: int = 512
     prefix_name: str = "default"
@@ -50,6 +53,36 @@ def identity(
     )
 
 
+def belongs(backbone: Backbone, recipe: Recipe, user_key: str, data: str) -> Belongs:
+    """What a user's training state belongs to; `data` is the digest of their rows."""
+    endless = recipe.train.model_dump(exclude={"epochs", "start", *SPEED_ONLY})
+    settings = training_digest(
+        recipe.method.model_dump(),
+        endless,
+        recipe.max_length,
+        recipe.min_valid_tokens,
+        backbone.template.digest,
+        data,
+    )
+    return Belongs(user_key, recipe.prefix_name, backbone.fingerprint, settings)
+
+
+def warm_start(recipe: Recipe, backbone: Backbone, prefix: Prefix) -> tuple[dict[str, Tensor], ...]:
+    """A trained prefix as what a training starts from. Raises WrongMethod where the method's
+    prefixes have other shapes, or an ArtifactError where it is not of this backbone."""
+    prefix.check(backbone)
+    wanted = recipe.method.shapes(backbone.facts)
+    seen = [{name: tuple(t.shape) for name, t in own.items()} for own in prefix.members]
+    if seen != [wanted] * recipe.method.members:
+        raise WrongMethod(
+            "the prefix to start from is not of the kind that is trained",
+            seen=seen,
+            expected=f"{wanted} for each of {recipe.method.members}",
+            fix="train with the method and sizes that the prefix was made with",
+        )
+    return tuple({name: t.float() for name, t in own.items()} for own in prefix.members)
+
+
 def prepare(
     template: Template, recipe: Recipe, user_key: str, examples: Sequence[Example]
 ) -> UserRows:
@@ -65,30 +98,65 @@ def prepare(
             seen={split: len(rows) for split, rows in by_split.items() if rows},
             fix="name 'train' as the split of some rows, or leave split out",
         )
+    seed = seed_of(recipe.train.seed, user_key, recipe.prefix_name)
+    words, spans = _words(template, recipe.method, examples, seed)
     return UserRows(
         user_key=user_key,
-        seed=seed_of(recipe.train.seed, user_key, recipe.prefix_name),
+        seed=seed,
         train=tuple(by_split["train"]),
         valid=tuple(by_split["valid"]),
         test=tuple(by_split["test"]),
-        words=tuple(_words(template, recipe, examples)),
+        words=tuple(words),
+        spans=tuple(spans),
     )
 
 
-def _words(template: Template, recipe: Recipe, examples: Sequence[Example]) -> list[int]:
-    """P ids of real words: the first `init_words` among the user's train rows, else the words
-    of their train completions in time order."""
-    if not recipe.method.needs_words:
-        return []
+def _words(
+    template: Template, method: Method, examples: Sequence[Example], seed: int
+) -> tuple[list[int], list[int]]:
+    """The ids that the user's prefix starts from, and how many of them each virtual token is the
+    mean of ([]: one). Only train rows are looked at."""
+    count = method.num_virtual_tokens * method.members
     train = [example for example in examples if example.split in (None, "train")]
-    given = [example.init_words for example in train if example.init_words]
-    ids = template.ids(given[0]) if given else []
+    if method.start_ids == "words":
+        return _real_words(template, method, train, count), []
+    if method.start_ids == "vocab":
+        return template.sample_ids(count, seed), []
+    if method.start_ids == "labels":
+        labels = list(dict.fromkeys(_answer(example) for example in train))[:count]
+        ids = [template.ids(label) for label in labels]
+        # Fewer labels than virtual tokens: the rest is drawn from the vocabulary.
+        ids += [[token] for token in template.sample_ids(count - len(ids), seed)]
+        return [token for own in ids for token in own], [len(own) for own in ids]
+    return [], []
+
+
+def _real_words(
+    template: Template, method: Method, train: Sequence[Example], count: int
+) -> list[int]:
+    """The first `init_words` among the user's train rows, else the configured text, else the
+    words of their train completions in time order."""
+    given = next((row.init_words for row in train if row.init_words), method.init_text)
+    if given is not None:
+        ids = template.ids(given)
+        if not ids:
+            raise DataError(
+                "the words to start from have no tokens",
+                seen=repr(given),
+                expected="at least one word",
+                fix="change the rows' init_words or method.init_text, or leave them out",
+            )
+        return fill_words(ids, count)
+    ids = []
     for example in train:
-        if ids and (given or len(ids) >= recipe.method.num_virtual_tokens):
+        if len(ids) >= count:
             break
-        text = example.completion or (example.messages[-1].content if example.messages else "")
-        ids += template.ids(text)
-    return fill_words(ids, recipe.method.num_virtual_tokens)
+        ids += template.ids(_answer(example))
+    return fill_words(ids, count)
+
+
+def _answer(example: Example) -> str:
+    return example.completion or (example.messages[-1].content if example.messages else "")
 
 
 def meta_of(
@@ -104,6 +172,7 @@ def meta_of(
         user_key=user_key,
         prefix_name=recipe.prefix_name,
         data_digest=data,
+        layout="" if recipe.method.layout is None else recipe.method.layout.text,
         training_digest=identity(
             recipe, backbone.fingerprint, backbone.template.digest, user_key, data
         ),

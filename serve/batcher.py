@@ -26,28 +26,29 @@ class QueueFull(ServeError):
 
 @dataclass(frozen=True)
 class Move:
-    """The last slot's row fills the hole that a released one left."""
+    """The last slot's row fills the hole that a released one left (itself, where it left)."""
 
     source: int
     target: int
 
 
 class Batcher:
-    """At most `max_rows` running requests, at most `max_queue` waiting beyond free rows.
+    """At most `max_rows` running rows, at most `max_queue` waiting beyond free ones.
 
-    Waiting requests are admitted in order of arrival. Those admitted together are padded to
-    the longest prompt; their padded tokens stay within `prefill_tokens`, except that one
-    request is admitted whatever its length.
+    A request takes one row, or several that are admitted and leave together (an ensemble of
+    prefixes). Waiting requests are admitted in order of arrival. Those admitted together are
+    padded to the longest prompt; their padded tokens stay within `prefill_tokens`, except that
+    one request is admitted whatever its length.
     """
 
     def __init__(self, max_rows: int, max_queue: int, prefill_tokens: int) -> None:
         self.max_rows, self.max_queue, self.prefill_tokens = max_rows, max_queue, prefill_tokens
-        self._waiting: dict[str, int] = {}  # id -> prompt tokens, in order of arrival
+        self._waiting: dict[str, tuple[int, int]] = {}  # id -> prompt tokens, rows; by arrival
         self._rows: list[str] = []
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """Ids of the running requests; the index is the slot."""
+        """The running request of each slot; one with several rows stands in several."""
         return tuple(self._rows)
 
     @property
@@ -64,41 +65,55 @@ class Batcher:
             return State.WAITING
         return State.RUNNING if request in self._rows else None
 
-    def submit(self, request: str, prompt_tokens: int) -> None:
-        """A new request waits. Raises QueueFull, or ServeError for an id that is in use."""
+    def submit(self, request: str, prompt_tokens: int, rows: int = 1) -> None:
+        """A new request waits. Raises QueueFull, or ServeError for an id that is in use or a
+        request that can never be admitted."""
         if self.state(request) is not None:
             raise ServeError("a request was submitted twice", seen=request)
-        if len(self._rows) + len(self._waiting) >= self.max_rows + self.max_queue:
+        if rows > self.max_rows:
+            raise ServeError(
+                "a request needs more rows than the engine has",
+                seen=f"{rows} rows",
+                expected=f"at most {self.max_rows}",
+                fix="raise serve.max_rows",
+            )
+        waiting = sum(count for _, count in self._waiting.values())
+        if len(self._rows) + waiting + rows > self.max_rows + self.max_queue:
             raise QueueFull(
                 "too many requests are waiting",
-                seen=f"{len(self._rows)} running, {len(self._waiting)} waiting",
+                seen=f"{len(self._rows)} running, {waiting} waiting",
                 expected=f"at most {self.max_queue} waiting",
                 fix="try again later",
             )
-        self._waiting[request] = prompt_tokens
+        self._waiting[request] = (prompt_tokens, rows)
 
     def admit(self) -> tuple[str, ...]:
-        """Move waiting requests into free slots, appended to `rows`; returns the newcomers."""
+        """Move waiting requests into free slots, appended to `rows`; returns the new slots'."""
         admitted: list[str] = []
+        added: list[str] = []
         longest = 0
-        for request, tokens in self._waiting.items():
+        for request, (tokens, rows) in self._waiting.items():
             longest = max(longest, tokens)
-            too_long = (len(admitted) + 1) * longest > self.prefill_tokens
-            if len(self._rows) + len(admitted) >= self.max_rows or (admitted and too_long):
+            too_long = (len(added) + rows) * longest > self.prefill_tokens
+            if len(self._rows) + len(added) + rows > self.max_rows or (admitted and too_long):
                 break
             admitted.append(request)
+            added += [request] * rows
         for request in admitted:
             del self._waiting[request]
-        self._rows.extend(admitted)
-        return tuple(admitted)
+        self._rows.extend(added)
+        return tuple(added)
 
-    def release(self, request: str) -> Move | None:
-        """A running request leaves its slot; the last row moves there unless it was the last."""
-        slot = self._rows.index(request)
-        last = len(self._rows) - 1
-        self._rows[slot] = self._rows[last]
-        self._rows.pop()
-        return Move(last, slot) if slot != last else None
+    def release(self, request: str) -> tuple[Move, ...]:
+        """A running request leaves its slots. The moves are to be done in their order: the last
+        row goes where one left; where `source` is `target` the slot only becomes empty."""
+        moves = []
+        for slot in reversed([n for n, row in enumerate(self._rows) if row == request]):
+            last = len(self._rows) - 1
+            self._rows[slot] = self._rows[last]
+            self._rows.pop()
+            moves.append(Move(last, slot))
+        return tuple(moves)
 
     def withdraw(self, request: str) -> bool:
         """A waiting request leaves; False where it does not wait (any more)."""

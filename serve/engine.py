@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.errors import ServeError
+from ptuning.ready import Member, ReadyPrefix, combined
 from serve.batcher import Batcher, State
 from serve.events import Delta, Event, Failed, Finished, FinishReason, PrefixInfo, Problem, Started
 from serve.metrics import Metrics
-from serve.runner import SlotRunner
+from serve.runner import make_runner
 from serve.sampling import choose, generator_of
 from serve.text import TextStream
 
@@ -32,23 +33,20 @@ log = logging.getLogger("ptuning.serve")
 
 @dataclass(frozen=True, kw_only=True)
 class HeldPrefix:
-    """A user's prefix ready for use: `kv` is `[L, 2, H, P, D]` in the backbone's dtype."""
+    """A user's prefix in memory, ready for the model, and what the answer says of it."""
 
     info: PrefixInfo
-    kv: Tensor
-
-    @property
-    def num_virtual_tokens(self) -> int:
-        return int(self.kv.shape[-2])
+    ready: ReadyPrefix
 
     @property
     def nbytes(self) -> int:
-        return self.kv.numel() * self.kv.element_size()
+        return self.ready.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One row to be. `emit` is called in the engine's thread and must not block."""
+    """An answer to be. `prompt` has the prefix's virtual tokens and anchors around it, where it
+    has any. `emit` is called in the engine's thread and must not block."""
 
     id: str
     prompt: tuple[int, ...]
@@ -60,6 +58,16 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def members(self) -> tuple[Member | None, ...]:
+        """The prefixes that answer together, one row each."""
+        return (None,) if self.prefix is None else self.prefix.ready.members
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Real tokens of the prompt."""
+        return sum(token >= 0 for token in self.prompt)
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Engine:
         metrics: Metrics | None = None,
     ) -> None:
         self.backbone = backbone
-        self.runner = SlotRunner(backbone, max_rows)
+        self.runner = make_runner(backbone, max_rows)
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(max_rows, max_queue, prefill_tokens)
         self._requests: dict[str, Request] = {}
@@ -116,7 +124,7 @@ class Engine:
         with self._wake:
             if not self.alive:
                 raise ServeError("the engine is not running", fix="restart the service")
-            self._batcher.submit(request.id, len(request.prompt))
+            self._batcher.submit(request.id, len(request.prompt), len(request.members))
             self._requests[request.id] = request
             self._wake.notify()
 
@@ -174,34 +182,51 @@ class Engine:
         except Exception:
             log.exception("a step of %d rows failed", len(ids))
             self.metrics.add("ptuning_step_errors_total")
-            for request_id in reversed(ids):
+            for request_id in reversed(dict.fromkeys(ids)):
                 self._fail(request_id, "the model failed while it computed this answer")
 
     def _prefill(self, newcomers: Sequence[str]) -> None:
-        requests = [self._requests[request_id] for request_id in newcomers]
-        first = len(self._batcher.rows) - len(newcomers)
-        for slot, request in enumerate(requests, first):
+        requests = [self._requests[request_id] for request_id in dict.fromkeys(newcomers)]
+        first = slot = len(self._batcher.rows) - len(newcomers)
+        for request in requests:
             self._rows[request.id] = self._row(request)
-            self.runner.enter(slot, request.prefix.kv if request.prefix else None)
-        logits = self.runner.prefill(first, [request.prompt for request in requests])
-        for request, logits_V in zip(requests, logits.cpu(), strict=True):
+            for member in request.members:
+                self.runner.enter(slot, member)
+                slot += 1
+        prompts = [request.prompt for request in requests for _ in request.members]
+        logits = self.runner.prefill(first, prompts)
+        for request, logits_V in zip(requests, self._by_request(newcomers, logits), strict=True):
             now = time.monotonic()
             self.metrics.observe("ptuning_time_to_first_token_seconds", now - request.arrived)
-            self.metrics.add("ptuning_prompt_tokens_total", len(request.prompt))
+            self.metrics.add("ptuning_prompt_tokens_total", request.prompt_tokens)
             info = request.prefix.info if request.prefix else None
-            _emit(request, Started(prefix=info, prompt_tokens=len(request.prompt)))
+            _emit(request, Started(prefix=info, prompt_tokens=request.prompt_tokens))
             self._take(request.id, logits_V)
 
     def _decode(self, ids: Sequence[str]) -> None:
         rows = [self._rows[request_id] for request_id in ids]
         logits = self.runner.decode([row.last for row in rows], [row.column for row in rows])
         self.metrics.observe("ptuning_step_rows", len(rows))
-        for row, logits_V in zip(rows, logits.cpu(), strict=True):
-            row.column += 1
-            self._take(row.request.id, logits_V)
+        for request_id, logits_V in zip(
+            dict.fromkeys(ids), self._by_request(ids, logits), strict=True
+        ):
+            self._rows[request_id].column += 1
+            self._take(request_id, logits_V)
+
+    def _by_request(self, ids: Sequence[str], logits: Tensor) -> list[Tensor]:
+        """Logits `[V]` of each request in `ids`, in order of its first row; an ensemble's rows are
+        combined."""
+        slots: dict[str, list[int]] = {}
+        for slot, request_id in enumerate(ids):
+            slots.setdefault(request_id, []).append(slot)
+        on_cpu, result = logits.cpu(), []
+        for request_id, own in slots.items():
+            prefix = self._requests[request_id].prefix
+            result.append(combined(on_cpu[own], prefix.ready.combine if prefix else "mean"))
+        return result
 
     def _row(self, request: Request) -> _Row:
-        offset = request.prefix.num_virtual_tokens if request.prefix else 0
+        offset = request.prefix.ready.length if request.prefix else 0
         return _Row(
             request=request,
             text=TextStream(self.backbone.template.decode, request.stop),
@@ -252,18 +277,18 @@ class Engine:
         _emit(request, Failed(problem=problem))
 
     def _leave(self, request_id: str) -> None:
-        """The row's slot is cleared and may be filled by the last row, in the same order in
-        which the batcher's books say so."""
-        slot = self._batcher.rows.index(request_id)
+        """The request's slots are cleared and may be filled by the last rows, in the same order
+        in which the batcher's books say so."""
         with self._wake:
-            move = self._batcher.release(request_id)
+            moves = self._batcher.release(request_id)
             del self._requests[request_id]
             self._cancelled.discard(request_id)
         self._rows.pop(request_id, None)
-        if move is None:
-            self.runner.leave(slot)
-        else:
-            self.runner.move(move.source, move.target)
+        for move in moves:
+            if move.source == move.target:
+                self.runner.leave(move.target)
+            else:
+                self.runner.move(move.source, move.target)
 
 
 def _emit(request: Request, event: Event) -> None:

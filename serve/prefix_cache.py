@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ptuning.artifact import Prefix
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
 from ptuning.errors import ArtifactError
+from ptuning.ready import make_ready
 from ptuning.registry.base import Registry, Version
 from ptuning.store import read_uri
 from serve.config import ServeConfig
@@ -63,9 +64,9 @@ def file_loader(backbone: Backbone, read: Callable[[str], bytes] = read_uri) -> 
             prefix_name=prefix_name,
             digest=version.digest,
         )
-        kv = prefix.kv[DECODER].to(backbone.device, backbone.dtype)
+        ready = make_ready(prefix, backbone)
         info = PrefixInfo(name=prefix_name, version=version.version, digest=version.digest)
-        return HeldPrefix(info=info, kv=kv)
+        return HeldPrefix(info=info, ready=ready)
 
     return load
 

@@ -58,6 +58,8 @@ class Service:
             async with asyncio.timeout_at(deadline):
                 prompt = await self._encode(ask)
                 prefix = await self._prefix(ask)
+            if prefix is not None:
+                prompt = tuple(prefix.ready.around.prompt(prompt))
             self._check_positions(ask, prompt, prefix)
             self.engine.submit(_request(request_id, ask, prompt, prefix, emit))
             while True:
@@ -173,11 +175,14 @@ class Service:
     ) -> None:
         """The model's own limit, which counts virtual tokens and the answer too."""
         limit = self.backbone.facts.max_positions
-        virtual = prefix.num_virtual_tokens if prefix else 0
-        needed = virtual + len(prompt) + ask.max_tokens
+        virtual = prefix.ready.virtual_tokens if prefix else 0
+        real = sum(token >= 0 for token in prompt)
+        needed = virtual + real + ask.max_tokens
+        if self.backbone.facts.decoder_start_id is not None:  # two stacks, each with its own
+            needed = max(len(prompt), ask.max_tokens)
         if limit is not None and needed > limit:
             raise Refused(
-                f"the model has {limit} positions; {virtual} virtual tokens, {len(prompt)} of the "
+                f"the model has {limit} positions; {virtual} virtual tokens, {real} of the "
                 f"prompt and max_tokens={ask.max_tokens} need {needed}",
                 status=400,
                 code="context_length_exceeded",

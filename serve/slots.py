@@ -99,15 +99,16 @@ class SlotCache(Cache):
         for layer in self.slots:
             layer.view = view
 
-    def enter(self, slot: int, kv_L2HPD: Tensor | None) -> None:
-        """A new row begins in a slot: its user's prefix fills the first P columns."""
+    def enter(self, slot: int, kv_K2HPD: Tensor | None) -> None:
+        """A new row begins in a slot: its user's prefix fills the first P columns of the top K
+        layers (below them these columns stay empty, and nobody may look at them)."""
         self.clear(slot)
-        if kv_L2HPD is None:
+        if kv_K2HPD is None:
             return
-        length = kv_L2HPD.shape[-2]
+        length = kv_K2HPD.shape[-2]
         self._reserve(length)
         self._used[slot] = length
-        for layer, kv_2HPD in zip(self.slots, kv_L2HPD, strict=True):
+        for layer, kv_2HPD in zip(self.slots[-len(kv_K2HPD) :], kv_K2HPD, strict=True):
             layer.keys[slot, :, :length] = kv_2HPD[0]
             layer.values[slot, :, :length] = kv_2HPD[1]
 

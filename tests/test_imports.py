@@ -38,6 +38,7 @@ TIERS = {
     "ptuning.attention": 1,
     "ptuning.artifact": 1,
     "ptuning.load": 1,
+    "ptuning.ready": 1,
     "ptuning.store": 1,
     "ptuning.train": 2,
     "ptuning.evaluate": 2,

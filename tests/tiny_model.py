@@ -31,6 +31,37 @@ def make_tokenizer() -> Any:
     )
 
 
+def save_encoder_decoder(directory: Path) -> None:
+    """A random BART (2 + 2 layers, E 32, 4 heads) and its tokenizer."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=len(tokenizer),
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=1024,
+                init_std=0.2,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                decoder_start_token_id=tokenizer.bos_token_id,
+                forced_eos_token_id=None,
+            )
+        )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def save_model(directory: Path) -> None:
     """A random Llama (2 layers, E 32, 4 heads, 2 key-value heads) and its tokenizer."""
     import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,16 +55,30 @@ class Encoded:
         """How many tokens are learned from."""
         return sum(label != IGNORE for label in self.labels)
 
+    @property
+    def prompt_length(self) -> int:
+        """How many tokens come before the first supervised one (all, where there is none)."""
+        return next(
+            (at for at, label in enumerate(self.labels) if label != IGNORE), len(self.labels)
+        )
+
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer together with the way a row is written for it (`chat` or `plain`)."""
+    """A tokenizer together with the way a row is written for it (`chat` or `plain`).
+
+    `encoder_decoder`: the prompt is a text of its own, with all tokens that the tokenizer puts
+    around one, and the completion another.
+    """
 
     tokenizer: Any
     kind: Literal["chat", "plain"]
+    encoder_decoder: bool = False
 
     @classmethod
-    def of(cls, tokenizer: Any, kind: TemplateKind = "auto") -> Template:
+    def of(
+        cls, tokenizer: Any, kind: TemplateKind = "auto", *, encoder_decoder: bool = False
+    ) -> Template:
         """`auto` is `chat` where the tokenizer has a chat template, else `plain`."""
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         if kind == "chat" and not has_chat:
@@ -72,7 +87,7 @@ class Template:
                 fix="set data.template to 'plain' or 'auto'",
             )
         resolved: Literal["chat", "plain"] = "chat" if has_chat and kind != "plain" else "plain"
-        return cls(tokenizer, resolved)
+        return cls(tokenizer, resolved, encoder_decoder)
 
     @cached_property
     def digest(self) -> str:
@@ -82,6 +97,7 @@ class Template:
             "kind": self.kind,
             "chat_template": self.tokenizer.chat_template if self.kind == "chat" else None,
             "begin": self._begin,
+            **({"after_prompt": self._tail} if self.encoder_decoder else {}),
             "end": self.end_token_id,
             "tokenizer": backend.to_str() if backend is not None else self.tokenizer.get_vocab(),
         }
@@ -108,9 +124,24 @@ class Template:
     def _begin(self) -> list[int]:
         if self.kind == "chat":
             return []  # chat templates write their own beginning
+        if self.encoder_decoder:
+            return self._around[0]
         begin = self.tokenizer.bos_token_id
         adds_one = self.tokenizer("x")["input_ids"][:1] == [begin]
         return [begin] if begin is not None and adds_one else []
+
+    @cached_property
+    def _tail(self) -> list[int]:
+        """What ends a prompt that an encoder reads."""
+        return self._around[1] if self.encoder_decoder and self.kind == "plain" else []
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        text = self.ids("x")
+        whole = list(self.tokenizer("x")["input_ids"])
+        at = next((n for n in range(len(whole)) if whole[n : n + len(text)] == text), None)
+        return ([], []) if at is None else (whole[:at], whole[at + len(text) :])
 
     def encode(self, example: Example, max_length: int = 512) -> Encoded:
         """Encode one row to at most `max_length` tokens (virtual tokens not counted).
@@ -136,8 +167,9 @@ class Template:
         """Ids of a prompt (text, or the turns before the answer), at most `max_length` of them."""
         if self.kind == "plain":
             text = prompt if isinstance(prompt, str) else _plain_turns(prompt)
-            ids, removable = [*self._begin, *self.ids(text)], None
-            removable = [False] * len(self._begin) + [True] * (len(ids) - len(self._begin))
+            own = self.ids(text)
+            ids = [*self._begin, *own, *self._tail]
+            removable = [False] * len(self._begin) + [True] * len(own) + [False] * len(self._tail)
         else:
             turns = (
                 [{"role": "user", "content": prompt}]
@@ -170,6 +202,16 @@ class Template:
     def ids(self, text: str) -> list[int]:
         """Token ids of a piece of text, without special tokens."""
         return list(self.tokenizer(_unicode(text), add_special_tokens=False)["input_ids"])
+
+    def sample_ids(self, count: int, seed: int) -> list[int]:
+        """`count` ids drawn from the vocabulary's 5,000 first that are no special tokens.
+
+        Vocabularies made by merging or pruning list frequent pieces first; the most common
+        5,000 are what Lester et al. (2021, section 3) draw from.
+        """
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        common = [i for i in range(len(self.tokenizer)) if i not in special][:5000]
+        return random.Random(seed).choices(common, k=count)
 
     @cached_property
     def _undated(self) -> str:

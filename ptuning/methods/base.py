@@ -1,4 +1,4 @@
-"""What a tuning method is: parameters of one user, and how they become keys and values.
+"""What a tuning method is: parameters of one user, and what they become for the attention.
 
 Nothing here knows of training loops: the plain and the packed trainer call the same two
 functions, with U = 1 or U = the pack's size.
@@ -7,11 +7,20 @@ functions, with U = 1 or U = the pack's size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
+from ptuning.attention import Seen
 from ptuning.backbone import Facts
+from ptuning.data.layout import Layout
+from ptuning.errors import MethodError
+from ptuning.types import Config
+
+# Where the ids come from whose activations or embeddings a training starts from: nowhere, the
+# user's words (or given ones), tokens drawn from the vocabulary, the user's distinct completions.
+StartIds = Literal["none", "words", "vocab", "labels"]
 
 
 @dataclass
@@ -23,28 +32,125 @@ class Parameters:
 
 
 class Method(Protocol):
-    """A way to tune: Prefix Tuning today; Prompt Tuning and P-Tuning have the same shape."""
+    """A way to tune. `compile` gives what `attention.PackPrefix` holds."""
+
+    @property
+    def type(self) -> str: ...
 
     @property
     def num_virtual_tokens(self) -> int: ...
 
     @property
-    def needs_words(self) -> bool:
-        """Whether `initial` wants the activations of real words."""
+    def dropout(self) -> float: ...
+
+    @property
+    def start_ids(self) -> StartIds: ...
+
+    @property
+    def init_text(self) -> str | None:
+        """Words to start from where the user's rows give none."""
+        ...
+
+    @property
+    def layout(self) -> Layout | None:
+        """Where the virtual tokens stand at the input; None: they are keys and values only."""
+        ...
+
+    @property
+    def seen(self) -> Seen: ...
+
+    @property
+    def members(self) -> int:
+        """Prefixes per user, trained apart and answering together."""
         ...
 
     @property
     def default_learning_rate(self) -> float: ...
 
+    def model_dump(self) -> dict[str, Any]:
+        """The settings."""
+        ...
+
     def check(self, facts: Facts) -> None:
         """Raise MethodError where the settings do not fit the backbone."""
 
-    def initial(self, facts: Facts, words: dict[str, Tensor] | None, seed: int) -> Parameters:
-        """One user's parameters before training, fp32. `words[stack]` is `[L, 2, H, P, D]`."""
+    def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
+        """What a prefix of this method is: `{stack: (K, 2, H, P, D)}` or
+        `{"embeddings": (P, E)}`."""
+        ...
+
+    def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
+        """One user's parameters before training, fp32.
+
+        `start` is what the prefix is to begin as: `start[stack]` `[L, 2, H, P, D]`,
+        `start["embeddings"]` `[P, E]` (activations of words, or a trained prefix); None: random.
+        """
         ...
 
     def compile(
         self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
     ) -> dict[str, Tensor]:
-        """`{stack: [U, L, 2, H, P, D]}` from parameters with a leading U; differentiable."""
+        """`{stack: [U, K, 2, H, P, D]}` or `{"embeddings": [U, P, E]}` from parameters with a
+        leading U; differentiable."""
         ...
+
+
+class Tuning(Config):
+    """Settings and answers that methods share."""
+
+    dropout: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of a prefix's values that a training step drops, drawn for every row",
+    )
+    init_text: str | None = Field(
+        None,
+        description="text to start from where the user's rows have no init_words; "
+        "none: words of the user's own train rows",
+    )
+
+    @property
+    def layout(self) -> Layout | None:
+        return None
+
+    @property
+    def seen(self) -> Seen:
+        return Seen()
+
+    @property
+    def members(self) -> int:
+        return 1
+
+
+def check_start(method: Method, start: dict[str, Tensor] | None) -> None:
+    """Raise MethodError where a method that starts from words was given none."""
+    if start is None and method.start_ids != "none":
+        raise MethodError(
+            "the training starts from words, but none were given",
+            seen="no words",
+            expected="activations of words, or method.init=random",
+        )
+
+
+def check_virtual_tokens(count: int, facts: Facts) -> None:
+    """Raise MethodError where the backbone has no positions left beside the virtual tokens."""
+    limit = facts.max_positions
+    if limit is not None and count >= limit:
+        raise MethodError(
+            "more virtual tokens than the backbone has positions",
+            seen=count,
+            expected=f"fewer than {limit}",
+            fix="lower method.num_virtual_tokens",
+        )
+
+
+def check_embeddings(facts: Facts) -> None:
+    """Raise MethodError where virtual tokens cannot stand at the backbone's input."""
+    if not facts.takes_embeddings:
+        raise MethodError(
+            "the backbone takes no embeddings, so virtual tokens cannot stand at its input",
+            seen="a model whose forward has no `inputs_embeds`",
+            expected="method.type=prefix, whose virtual tokens live inside attention",
+            fix="use method.type=prefix or another backbone",
+        )

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ptuning.data.encode import Encoded
+from ptuning.train.state import TrainState
 from ptuning.types import Config, EpochLoss
 
 
@@ -38,17 +39,36 @@ class TrainConfig(Config):
     pack_users: int = Field(
         16, ge=1, description="users that train together in one process; changes speed only"
     )
+    start: Literal["init", "champion", "resume"] = Field(
+        "init",
+        description="where a run's trainings begin: as the method's init says; from the user's "
+        "champion, where it is of the same kind (a warm start: the result depends on the user's "
+        "history too); or where an earlier one with the same rows and settings but fewer epochs "
+        "stopped, if it was kept (train.keep_resume)",
+    )
+    keep_resume: bool = Field(
+        False,
+        description="keep, beside each prefix, what continues its training (encoder weights, "
+        "optimiser state)",
+    )
 
 
 # Settings that change no result beyond rounding, so no part of a training's identity.
-SPEED_ONLY = frozenset({"tokens_per_microbatch", "pack_users"})
+SPEED_ONLY = frozenset({"tokens_per_microbatch", "pack_users", "keep_resume"})
+# A training whose loss is no longer finite begins again, once, at this share of its rate.
+RESET_SCALE, MAX_RESETS = 0.1, 1
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as torch's defaults
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserRows:
-    """One user's encoded rows. `words` are P ids whose activations start the prefix."""
+    """One user's encoded rows, without virtual tokens, and what its training starts from.
+
+    `words` are ids whose activations or embeddings start the prefix: P for each of the
+    method's members, or, with `spans`, as many for each virtual token as it is the mean of.
+    `start` is a prefix to start from instead, one per member; `states` continue a training.
+    """
 
     user_key: str
     seed: int
@@ -56,21 +76,33 @@ class UserRows:
     valid: tuple[Encoded, ...] = ()
     test: tuple[Encoded, ...] = ()
     words: tuple[int, ...] = ()
+    spans: tuple[int, ...] = ()
+    start: tuple[dict[str, Tensor], ...] = ()
+    states: tuple[TrainState, ...] = ()
 
 
 @dataclass(kw_only=True)
 class Trained:
-    """A finished training: the best epoch's keys and values `{stack: [L, 2, H, P, D]}`, fp32.
+    """A finished training: each member's best epoch, as `attention.PackPrefix` has it without
+    U, fp32.
 
-    `kv` is None where the user's loss became non-finite; `error` says so.
+    `members` is None where the training failed; `error` says why. `resets`: how often it began
+    again at a lower learning rate. `states`, one per member, continue it.
     """
 
     user_key: str
-    kv: dict[str, Tensor] | None
+    members: tuple[dict[str, Tensor], ...] | None = None
     history: list[EpochLoss] = field(default_factory=list)
     steps: int = 0
     tokens: int = 0
     error: str | None = None
+    resets: int = 0
+    states: tuple[TrainState, ...] = ()
+
+    @property
+    def kv(self) -> dict[str, Tensor] | None:
+        """The only member's tensors, where there is one."""
+        return None if self.members is None else self.members[0]
 
 
 def learning_rate_at(config: TrainConfig, peak: float, step: int, total: int) -> float:

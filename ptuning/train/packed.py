@@ -16,27 +16,40 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptuning.attention import Dropout, PackPrefix
 from ptuning.backbone import Backbone
-from ptuning.data.packing import epoch_batches, fill_words, microbatches
-from ptuning.methods.base import Method
-from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
+from ptuning.data.packing import epoch_batches, microbatches
+from ptuning.methods.base import Method, Parameters
+from ptuning.train.config import (
+    MAX_RESETS,
+    RESET_SCALE,
+    BestEpoch,
+    TrainConfig,
+    Trained,
+    UserRows,
+    learning_rate_at,
+)
 from ptuning.train.slots import Slots
+from ptuning.train.start import members_of, room, start_of, together, too_long
+from ptuning.train.state import TrainState
 from ptuning.train.step import Capture, Machine, Train, collate, predicted, score_rows
-from ptuning.types import EpochLoss
+from ptuning.types import EpochLoss, seed_of
 
 
 @dataclass
 class _Progress:
-    """One user's place in its own training."""
+    """One member's place in its own training."""
 
     user: UserRows
     total_steps: int
     best: BestEpoch
     result: Trained
+    scale: float = 1.0  # of the learning rate, after resets
     epoch: int = 0
     pending: list[list[int]] = field(default_factory=list)  # batches left in this epoch
     nats: float = 0.0
     tokens: int = 0
+    labels: int = 0  # of the batch in work
     done: bool = False
 
     def next_batch(self) -> list[int]:
@@ -62,79 +75,138 @@ def train_pack(
     the last: so few tokens would choose an epoch by chance.
     """
     method.check(backbone.facts)
-    slots = yield from _initial_slots(backbone, method, users, config.tokens_per_microbatch)
-    limit = backbone.facts.max_positions
-    room = None if limit is None else limit - method.num_virtual_tokens
-    progress = [_start(user, config, room) for user in users]
+    by_user = [members_of(method, backbone.template, user) for user in users]
+    members = [member for own in by_user for member in own]
+    results = yield from _train_members(backbone, method, config, members, min_valid_tokens)
+    at, trained = 0, []
+    for user, own in zip(users, by_user, strict=True):
+        trained.append(together(user, results[at : at + len(own)]))
+        at += len(own)
+    return trained
+
+
+def _train_members(
+    backbone: Backbone,
+    method: Method,
+    config: TrainConfig,
+    members: Sequence[UserRows],
+    min_valid_tokens: int,
+) -> Machine[list[Trained]]:
+    slots = yield from _initial_slots(backbone, method, members, config.tokens_per_microbatch)
+    limit = room(backbone.facts, method)
+    progress = [_start(member, config, limit) for member in members]
+    for slot, member in enumerate(members):
+        for state in member.states:
+            slots.load(slot, state)
+            _continue(progress[slot], state, config)
     peak = config.learning_rate or method.default_learning_rate
     while active := [slot for slot, one in enumerate(progress) if not one.done]:
         leaves = slots.leaves()
-        yield from _one_step(backbone, config, progress, active, leaves)
-        rates = [
-            learning_rate_at(config, peak, progress[slot].result.steps, progress[slot].total_steps)
-            for slot in active
-        ]
-        slots.update(leaves, active, rates, config)
+        yield from _one_step(backbone, method, config, progress, active, leaves)
+        lost = [slot for slot in active if not math.isfinite(progress[slot].nats)]
+        for slot in lost:
+            _begin_again(slots, slot, progress[slot], config, "the loss of a step is not finite")
+        active = [slot for slot in active if slot not in lost]
+        # A batch in which nothing is supervised teaches nothing: its step is no update.
+        taught = [slot for slot in active if progress[slot].labels]
+        if taught:
+            slots.update(leaves, taught, _rates(config, peak, progress, taught), config)
         for slot in active:
             progress[slot].result.steps += 1
         ended = [slot for slot in active if not progress[slot].pending]
         if ended:
             yield from _end_epoch(backbone, config, slots, progress, ended, min_valid_tokens)
-    return [_result(one, slots.best[slot]) for slot, one in enumerate(progress)]
+    return [_result(one, slots, slot, config) for slot, one in enumerate(progress)]
 
 
-def _start(user: UserRows, config: TrainConfig, room: int | None) -> _Progress:
-    """`room` is how many real tokens the backbone's positions leave beside the prefix."""
+def _rates(
+    config: TrainConfig, peak: float, progress: Sequence[_Progress], active: Sequence[int]
+) -> list[float]:
+    return [
+        one.scale * learning_rate_at(config, peak, one.result.steps, one.total_steps)
+        for one in (progress[slot] for slot in active)
+    ]
+
+
+def _start(user: UserRows, config: TrainConfig, limit: int | None) -> _Progress:
     one = _Progress(
         user=user,
         total_steps=config.epochs * math.ceil(len(user.train) / config.batch_size),
         best=BestEpoch(config.patience),
-        result=Trained(user_key=user.user_key, kv=None),
+        result=Trained(user_key=user.user_key, error=too_long(user, limit)),
     )
-    longest = max((len(row.input_ids) for row in (*user.train, *user.valid, *user.test)), default=0)
-    if not user.train:
-        one.result.error = "the user has no train rows"
-    elif room is not None and longest > room:
-        one.result.error = (
-            f"a row has {longest} tokens, but the backbone has positions for {room} beside the "
-            "prefix; lower data.max_length or method.num_virtual_tokens"
-        )
-    else:
-        one.begin_epoch(config.batch_size)
     one.done = one.result.error is not None
+    if not one.done:
+        one.begin_epoch(config.batch_size)
     return one
 
 
+def _continue(one: _Progress, state: TrainState, config: TrainConfig) -> None:
+    """Stand where a saved training stopped; its epochs count."""
+    one.best.best, one.best.since, one.scale = state.best_loss, state.since, state.scale
+    one.result.steps, one.result.tokens = state.steps, state.tokens
+    one.result.history = list(state.history)
+    one.epoch = state.epoch
+    stopped = config.patience is not None and state.since >= config.patience
+    one.done = one.done or stopped or state.epoch >= config.epochs
+    if not one.done:
+        one.begin_epoch(config.batch_size)
+
+
+def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, reason: str) -> None:
+    """A user whose loss is not finite starts anew at a lower rate, once; then it fails alone."""
+    if one.result.resets >= MAX_RESETS:
+        one.result.error = (
+            f"{reason}, after {one.result.resets} new start at {one.scale:g} times the learning "
+            f"rate, in epoch {one.epoch}; lower train.learning_rate or look at the user's rows"
+        )
+        one.done = True
+        return
+    slots.reset(slot)
+    resets = one.result.resets + 1
+    one.result = Trained(user_key=one.user.user_key, resets=resets)
+    one.best, one.scale, one.epoch = BestEpoch(config.patience), one.scale * RESET_SCALE, 0
+    one.begin_epoch(config.batch_size)
+
+
 def _initial_slots(
-    backbone: Backbone, method: Method, users: Sequence[UserRows], budget: int
+    backbone: Backbone, method: Method, members: Sequence[UserRows], budget: int
 ) -> Machine[Slots]:
-    """Every user's initial parameters; activations of words are captured for many at once."""
-    words: list[dict[str, Tensor] | None] = [None] * len(users)
-    if method.needs_words:
-        count = method.num_virtual_tokens
-        # A user without rows may have no words either: such a slot is never trained.
-        given = [fill_words(user.words or (0,), count) for user in users]
-        for group in microbatches([count] * len(users), budget):
-            ids = torch.tensor([given[slot] for slot in group], device=backbone.device)
-            captured = yield Capture(ids)
-            assert isinstance(captured, dict)
-            for row, slot in enumerate(group):
-                words[slot] = {stack: kv[row] for stack, kv in captured.items()}
-    initial = [
-        method.initial(backbone.facts, words[slot], user.seed) for slot, user in enumerate(users)
+    """Every member's initial parameters; words are captured for many at once."""
+    start: list[dict[str, Tensor] | None] = [
+        member.start[0] if member.start else None for member in members
     ]
+    wanting = [slot for slot, member in enumerate(members) if member.words]
+    for group in microbatches([len(members[slot].words) for slot in wanting], budget):
+        slots = [wanting[n] for n in group]
+        longest = max(len(members[slot].words) for slot in slots)
+        ids = torch.zeros((len(slots), longest), dtype=torch.long)
+        for row, slot in enumerate(slots):
+            ids[row, : len(members[slot].words)] = torch.tensor(members[slot].words)
+        captured = yield Capture(ids.to(backbone.device))
+        assert isinstance(captured, dict)
+        for row, slot in enumerate(slots):
+            own = {name: values[row] for name, values in captured.items()}
+            start[slot] = start_of(own, members[slot].spans)
+    initial = []
+    for slot, member in enumerate(members):
+        if member.states:
+            initial.append(Parameters(member.states[0].trained, member.states[0].fixed))
+        else:
+            initial.append(method.initial(backbone.facts, start[slot], member.seed))
     return Slots(method, backbone.facts, initial, backbone.device)
 
 
 def _one_step(
     backbone: Backbone,
+    method: Method,
     config: TrainConfig,
     progress: Sequence[_Progress],
     active: Sequence[int],
-    leaves: dict[str, Tensor],
+    leaves: PackPrefix,
 ) -> Machine[None]:
     """Collect into `leaves` the gradient of each active user's mean loss over its next batch."""
-    rows, owners, weights = [], [], []
+    rows, owners, weights, seeds = [], [], [], []
     for slot in active:
         one = progress[slot]
         own = [one.user.train[row] for row in one.next_batch()]
@@ -142,15 +214,21 @@ def _one_step(
         rows += own
         owners += [slot] * len(own)
         weights += [1.0 / max(1, labels)] * len(own)
-        one.tokens += labels
+        seeds += [(one.user.seed, "dropout", one.result.steps, n) for n in range(len(own))]
+        one.tokens, one.labels = one.tokens + labels, labels
         one.result.tokens += sum(len(row.input_ids) for row in own)
     for group in microbatches([len(row.input_ids) for row in rows], config.tokens_per_microbatch):
-        batch = collate([rows[r] for r in group], backbone.device)
+        batch = collate([rows[r] for r in group], backbone.device, backbone.facts.decoder_start_id)
         if not len(batch.targets):
             continue
         picked = torch.tensor([owners[r] for r in group], device=backbone.device)
         weight = torch.tensor([weights[r] for r in group], device=backbone.device)
-        nll = yield Train(batch, leaves, picked, weight[batch.rows])
+        dropout = (
+            Dropout(method.dropout, tuple(seed_of(*seeds[r]) for r in group))
+            if method.dropout
+            else None
+        )
+        nll = yield Train(batch, leaves, picked, weight[batch.rows], dropout)
         assert isinstance(nll, Tensor)
         per_row = torch.zeros(len(group), dtype=torch.float64, device=backbone.device)
         per_row.index_add_(0, batch.rows, nll.double())
@@ -177,11 +255,11 @@ def _end_epoch(
         labels = sum(predicted(row) for row in one.user.valid)
         valid = sum(nats) / labels if labels else None
         train = one.nats / one.tokens if one.tokens else None
-        one.result.history.append(EpochLoss(epoch=one.epoch, train=train, valid=valid))
-        if any(loss is not None and not math.isfinite(loss) for loss in (train, valid)):
-            one.result.error = f"the loss is not finite after epoch {one.epoch}: {train}, {valid}"
-            one.done = True
+        finite = all(bool(p[slot].isfinite().all()) for p in compiled.tensors.values())
+        if not finite or (valid is not None and not math.isfinite(valid)):
+            _begin_again(slots, slot, one, config, "the validation loss is not finite")
             continue
+        one.result.history.append(EpochLoss(epoch=one.epoch, train=train, valid=valid))
         is_best, stop = one.best.see(valid if labels >= min_valid_tokens else None)
         if is_best:
             slots.keep_best(slot, compiled)
@@ -190,10 +268,21 @@ def _end_epoch(
             one.begin_epoch(config.batch_size)
 
 
-def _result(one: _Progress, best: dict[str, Tensor] | None) -> Trained:
-    if best is not None and not all(bool(kv.isfinite().all()) for kv in best.values()):
-        # Without validation rows nothing has scored the last step's result.
-        one.result.error = one.result.error or "the trained keys and values are not finite"
-    if one.result.error is None:
-        one.result.kv = best
+def _result(one: _Progress, slots: Slots, slot: int, config: TrainConfig) -> Trained:
+    best = slots.best[slot]
+    if one.result.error is None and best is not None:
+        one.result.members = (best,)
+        if config.keep_resume:
+            one.result.states = (
+                TrainState(
+                    **slots.saved(slot),
+                    steps=one.result.steps,
+                    epoch=one.epoch,
+                    tokens=one.result.tokens,
+                    best_loss=one.best.best,
+                    since=one.best.since,
+                    scale=one.scale,
+                    history=list(one.result.history),
+                ),
+            )
     return one.result

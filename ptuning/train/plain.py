@@ -6,10 +6,13 @@ train/packed.py but the batch order, the schedule's formula and the backbone.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ptuning.attention import RowPrefix
+from ptuning.attention import Dropout, PackPrefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded
 from ptuning.data.packing import epoch_batches
@@ -17,14 +20,17 @@ from ptuning.methods.base import Method, Parameters
 from ptuning.train.config import (
     BETAS,
     EPS,
+    MAX_RESETS,
+    RESET_SCALE,
     BestEpoch,
     TrainConfig,
     Trained,
     UserRows,
     learning_rate_at,
 )
+from ptuning.train.start import members_of, room, start_of, together, too_long
 from ptuning.train.step import collate, predicted
-from ptuning.types import EpochLoss
+from ptuning.types import EpochLoss, seed_of
 
 
 def train_user(
@@ -36,22 +42,56 @@ def train_user(
 ) -> Trained:
     """Train one user's prefix; the best epoch by validation loss is kept (the last, where there
     are fewer than `min_valid_tokens` validation tokens)."""
+    method.check(backbone.facts)
+    trained = []
+    for member in members_of(method, backbone.template, user):
+        for resets in range(MAX_RESETS + 1):
+            one = _train(backbone, method, config, member, min_valid_tokens, resets)
+            if one.error is None:
+                break
+        trained.append(one)
+    return together(user, trained)
+
+
+def _train(
+    backbone: Backbone,
+    method: Method,
+    config: TrainConfig,
+    user: UserRows,
+    min_valid_tokens: int,
+    resets: int,
+) -> Trained:
+    result = Trained(
+        user_key=user.user_key,
+        error=too_long(user, room(backbone.facts, method)),
+        resets=resets,
+    )
+    if result.error is not None:
+        return result
     parameters = _initial(backbone, method, user)
     trained = {name: p.unsqueeze(0).requires_grad_() for name, p in parameters.trained.items()}
     fixed = {name: p.unsqueeze(0) for name, p in parameters.fixed.items()}
-    peak = config.learning_rate or method.default_learning_rate
+    peak = (config.learning_rate or method.default_learning_rate) * RESET_SCALE**resets
     optimizer = torch.optim.AdamW(
         trained.values(), lr=peak, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
     )
     total = config.epochs * -(-len(user.train) // config.batch_size)
-    best, result = BestEpoch(config.patience), Trained(user_key=user.user_key, kv=None)
+    best = BestEpoch(config.patience)
+
+    def compiled() -> PackPrefix:
+        return PackPrefix(method.compile(trained, fixed, backbone.facts), method.seen)
 
     for epoch in range(1, config.epochs + 1):
         nats, tokens = 0.0, 0
         for rows in epoch_batches(len(user.train), config.batch_size, seed=user.seed, epoch=epoch):
             batch = [user.train[row] for row in rows]
-            kv = method.compile(trained, fixed, backbone.facts)
-            nll = _nll(backbone, kv, batch)
+            seeds = [seed_of(user.seed, "dropout", result.steps, n) for n in range(len(batch))]
+            dropout = Dropout(method.dropout, tuple(seeds)) if method.dropout else None
+            nll = _nll(backbone, compiled(), batch, dropout)
+            nats, tokens = nats + float(nll.detach().double().sum()), tokens + len(nll)
+            if not math.isfinite(nats):
+                result.error = f"the loss of a step is not finite, in epoch {epoch}"
+                return result
             optimizer.param_groups[0]["lr"] = learning_rate_at(config, peak, result.steps, total)
             optimizer.zero_grad()
             if len(nll):
@@ -59,47 +99,52 @@ def train_user(
             if config.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()
-            nats, tokens = nats + float(nll.detach().double().sum()), tokens + len(nll)
             result.steps += 1
             result.tokens += sum(len(row.input_ids) for row in batch)
         with torch.no_grad():
-            kv = method.compile(trained, fixed, backbone.facts)
-            valid = _mean_nll(backbone, kv, user.valid)
+            prefix = compiled()
+            valid = _mean_nll(backbone, prefix, user.valid)
+        finite = all(bool(p.isfinite().all()) for p in prefix.tensors.values())
+        if not finite or not math.isfinite(valid or 0.0):
+            result.error = f"the validation loss is not finite, in epoch {epoch}"
+            return result
         result.history.append(
             EpochLoss(epoch=epoch, train=nats / tokens if tokens else None, valid=valid)
         )
         enough = sum(predicted(row) for row in user.valid) >= min_valid_tokens
         is_best, stop = best.see(valid if enough else None)
         if is_best:
-            result.kv = {stack: tensor[0].detach().clone() for stack, tensor in kv.items()}
+            kept = {name: tensor[0].detach().clone() for name, tensor in prefix.tensors.items()}
+            result.members = (kept,)
         if stop:
             break
     return result
 
 
 def _initial(backbone: Backbone, method: Method, user: UserRows) -> Parameters:
-    method.check(backbone.facts)
-    words = None
-    if method.needs_words:
+    start = user.start[0] if user.start else None
+    if user.words:
         with torch.no_grad():
             captured, _ = backbone.capture(torch.tensor([user.words], device=backbone.device))
-        words = {stack: kv[0] for stack, kv in captured.items()}
-    initial = method.initial(backbone.facts, words, user.seed)
+        start = start_of({name: values[0] for name, values in captured.items()}, user.spans)
+    initial = method.initial(backbone.facts, start, user.seed)
     return Parameters(
         {name: p.to(backbone.device) for name, p in initial.trained.items()},
         {name: p.to(backbone.device) for name, p in initial.fixed.items()},
     )
 
 
-def _nll(backbone: Backbone, kv: dict[str, Tensor], rows: list[Encoded]) -> Tensor:
-    batch = collate(rows, backbone.device)
+def _nll(
+    backbone: Backbone, prefix: PackPrefix, rows: Sequence[Encoded], dropout: Dropout | None = None
+) -> Tensor:
+    batch = collate(rows, backbone.device, backbone.facts.decoder_start_id)
     slots = torch.zeros(len(rows), dtype=torch.long, device=backbone.device)
-    return backbone.token_nll(batch, RowPrefix.of_slots(kv, slots, backbone.dtype))
+    return backbone.token_nll(batch, prefix.of_rows(slots, backbone.dtype, dropout))
 
 
-def _mean_nll(backbone: Backbone, kv: dict[str, Tensor], rows: tuple[Encoded, ...]) -> float | None:
+def _mean_nll(backbone: Backbone, prefix: PackPrefix, rows: tuple[Encoded, ...]) -> float | None:
     tokens = sum(predicted(row) for row in rows)
     if not tokens:
         return None
-    nats = sum(float(_nll(backbone, kv, [row]).double().sum()) for row in rows)
+    nats = sum(float(_nll(backbone, prefix, [row]).double().sum()) for row in rows)
     return nats / tokens

@@ -1,7 +1,7 @@
-"""The slots of a pack: every user's parameters and AdamW state, stacked along U.
+"""The slots of a pack: every member's parameters and AdamW state, stacked along U.
 
-Each slot has its own step count, learning rate, gradient norm and best weights; an update
-touches the slots it names and no other.
+Each slot has its own step count, learning rate, gradient norm and best prefix; an update or a
+reset touches the slots it names and no other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ptuning.attention import PackPrefix
 from ptuning.backbone import Facts
 from ptuning.methods.base import Method, Parameters
 from ptuning.train.config import BETAS, EPS, TrainConfig
+from ptuning.train.state import TrainState
 
 
 class Slots:
@@ -23,6 +25,7 @@ class Slots:
         self, method: Method, facts: Facts, users: Sequence[Parameters], device: torch.device
     ) -> None:
         self.method, self.facts = method, facts
+        self._initial = users
         self.trained = _stack([user.trained for user in users], device)
         self.fixed = _stack([user.fixed for user in users], device)
         self._first = {name: torch.zeros_like(p) for name, p in self.trained.items()}
@@ -30,22 +33,64 @@ class Slots:
         self.steps = [0] * len(users)
         self.best: list[dict[str, Tensor] | None] = [None] * len(users)
 
-    def compiled(self) -> dict[str, Tensor]:
-        """`{stack: [U, L, 2, H, P, D]}` without a gradient, for scoring."""
+    def compiled(self) -> PackPrefix:
+        """Every slot's prefix without a gradient, for scoring."""
         with torch.no_grad():
-            return self.method.compile(self.trained, self.fixed, self.facts)
+            tensors = self.method.compile(self.trained, self.fixed, self.facts)
+        return PackPrefix(tensors, self.method.seen)
 
-    def leaves(self) -> dict[str, Tensor]:
+    def leaves(self) -> PackPrefix:
         """As `compiled`, as leaves that collect a step's gradient over its microbatches."""
-        return {stack: kv.detach().requires_grad_() for stack, kv in self.compiled().items()}
+        compiled = self.compiled()
+        leaves = {name: p.detach().requires_grad_() for name, p in compiled.tensors.items()}
+        return PackPrefix(leaves, compiled.seen)
 
-    def keep_best(self, slot: int, compiled: dict[str, Tensor]) -> None:
-        """Remember the slot's keys and values as its best so far."""
-        self.best[slot] = {stack: kv[slot].detach().clone() for stack, kv in compiled.items()}
+    def keep_best(self, slot: int, compiled: PackPrefix) -> None:
+        """Remember the slot's prefix as its best so far."""
+        self.best[slot] = {name: p[slot].detach().clone() for name, p in compiled.tensors.items()}
+
+    def reset(self, slot: int) -> None:
+        """The slot begins again: initial parameters, no optimiser state."""
+        for name, values in self._initial[slot].trained.items():
+            self.trained[name][slot] = values.to(self.trained[name])
+            self._first[name][slot] = 0
+            self._second[name][slot] = 0
+        self.steps[slot], self.best[slot] = 0, None
+
+    def load(self, slot: int, state: TrainState) -> None:
+        """The slot goes on from a saved state."""
+        for into, values in (
+            (self.trained, state.trained),
+            (self._first, state.first),
+            (self._second, state.second),
+        ):
+            for name, tensor in values.items():
+                into[name][slot] = tensor.to(into[name])
+        self.steps[slot] = state.steps
+        self.best[slot] = {name: p.to(self._device) for name, p in state.best.items()}
+
+    def saved(self, slot: int) -> dict[str, dict[str, Tensor]]:
+        """The slot's part of a TrainState: `trained`, `fixed`, `first`, `second`, `best`."""
+
+        def of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: p[slot].detach().cpu().clone() for name, p in tensors.items()}
+
+        best = {name: p.cpu() for name, p in (self.best[slot] or {}).items()}
+        return {
+            "trained": of(self.trained),
+            "fixed": of(self.fixed),
+            "first": of(self._first),
+            "second": of(self._second),
+            "best": best,
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.trained.values())).device
 
     def update(
         self,
-        leaves: dict[str, Tensor],
+        leaves: PackPrefix,
         slots: Sequence[int],
         rates: Sequence[float],
         config: TrainConfig,
@@ -56,7 +101,7 @@ class Slots:
         microbatches it was collected over.
         """
         gradients = self._gradients(leaves)
-        index = torch.tensor(slots, device=next(iter(self.trained.values())).device)
+        index = torch.tensor(slots, device=self._device)
         for slot in slots:
             self.steps[slot] += 1
         taken = {name: g.index_select(0, index) for name, g in gradients.items()}
@@ -67,18 +112,19 @@ class Slots:
         for name, gradient in taken.items():
             self._adamw(name, gradient, index, rate, step, config.weight_decay)
 
-    def _gradients(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _gradients(self, leaves: PackPrefix) -> dict[str, Tensor]:
         inputs = {name: p.detach().requires_grad_() for name, p in self.trained.items()}
         with torch.enable_grad():
             compiled = self.method.compile(inputs, self.fixed, self.facts)
         collected = {
-            stack: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-            for stack, leaf in leaves.items()
+            name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+            for name, leaf in leaves.tensors.items()
         }
-        if all(compiled[stack] is inputs.get(f"kv.{stack}") for stack in compiled):
-            return {f"kv.{stack}": grad for stack, grad in collected.items()}  # nothing between
+        names = {id(p): name for name, p in inputs.items()}
+        if all(id(p) in names for p in compiled.values()):  # nothing between
+            return {names[id(compiled[name])]: grad for name, grad in collected.items()}
         torch.autograd.backward(
-            [compiled[stack] for stack in compiled], [collected[stack] for stack in compiled]
+            [compiled[name] for name in compiled], [collected[name] for name in compiled]
         )
         return {
             name: p.grad if p.grad is not None else torch.zeros_like(p)

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ptuning.attention import RowPrefix
+from ptuning.attention import Dropout, PackPrefix, RowPrefix
 from ptuning.backbone import Backbone, Batch
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import microbatches
@@ -23,29 +23,30 @@ from ptuning.data.packing import microbatches
 
 @dataclass(frozen=True)
 class Train:
-    """Add the gradient of `sum(weights * nll)` to `kv`; the result is nll `[N]`, detached.
+    """Add the gradient of `sum(weights * nll)` to `prefix`; the result is nll `[N]`, detached.
 
-    `kv[stack]` are leaves `[U, L, 2, H, P, D]` that require a gradient, `slots` Long `[R]`.
+    `prefix.tensors` are leaves that require a gradient, `slots` Long `[R]`.
     """
 
     batch: Batch
-    kv: dict[str, Tensor]
+    prefix: PackPrefix
     slots: Tensor
     weights: Tensor
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """The result is nll `[N]`; no gradient. Without `kv` the base model is scored."""
+    """The result is nll `[N]`; no gradient. Without `prefix` the base model is scored."""
 
     batch: Batch
-    kv: dict[str, Tensor] | None
+    prefix: PackPrefix | None
     slots: Tensor
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Activations of real words: the result is `{stack: [R, L, 2, H, P, D]}`."""
+    """What real words are inside: `{stack: [R, L, 2, H, P, D], "embeddings": [R, P, E]}`."""
 
     input_ids: Tensor
 
@@ -91,25 +92,54 @@ class LocalDriver:
 
 def prefix_of(work: Train | Score, backbone: Backbone) -> RowPrefix | None:
     """Each row's prefix, gathered from the pack's."""
-    if work.kv is None:
+    if work.prefix is None:
         return None
-    return RowPrefix.of_slots(work.kv, work.slots, backbone.dtype)
+    dropout = work.dropout if isinstance(work, Train) else None
+    return work.prefix.of_rows(work.slots, backbone.dtype, dropout)
 
 
-def collate(rows: Sequence[Encoded], device: torch.device) -> Batch:
-    """Pad rows on the right into one batch, with the positions that predict a label."""
-    longest = max(len(row.input_ids) for row in rows)
-    ids = torch.zeros((len(rows), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORE)
-    for r, row in enumerate(rows):
-        ids[r, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        mask[r, : len(row.input_ids)] = 1
-        labels[r, : len(row.labels)] = torch.tensor(row.labels)
+def collate(
+    rows: Sequence[Encoded], device: torch.device, decoder_start_id: int | None = None
+) -> Batch:
+    """Pad rows on the right into one batch, with the positions that predict a label.
+
+    With `decoder_start_id` the prompts are an encoder's rows, and the rest a decoder's.
+    """
+    if decoder_start_id is not None:
+        return _collate_pairs(rows, device, decoder_start_id)
+    ids, mask = _padded([row.input_ids for row in rows])
+    labels, _ = _padded([row.labels for row in rows], IGNORE)
     # The hidden state at t predicts the token at t + 1.
     where_r, where_t = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    batch = Batch(ids, mask, where_r, where_t, labels[where_r, where_t + 1])
+    prompts = torch.tensor([row.prompt_length for row in rows])
+    batch = Batch(ids, mask, prompts, where_r, where_t, labels[where_r, where_t + 1])
     return batch.to(device)
+
+
+def _collate_pairs(rows: Sequence[Encoded], device: torch.device, start: int) -> Batch:
+    lengths = [row.prompt_length for row in rows]
+    ids, mask = _padded([row.input_ids[:at] for row, at in zip(rows, lengths, strict=True)])
+    answers = [row.input_ids[at:] for row, at in zip(rows, lengths, strict=True)]
+    labels, _ = _padded(
+        [row.labels[at:] or [IGNORE] for row, at in zip(rows, lengths, strict=True)], IGNORE
+    )
+    # The decoder reads the answer moved by one: its state at t predicts the answer's token t.
+    moved, _ = _padded([[start, *answer[:-1]] for answer in answers])
+    where_r, where_t = (labels != IGNORE).nonzero(as_tuple=True)
+    return Batch(
+        ids, mask, torch.tensor(lengths), where_r, where_t, labels[where_r, where_t], moved
+    ).to(device)
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows padded on the right, Long `[R, T]`, and their mask."""
+    longest = max(len(row) for row in rows)
+    padded = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros_like(padded)
+    for r, row in enumerate(rows):
+        padded[r, : len(row)] = torch.tensor(row)
+        mask[r, : len(row)] = 1
+    return padded, mask
 
 
 def predicted(row: Encoded) -> int:
@@ -121,17 +151,17 @@ def score_rows(
     backbone: Backbone,
     rows: Sequence[Encoded],
     slots: Sequence[int],
-    kv: dict[str, Tensor] | None,
+    prefix: PackPrefix | None,
     budget: int,
 ) -> Machine[list[float]]:
     """Summed nats of each row under its slot's prefix (None: the base model)."""
     sums = [0.0] * len(rows)
     for group in microbatches([len(row.input_ids) for row in rows], budget):
-        batch = collate([rows[r] for r in group], backbone.device)
+        batch = collate([rows[r] for r in group], backbone.device, backbone.facts.decoder_start_id)
         if not len(batch.targets):
             continue
         picked = torch.tensor([slots[r] for r in group], device=backbone.device)
-        nll = yield Score(batch, kv, picked)
+        nll = yield Score(batch, prefix, picked)
         assert isinstance(nll, Tensor)
         per_row = torch.zeros(len(group), dtype=torch.float64, device=backbone.device)
         per_row.index_add_(0, batch.rows, nll.double())

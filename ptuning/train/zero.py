@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ptuning.attention import PackPrefix, RowPrefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import TemplateKind
 from ptuning.load import (
@@ -26,6 +27,7 @@ from ptuning.load import (
     locate,
     read_model,
 )
+from ptuning.methods.base import Method
 from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
 
 
@@ -88,10 +90,15 @@ def _settings(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 class LockstepDriver:
-    """Runs this rank's machine beside its peers' on one sharded backbone."""
+    """Runs this rank's machine beside its peers' on one sharded backbone.
 
-    def __init__(self, backbone: Backbone) -> None:
+    `method` is the one that all ranks train: a rank without a prefix of its own puts in an
+    empty one of the same kind, so that its backward pass visits the same weights.
+    """
+
+    def __init__(self, backbone: Backbone, method: Method) -> None:
         self.backbone = backbone
+        self._shapes = method.shapes(backbone.facts)
 
     def run(self, machine: Machine[T]) -> T:
         """Drive the machine to its end, then make empty calls until every rank is done."""
@@ -133,27 +140,33 @@ class LockstepDriver:
             nll = backbone.token_nll(work.batch, prefix_of(work, backbone))
             return nll.detach(), (work.weights * nll).sum()
         if isinstance(work, Score):
-            prefix = (
-                backbone.empty_prefix(len(work.batch.input_ids), requires_grad=backward)
-                if work.kv is None
-                else prefix_of(_with_gradient(work, backward), backbone)
-            )
-            nll = backbone.token_nll(work.batch, prefix)
+            nll = backbone.token_nll(work.batch, self._scored(work, backward))
             return nll.detach(), 0.0 * nll.sum()
         ids = (
             work.input_ids
             if isinstance(work, Capture)
             else torch.zeros((1, 1), dtype=torch.long, device=backbone.device)
         )
-        captured, logits = backbone.capture(
-            ids, backbone.empty_prefix(len(ids), requires_grad=backward)
-        )
+        captured, logits = backbone.capture(ids, self._empty(len(ids), backward))
         return (captured if work is not None else None), 0.0 * logits.sum()
 
+    def _empty(self, rows: int, backward: bool) -> RowPrefix:
+        return self.backbone.empty_prefix(rows, self._shapes, requires_grad=backward)
 
-def _with_gradient(work: Score, backward: bool) -> Score:
-    """The same work on leaves that carry a (discarded) gradient, where peers train."""
-    if not backward or work.kv is None:
-        return work
-    kv = {stack: tensor.detach().clone().requires_grad_() for stack, tensor in work.kv.items()}
-    return Score(work.batch, kv, work.slots)
+    def _scored(self, work: Score, backward: bool) -> RowPrefix | None:
+        """The work's prefix on leaves that carry a (discarded) gradient, where peers train."""
+        if work.prefix is None:
+            return self._empty(len(work.batch.input_ids), backward)
+        if not backward:
+            return prefix_of(work, self.backbone)
+        tensors = {
+            name: p.detach().clone().requires_grad_(name in self._shapes)
+            for name, p in work.prefix.tensors.items()
+        }
+        prefix = PackPrefix(tensors, work.prefix.seen).of_rows(work.slots, self.backbone.dtype)
+        empty = self._empty(len(work.batch.input_ids), backward)
+        if prefix.embeddings is None:
+            prefix.embeddings = empty.embeddings
+        if not prefix.layers:
+            prefix.layers = empty.layers
+        return prefix

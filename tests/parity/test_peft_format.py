@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_backbones import SEQ2SEQ, build, build_model, prefix_rows
 from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -30,8 +31,10 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
-from ptuning.generate import row_prefix
+from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
 from ptuning.peft_format import CONFIG, OURS, TENSOR, WEIGHTS, load_peft, save_peft
 
 torch.set_num_threads(1)
@@ -67,6 +70,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 IDS = [5, 80, 33, 120, 7, 256, 41]
+FRONT = f"{{p:{P}}}{{prompt}}{{completion}}"
+# What PEFT can hold, and as what.
+METHODS: dict[str, tuple[Method, str]] = {
+    "prefix": (PrefixTuning(num_virtual_tokens=P), "PREFIX_TUNING"),
+    "embedding-only": (PrefixTuning(num_virtual_tokens=P, layers="embedding"), "PROMPT_TUNING"),
+    "prompt": (PromptTuning(num_virtual_tokens=P), "PROMPT_TUNING"),
+    "ptuning-mlp": (PTuning(template=FRONT), "P_TUNING"),
+    "ptuning-lstm": (PTuning(template="{p:2}{p:3}{prompt}", encoder="lstm"), "P_TUNING"),
+    "ptuning-none": (PTuning(template=FRONT, encoder="none"), "P_TUNING"),
+}
+methods = pytest.mark.parametrize("method", METHODS)
 
 
 def model_for(config: PreTrainedConfig, attention: str) -> Any:
@@ -83,11 +97,13 @@ def backbone_for(family: str) -> Backbone:
     return Backbone(model, make_tokenizer(), name=f"tiny-{family}", fingerprint="f" * 64)
 
 
-def prefix_for(backbone: Backbone, **changes: Any) -> Prefix:
+def prefix_for(backbone: Backbone, method: Method | None = None, **changes: Any) -> Prefix:
+    """A random prefix as `method` makes them (default: Prefix Tuning)."""
     torch.manual_seed(1)
     dtype = changes.pop("dtype", "float32")
+    method = method or PrefixTuning(num_virtual_tokens=P)
     meta = {
-        "method": PrefixTuning(num_virtual_tokens=P).model_dump(),
+        "method": method.model_dump(),
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
         "template_digest": backbone.template.digest,
@@ -95,16 +111,20 @@ def prefix_for(backbone: Backbone, **changes: Any) -> Prefix:
         "prefix_name": "work",
         "data_digest": "d" * 64,
         "training_digest": "t" * 64,
+        "layout": "" if method.layout is None else method.layout.text,
         **changes,
     }
-    kv = torch.randn(backbone.facts.kv_shape(DECODER, P))
-    return make_prefix({DECODER: kv}, PrefixMeta(**meta), ArtifactConfig(dtype=dtype))
+    members = [
+        {name: torch.randn(shape) for name, shape in method.shapes(backbone.facts).items()}
+        for _ in range(method.members)
+    ]
+    return make_prefix(members, PrefixMeta(**meta), ArtifactConfig(dtype=dtype))
 
 
 def our_logits(backbone: Backbone, prefix: Prefix) -> Tensor:
     """`[T, V]`."""
     ids = torch.tensor([IDS])
-    positions = torch.arange(len(IDS))[None] + prefix.num_virtual_tokens
+    positions = torch.arange(len(IDS))[None]
     rows = []
     for length in range(1, len(IDS) + 1):
         rows.append(
@@ -112,7 +132,7 @@ def our_logits(backbone: Backbone, prefix: Prefix) -> Tensor:
                 ids[:, :length],
                 torch.ones_like(ids[:, :length]),
                 positions[:, :length],
-                row_prefix(backbone, [prefix]),
+                prefix_rows(backbone, [prefix]),
                 transformers.DynamicCache(),
             )[0]
         )
@@ -122,20 +142,43 @@ def our_logits(backbone: Backbone, prefix: Prefix) -> Tensor:
 def peft_logits(family: str, directory: Path) -> Tensor:
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(model_for(FAMILIES[family](), "eager"), str(directory))
+    return logits_in_peft(
+        PeftModel.from_pretrained(model_for(FAMILIES[family](), "eager"), str(directory))
+    )
+
+
+def logits_in_peft(model: Any) -> Tensor:
+    """`[T, V]` of the real tokens: virtual ones at the input have logits too."""
     ids = torch.tensor([IDS])
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(IDS) :]
 
 
-def peft_adapter(family: str, directory: Path, **options: Any) -> Any:
+def base_logits(family: str) -> Tensor:
+    with torch.no_grad():
+        return model_for(FAMILIES[family](), "eager")(input_ids=torch.tensor([IDS])).logits[0]
+
+
+def peft_config(kind: str, **options: Any) -> Any:
+    import peft
+
+    made = {
+        "PREFIX_TUNING": peft.PrefixTuningConfig,
+        "PROMPT_TUNING": peft.PromptTuningConfig,
+        "P_TUNING": peft.PromptEncoderConfig,
+    }[kind]
+    return made(**{"task_type": "CAUSAL_LM", "num_virtual_tokens": P, **options})
+
+
+def peft_adapter(family: str, directory: Path, kind: str = "PREFIX_TUNING", **options: Any) -> Any:
     """An adapter that PEFT itself made and saved."""
-    from peft import PrefixTuningConfig, get_peft_model
+    from peft import get_peft_model
 
-    model = get_peft_model(
-        model_for(FAMILIES[family](), "eager"),
-        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, **options),
-    )
+    base = model_for(FAMILIES[family](), "eager")
+    return randomly_saved(get_peft_model(base, peft_config(kind, **options)), directory)
+
+
+def randomly_saved(model: Any, directory: Path) -> Any:
     torch.manual_seed(3)
     for parameter in model.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -144,49 +187,204 @@ def peft_adapter(family: str, directory: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_computes_the_same_logits_from_what_we_save(family: str, tmp_path: Path) -> None:
-    backbone = backbone_for(family)
-    prefix = prefix_for(backbone)
+@methods
+def test_peft_computes_the_same_logits_from_what_we_save(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    backbone, (made_by, kind) = backbone_for(family), METHODS[method]
+    prefix = prefix_for(backbone, made_by)
     save_peft(prefix, tmp_path, backbone)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == kind
     expected = our_logits(backbone, prefix)
     ours = peft_logits(family, tmp_path)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    with torch.no_grad():
-        base = model_for(FAMILIES[family](), "eager")(input_ids=torch.tensor([IDS])).logits[0]
-    assert (base - expected).abs().max() > 1e-2, "the prefix changed nothing"
+    assert (base_logits(family) - expected).abs().max() > 1e-2, "the prefix changed nothing"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("options", [{}, {"prefix_projection": True, "encoder_hidden_size": 12}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PREFIX_TUNING", {}),
+        ("PREFIX_TUNING", {"prefix_projection": True, "encoder_hidden_size": 12}),
+        ("PROMPT_TUNING", {}),
+        ("P_TUNING", {"encoder_hidden_size": 12}),
+        ("P_TUNING", {"encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"}),
+    ],
+    ids=["prefix", "prefix-mlp", "prompt", "ptuning-mlp", "ptuning-lstm"],
+)
 def test_we_compute_the_same_logits_from_what_peft_saves(
-    family: str, options: dict[str, Any], tmp_path: Path
+    family: str, kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With PEFT's projection too: it saves what the projection gives."""
-    peft_adapter(family, tmp_path, **options)
+    """With an encoder too: PEFT saves what the encoder gives."""
+    made = peft_adapter(family, tmp_path, kind, **options).eval()
     backbone = backbone_for(family)
     prefix = load_peft(tmp_path, backbone)
     assert prefix.num_virtual_tokens == P
-    torch.testing.assert_close(
-        our_logits(backbone, prefix), peft_logits(family, tmp_path), atol=1e-5, rtol=1e-5
+    ours = our_logits(backbone, prefix)
+    torch.testing.assert_close(ours, peft_logits(family, tmp_path), atol=1e-5, rtol=1e-5)
+    # Its own encoder gives the same values before they are saved.
+    torch.testing.assert_close(ours, logits_in_peft(made), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
+def test_beyond_a_sliding_window_what_peft_made_is_computed_as_peft_does(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefix of ours that stays visible is another function there, and only there."""
+    window = 6  # shorter than P and the text together
+    narrow: dict[str, Callable[[], PreTrainedConfig]] = {
+        "gemma3": lambda: transformers.Gemma3TextConfig(**_GQA, head_dim=16, sliding_window=window),
+        "mistral": lambda: transformers.MistralConfig(**_GQA, sliding_window=window),
+    }
+    monkeypatch.setitem(FAMILIES, family, narrow[family])
+    backbone = backbone_for(family)
+    peft_adapter(family, tmp_path, kind)
+    theirs = peft_logits(family, tmp_path)
+    adopted = load_peft(tmp_path, backbone)
+    torch.testing.assert_close(our_logits(backbone, adopted), theirs, atol=1e-5, rtol=1e-5)
+    if kind == "PREFIX_TUNING":
+        always = prefix_for(backbone)
+        save_peft(always, tmp_path / "always", backbone)
+        there, here = peft_logits(family, tmp_path / "always"), our_logits(backbone, always)
+        torch.testing.assert_close(there[: window - P], here[: window - P], atol=1e-5, rtol=1e-5)
+        assert (there[-1] - here[-1]).abs().max() > 1e-2
+
+
+def tied(family: str) -> PreTrainedConfig:
+    """PEFT looks tokens up in the first table it finds. Where the encoder has another (BART
+    with `tie_word_embeddings=False`) PEFT's model is not the model that was loaded."""
+    config = SEQ2SEQ[family]()
+    config.tie_word_embeddings = config.tie_word_embeddings or family == "bart"
+    return config
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "bart"])
+@pytest.mark.parametrize("method", ["prompt", "ptuning-mlp"])
+@pytest.mark.parametrize("copies", [None, 1])
+def test_an_encoder_decoder_models_prompt_goes_both_ways(
+    method: str, family: str, copies: int | None, tmp_path: Path
+) -> None:
+    """By default PEFT keeps 2 P rows for such a model, and reads the first P of them."""
+    from peft import PeftModel, get_peft_model
+
+    backbone, (made_by, kind) = build(tied(family)), METHODS[method]
+    ids, answer = torch.tensor([IDS]), torch.tensor([[0, 9, 77]])
+
+    def here(prefix: Prefix) -> Tensor:
+        rows = prefix_rows(backbone, [prefix])
+        around = torch.tensor([prefix.arrangement(backbone.template).prompt(IDS)])
+        mask = torch.ones_like(around)
+        encoded = backbone.encode_source(around, mask, rows)
+        return backbone.answer_step(encoded, mask, answer, rows, torch.tensor([2]))[0]
+
+    def there(directory: Path) -> Tensor:
+        model = PeftModel.from_pretrained(build_model(tied(family), "eager"), str(directory))
+        with torch.no_grad():
+            return model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=answer
+            ).logits[0, -1]
+
+    prefix = prefix_for(backbone, made_by)
+    save_peft(prefix, tmp_path / "ours", backbone)
+    torch.testing.assert_close(there(tmp_path / "ours"), here(prefix), atol=1e-5, rtol=1e-5)
+    assert load_peft(tmp_path / "ours", backbone).digest == prefix.digest
+    config = peft_config(
+        kind,
+        task_type="SEQ_2_SEQ_LM",
+        num_transformer_submodules=copies,
+        **({"encoder_hidden_size": 8} if kind == "P_TUNING" else {}),
     )
+    model = get_peft_model(build_model(tied(family), "eager"), config)
+    randomly_saved(model, tmp_path / "theirs")
+    adopted = load_peft(tmp_path / "theirs", backbone)
+    assert adopted.num_virtual_tokens == P
+    torch.testing.assert_close(here(adopted), there(tmp_path / "theirs"), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_way_there_and_back_loses_nothing(tmp_path: Path, dtype: str) -> None:
+def test_pefts_prefix_tuning_of_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    backbone = build(SEQ2SEQ["t5"]())
+    config = peft_config("PREFIX_TUNING", task_type="SEQ_2_SEQ_LM")
+    randomly_saved(get_peft_model(build_model(SEQ2SEQ["t5"](), "eager"), config), tmp_path)
+    with pytest.raises(WrongMethod) as caught:
+        load_peft(tmp_path, backbone)
+    assert "PROMPT_TUNING" in str(caught.value.expected)
+
+
+# What PEFT has no place for, and the setting that the error names.
+BEYOND: dict[str, tuple[Method, str, str]] = {
+    "infix": (PrefixTuning(num_virtual_tokens=P, placement="infix"), "infix", "placement=prefix"),
+    "top-layers": (PrefixTuning(num_virtual_tokens=P, layers=2), "layers=2", "layers=all"),
+    "infix-embedding": (
+        PrefixTuning(num_virtual_tokens=P, placement="infix", layers="embedding"),
+        "{prompt}{p:5}",
+        "template",
+    ),
+    "ensemble": (PromptTuning(num_virtual_tokens=P, ensemble=2), "ensemble=2", "ensemble=1"),
+    "inner": (PTuning(template="{p:2}{prompt}{p:3}"), "{prompt}{p:3}", "template"),
+    "behind": (PTuning(template="{prompt}{p:5}"), "{prompt}{p:5}", "template"),
+    "anchors": (PTuning(template="{p:5} so {prompt}"), " so ", "template"),
+    "anchors-behind": (PTuning(template="{p:5}{prompt} so "), " so ", "template"),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_peft_has_no_place_for_is_refused(case: str, tmp_path: Path) -> None:
+    method, seen, fix = BEYOND[case]
     backbone = backbone_for("llama")
-    prefix = prefix_for(backbone, dtype=dtype)
+    with pytest.raises(WrongMethod) as caught:
+        save_peft(prefix_for(backbone, method), tmp_path / "x", backbone)
+    assert seen in str(caught.value.seen)
+    assert caught.value.expected is not None
+    assert fix in (caught.value.fix or "")
+    assert not (tmp_path / "x").exists()
+
+
+def test_keys_and_values_of_an_encoder_decoder_model_are_refused(tmp_path: Path) -> None:
+    backbone = build(SEQ2SEQ["bart"]())
+    for stacks in (None, ("decoder",)):
+        prefix = prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=stacks))
+        with pytest.raises(WrongMethod) as caught:
+            save_peft(prefix, tmp_path / "x", backbone)
+        assert "decoder" in str(caught.value.seen)
+        assert not (tmp_path / "x").exists()
+
+
+def test_all_layers_by_number_are_all_layers(tmp_path: Path) -> None:
+    backbone = backbone_for("llama")
+    prefix = prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, layers=3))
+    save_peft(prefix, tmp_path, backbone)
+    assert load_peft(tmp_path, backbone).digest == prefix.digest
+
+
+@methods
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_way_there_and_back_loses_nothing(tmp_path: Path, dtype: str, method: str) -> None:
+    backbone = backbone_for("llama")
+    prefix = prefix_for(backbone, METHODS[method][0], dtype=dtype)
     assert save_peft(prefix, tmp_path / "new" / "folder", backbone) == tmp_path / "new" / "folder"
     again = load_peft(tmp_path / "new" / "folder", backbone, user_key="k" * 52, prefix_name="work")
     assert again.meta == prefix.meta
     assert again.digest == prefix.digest
-    assert torch.equal(again.kv[DECODER], prefix.kv[DECODER])
+    for ours, theirs in zip(again.members, prefix.members, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == sorted(
         [CONFIG, WEIGHTS, OURS]
     )
 
 
-def test_an_adapter_of_peft_belongs_to_nobody_until_it_is_said_to_whom(tmp_path: Path) -> None:
-    peft_adapter("llama", tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "type_"),
+    [("PREFIX_TUNING", "prefix"), ("PROMPT_TUNING", "prompt"), ("P_TUNING", "ptuning")],
+)
+def test_an_adapter_of_peft_belongs_to_nobody_until_it_is_said_to_whom(
+    kind: str, type_: str, tmp_path: Path
+) -> None:
+    peft_adapter("llama", tmp_path, kind, **({"encoder_hidden_size": 8} if kind[1] == "_" else {}))
     backbone = backbone_for("llama")
     prefix = load_peft(tmp_path, backbone)
     assert (prefix.meta.user_key, prefix.meta.prefix_name) == ("", "default")
@@ -195,8 +393,10 @@ def test_an_adapter_of_peft_belongs_to_nobody_until_it_is_said_to_whom(tmp_path:
     again = Prefix.from_bytes(mine.to_bytes(), backbone, user_key="u" * 52)
     assert again.digest == mine.digest
     assert again.meta.method["imported_from"] == "peft"
+    assert again.meta.method["type"] == type_
     # And it can be handed back to PEFT.
     save_peft(mine, tmp_path / "back", backbone)
+    assert json.loads((tmp_path / "back" / CONFIG).read_text())["peft_type"] == kind
     torch.testing.assert_close(
         peft_logits("llama", tmp_path / "back"), peft_logits("llama", tmp_path)
     )
@@ -250,9 +450,12 @@ def _lora(directory: Path) -> None:
     (directory / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
 
 
-def _encoder_decoder(directory: Path) -> None:
-    config = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps(config | {"num_transformer_submodules": 2}))
+def _configured(**changes: Any) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps(config | changes))
+
+    return damage
 
 
 def _no_weights(directory: Path) -> None:
@@ -299,7 +502,12 @@ def _ours_has_more(directory: Path) -> None:
         (_config_is_no_json, CorruptArtifact),
         (_config_is_a_list, CorruptArtifact),
         (_lora, WrongMethod),
-        (_encoder_decoder, WrongMethod),
+        (_configured(peft_type="MULTITASK_PROMPT_TUNING"), WrongMethod),
+        (_configured(num_transformer_submodules=2), WrongMethod),
+        (_configured(task_type="SEQ_2_SEQ_LM"), WrongMethod),
+        (_configured(task_type="SEQ_CLS"), WrongMethod),
+        (_configured(num_virtual_tokens=P - 1), WrongShape),
+        (_configured(num_virtual_tokens=None), WrongShape),
         (_no_weights, CorruptArtifact),
         (_pickled_weights, CorruptArtifact),
         (_cut_weights, CorruptArtifact),
@@ -313,11 +521,12 @@ def _ours_has_more(directory: Path) -> None:
         (_ours_has_more, CorruptArtifact),
     ],
 )
-def test_a_directory_that_is_no_prefix_tuning_adapter_is_refused(
-    damage: Callable[[Path], None], kind: type[ArtifactError], tmp_path: Path
+@pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning-mlp"])
+def test_a_directory_that_is_no_adapter_of_ours_is_refused(
+    damage: Callable[[Path], None], kind: type[ArtifactError], method: str, tmp_path: Path
 ) -> None:
     backbone = backbone_for("llama")
-    save_peft(prefix_for(backbone), tmp_path, backbone)
+    save_peft(prefix_for(backbone, METHODS[method][0]), tmp_path, backbone)
     damage(tmp_path)
     with pytest.raises(kind) as caught:
         load_peft(tmp_path, backbone)
@@ -330,6 +539,16 @@ def test_values_of_peft_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     peft_adapter("llama", tmp_path)
     _saved(_not_finite)(tmp_path)
     with pytest.raises(CorruptArtifact):
+        load_peft(tmp_path, backbone)
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning-mlp"])
+def test_one_kind_is_not_read_as_another(method: str, tmp_path: Path) -> None:
+    """Where widths differ the shape tells; else nothing could, but our own record."""
+    backbone = backbone_for("llama")
+    save_peft(prefix_for(backbone, METHODS[method][0]), tmp_path, backbone)
+    _configured(peft_type="PROMPT_TUNING" if method == "prefix" else "PREFIX_TUNING")(tmp_path)
+    with pytest.raises(WrongShape):
         load_peft(tmp_path, backbone)
 
 

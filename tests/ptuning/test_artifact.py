@@ -57,7 +57,7 @@ def meta_for(backbone: Backbone, /, **changes: Any) -> PrefixMeta:
 
 
 def prefix_for(backbone: Backbone, /, seed: int = 1, **changes: Any) -> Prefix:
-    return make_prefix({DECODER: random_kv(backbone, P, seed)[0]}, meta_for(backbone, **changes))
+    return make_prefix([{DECODER: random_kv(backbone, P, seed)[0]}], meta_for(backbone, **changes))
 
 
 def rewritten(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
@@ -96,7 +96,7 @@ def test_a_saved_prefix_comes_back_with_its_values_meta_and_digest(
     backbone: Backbone, tmp_path: Path, dtype: Any
 ) -> None:
     kv = random_kv(backbone, P, 1)[0]
-    prefix = make_prefix({DECODER: kv}, meta_for(backbone), ArtifactConfig(dtype=dtype))
+    prefix = make_prefix([{DECODER: kv}], meta_for(backbone), ArtifactConfig(dtype=dtype))
     path = prefix.save(tmp_path / "new" / "folder" / "p.safetensors")
     again = Prefix.load(
         path,
@@ -136,7 +136,7 @@ meta = PrefixMeta(
     user_key="u" * 52, data_digest="d", training_digest="g",
 )
 kv = torch.arange(64, dtype=torch.float32).reshape(2, 2, 2, 2, 4)
-digest = make_prefix({"decoder": kv}, meta).digest
+digest = make_prefix([{"decoder": kv}], meta).digest
 print(digest)
 """
 

@@ -24,7 +24,7 @@ from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptuning.attention import AttentionContext, RowPrefix, implementation
+from ptuning.attention import AttentionContext, PackPrefix, RowPrefix, implementation
 from ptuning.backbone import DECODER, Backbone
 from ptuning.errors import UnsupportedModel
 from ptuning.load import load_backbone
@@ -83,7 +83,7 @@ def gradient(backbone: Backbone, kv: Tensor, rows: list[Any], slots: list[int]) 
     weights = torch.ones(len(batch.targets))
 
     def machine() -> Any:
-        yield Train(batch, {DECODER: leaf}, torch.tensor(slots), weights)
+        yield Train(batch, PackPrefix({DECODER: leaf}), torch.tensor(slots), weights)
 
     LocalDriver(backbone).run(machine())
     assert leaf.grad is not None

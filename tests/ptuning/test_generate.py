@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import FAMILIES, build, logits_of, random_kv
+from tiny_backbones import FAMILIES, build, logits_of, prefix_rows, random_kv
 from tiny_model import make_tokenizer
 from tokenizers import processors
 
 from ptuning.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.backbone import DECODER, Backbone
 from ptuning.errors import ConfigError, DataError, WrongBackbone
-from ptuning.generate import generate, row_prefix, stop_ids
+from ptuning.generate import generate, stop_ids
 
 PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
 
@@ -27,7 +27,7 @@ def prefix_for(backbone: Backbone, length: int, seed: int) -> Prefix:
         template_digest=backbone.template.digest,
         user_key=f"user-{seed}",
     )
-    return make_prefix({DECODER: random_kv(backbone, length, seed)[0]}, meta)
+    return make_prefix([{DECODER: random_kv(backbone, length, seed)[0]}], meta)
 
 
 def prefixes_for(backbone: Backbone) -> list[Prefix | None]:
@@ -64,7 +64,7 @@ def test_greedy_steps_equal_whole_passes_over_the_growing_text(family: str) -> N
     prefix = prefix_for(backbone, 4, 1)
     ids = backbone.template.encode_prompt(PROMPTS[1])
     expected: list[int] = []
-    kv = row_prefix(backbone, [prefix])
+    kv = prefix_rows(backbone, [prefix])
     for _ in range(12):
         with torch.no_grad():
             (logits,) = logits_of(backbone, [[*ids, *expected]], kv)
@@ -132,7 +132,7 @@ def test_generation_stops_at_the_end_token_of_each_row_alone(
     free = generate(backbone, PROMPTS, prefixes, max_new_tokens=8)
     ids = backbone.template.encode_prompt(PROMPTS[0])
     with torch.no_grad():
-        (logits,) = logits_of(backbone, [ids], row_prefix(backbone, prefixes[:1]))
+        (logits,) = logits_of(backbone, [ids], prefix_rows(backbone, prefixes[:1]))
     first = int(logits[-1].argmax())
     module = sys.modules["ptuning.generate"]  # `ptuning.generate` is the function
     monkeypatch.setattr(module, "stop_ids", lambda _backbone: {first})
@@ -192,7 +192,7 @@ def test_a_prefix_of_another_backbone_is_refused_before_anything_runs(backbone: 
 
 def test_mixed_lengths_are_padded_on_the_left_and_hidden(backbone: Backbone) -> None:
     prefixes = prefixes_for(backbone)
-    made = row_prefix(backbone, prefixes)
+    made = prefix_rows(backbone, prefixes)
     assert made is not None
     assert made.length == 7
     assert made.visible is not None
@@ -203,8 +203,8 @@ def test_mixed_lengths_are_padded_on_the_left_and_hidden(backbone: Backbone) -> 
     assert first is not None
     for layer, kv in enumerate(made.layers[DECODER]):
         assert torch.equal(kv[0, :, :, -3:], first.kv[DECODER][layer])
-    assert row_prefix(backbone, [None, None]) is None
-    equal = row_prefix(backbone, [first, first])
+    assert prefix_rows(backbone, [None, None]) is None
+    equal = prefix_rows(backbone, [first, first])
     assert equal is not None
     assert equal.visible is None
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +18,27 @@ from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, ra
 from tiny_model import make_tokenizer
 from torch import Tensor
 
-from ptuning.attention import implementation
+from ptuning.attention import PackPrefix, implementation
 from ptuning.backbone import DECODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import epoch_batches, fill_words, microbatches
-from ptuning.errors import BackboneChanged, MethodError
+from ptuning.errors import (
+    BackboneChanged,
+    CorruptArtifact,
+    MethodError,
+    WrongBackbone,
+    WrongMethod,
+    WrongUser,
+)
 from ptuning.evaluate import score_split
 from ptuning.methods.base import Parameters
 from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
+from ptuning.train.resume import Belongs, Resume
 from ptuning.train.slots import Slots
 from ptuning.train.step import LocalDriver
 
@@ -45,8 +56,36 @@ METHODS = {
     "direct-random": PrefixTuning(num_virtual_tokens=P, init="random"),
     "mlp-words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8),
     "mlp-random": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8, init="random"),
+    "mlp-keys": PrefixTuning(
+        num_virtual_tokens=P, encoder_hidden_size=8, encoder_input="keys", init="random"
+    ),
+    "top-layer": PrefixTuning(num_virtual_tokens=P, layers=1),
+    "embedding-only": PrefixTuning(num_virtual_tokens=P, layers="embedding"),
+    "embedding-only-mlp": PrefixTuning(
+        num_virtual_tokens=P, layers="embedding", encoder_hidden_size=8
+    ),
+    "infix": PrefixTuning(num_virtual_tokens=P, placement="infix"),
+    "infix-embedding": PrefixTuning(num_virtual_tokens=P, placement="infix", layers="embedding"),
+    "dropout": PrefixTuning(num_virtual_tokens=P, dropout=0.3),
+    "prompt": PromptTuning(num_virtual_tokens=P),
+    "prompt-random": PromptTuning(num_virtual_tokens=P, init="random", dropout=0.2),
+    "prompt-ensemble": PromptTuning(num_virtual_tokens=P, init="random", ensemble=3),
+    "ptuning-lstm": PTuning(template="{p:1}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8),
+    "ptuning-lstm-random": PTuning(
+        template="{p:1}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8, init="random"
+    ),
+    "ptuning-mlp": PTuning(template="{prompt}{p:3}", encoder_hidden_size=8, init="random"),
+    "ptuning-none": PTuning(template="{p:2}{prompt} so {p:1}", encoder="none"),
 }
-methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+# One of each kind in the fast tier, all of them in the whole.
+FAST = ("direct-words", "mlp-random", "infix", "prompt-ensemble", "ptuning-lstm")
+methods = pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=() if name in FAST else pytest.mark.slow)
+        for name, method in METHODS.items()
+    ],
+)
 
 
 def users() -> list[UserRows]:
@@ -270,7 +309,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         assert sick.kv is None
         assert sick.error is not None
         assert "not finite" in sick.error
-        assert sick.steps == 1, "a failed user is trained no further"
+        assert (sick.steps, sick.resets) == (0, 1), "a failed user is trained no further"
     for key in ("alice", "carol"):
         assert_same(results[key], healthy[key])
     # With the same rows beside it (no user dropped yet) a neighbour is equal bit for bit.
@@ -281,6 +320,130 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         assert wanted is not None
         assert torch.equal(ours[DECODER], wanted[DECODER])
         assert again[key].history == one_epoch[key].history
+
+
+class _Blown:
+    """Makes a slot's parameters infinite after its n-th update, `times` times in all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slot: int, times: int) -> None:
+        self.slot, self.times = slot, times
+        self._update = Slots.update
+        monkeypatch.setattr(Slots, "update", lambda slots, *args: self.update(slots, *args))
+
+    def update(self, slots: Slots, leaves: Any, named: Sequence[int], *rest: Any) -> None:
+        self._update(slots, leaves, named, *rest)
+        if self.times and self.slot in named and slots.steps[self.slot] == 2:
+            self.times -= 1
+            for parameter in slots.trained.values():
+                parameter[self.slot] = float("inf")
+
+
+@methods
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_user_whose_loss_blows_up_begins_again_once_at_a_lower_rate_then_fails_alone(
+    backbone: Backbone, method: Any, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    if method.members > 1:
+        pytest.skip("slots of an ensemble are numbered otherwise")
+    pack = users()[3:]
+    gentle = packed(backbone, method, config(learning_rate=2e-3), pack[:1])
+    _Blown(monkeypatch, slot=0, times=times)
+    results = packed(backbone, method, config(learning_rate=2e-2), pack)
+    sick = results["dave"]
+    assert sick.resets == 1
+    if times == 1:
+        assert sick.error is None
+        assert_same(sick, gentle["dave"])  # as if it had begun at a tenth of the rate
+    else:
+        assert sick.members is None
+        assert sick.error is not None
+        assert "not finite" in sick.error
+        assert "0.1 times the learning rate" in sick.error
+    monkeypatch.undo()
+    same_rate = packed(backbone, method, config(learning_rate=2e-2), pack)
+    assert_same(results["erin"], same_rate["erin"])
+
+
+def test_the_plain_trainer_begins_again_once_too(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, alice = METHODS["direct-words"], users()[0]
+    gentle = train_user(backbone, method, config(learning_rate=2e-3), alice)
+    step, left = torch.optim.AdamW.step, [1]
+
+    def blown(self: Any) -> None:
+        step(self)
+        if left:
+            left.pop()
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", blown)
+    again = train_user(backbone, method, config(learning_rate=2e-2), alice)
+    assert again.resets == 1
+    assert_same(again, gentle)
+
+
+@methods
+def test_a_training_that_goes_on_equals_one_that_never_stopped(
+    backbone: Backbone, method: Any, tmp_path: Path
+) -> None:
+    """Through the resume file, beside neighbours that begin; exact under a constant rate."""
+    pack = users()
+    settings = {"schedule": "constant", "keep_resume": True}
+    whole = packed(backbone, method, config(epochs=4, **settings), pack)
+    half = packed(backbone, method, config(epochs=2, **settings), pack[:2])
+    belongs = Belongs("u", "default", backbone.fingerprint, "s")
+    going_on = []
+    for user in pack[:2]:
+        path = Resume(half[user.user_key].states, belongs).save(tmp_path / user.user_key)
+        going_on.append(replace(user, words=(), states=Resume.load(path).states))
+    results = packed(backbone, method, config(epochs=4, **settings), [*going_on, *pack[2:]])
+    for user in pack:
+        assert_same(results[user.user_key], whole[user.user_key])
+        assert results[user.user_key].steps == whole[user.user_key].steps
+        assert results[user.user_key].tokens == whole[user.user_key].tokens
+    for ours, theirs in zip(results["alice"].states, whole["alice"].states, strict=True):
+        for name, moment in theirs.second.items():
+            torch.testing.assert_close(ours.second[name], moment, atol=1e-6, rtol=1e-3)
+
+
+@methods
+def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: Any) -> None:
+    """With an encoder too: the prefix is what its output, zero at first, is added to."""
+    alice = users()[0]
+    first = packed(backbone, method, config(), [alice])["alice"]
+    assert first.members is not None
+    warm = replace(alice, start=first.members)
+    almost_still = config(epochs=1, learning_rate=1e-12)
+    again = packed(backbone, method, almost_still, [warm])["alice"]
+    assert again.members is not None
+    for ours, theirs in zip(again.members, first.members, strict=True):
+        for name, values in theirs.items():
+            torch.testing.assert_close(ours[name], values, atol=1e-5, rtol=0)
+    further = packed(backbone, method, config(), [warm])["alice"]
+    assert_same(further, train_user(backbone, method, config(), warm))
+
+
+def test_a_damaged_resume_file_is_refused(backbone: Backbone) -> None:
+    settings = config(epochs=1, keep_resume=True)
+    states = packed(backbone, METHODS["mlp-words"], settings, users()[:1])["alice"].states
+    good = Belongs("u", "default", backbone.fingerprint, "s")
+    data = Resume(states, good).to_bytes()
+    assert Resume.from_bytes(data).belongs == good
+    for bad in (data[: len(data) // 2], b"", b"x" * 100, data.replace(b'"1"', b'"9"', 1)):
+        with pytest.raises(CorruptArtifact):
+            Resume.from_bytes(bad)
+    kept = Resume.from_bytes(data)
+    kept.check(good)
+    for changes, error in (
+        ({"user_key": "v"}, WrongUser),
+        ({"prefix_name": "tone"}, WrongUser),
+        ({"backbone_fingerprint": "f"}, WrongBackbone),
+        ({"settings": "t"}, WrongMethod),
+    ):
+        with pytest.raises(error):
+            kept.check(replace(good, **changes))
 
 
 def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
@@ -326,7 +489,7 @@ def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backb
             packed(backbone, method, config(), [replace(alice, seed=seed)])["alice"]
             for seed in (1, 1, 2)
         ]
-        kvs = [run.kv[DECODER] for run in runs if run.kv is not None]
+        kvs = [next(iter(run.kv.values())) for run in runs if run.kv is not None]
         assert torch.equal(kvs[0], kvs[1])
         assert not torch.equal(kvs[0], kvs[2])
 
@@ -366,7 +529,7 @@ def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
     for turn, named in enumerate([[0, 2], [2], [1, 2], [2, 0]]):
         target = torch.randn((3, *backbone.facts.kv_shape(DECODER, P)), generator=generator)
         leaves = slots.leaves()
-        (target * leaves[DECODER]).sum().backward()
+        (target * leaves.tensors[DECODER]).sum().backward()
         rates = [0.01 * (slot + 1) / (turn + 1) for slot in named]
         slots.update(leaves, named, rates, settings)
         for slot, rate in zip(named, rates, strict=True):
@@ -388,12 +551,12 @@ def test_scoring_many_users_at_once_gives_each_its_own_rows_under_its_own_prefix
 ) -> None:
     pack = users()
     rows = [user.train for user in pack]
-    kv = {DECODER: random_kv(backbone, P, seed=1, users=len(pack))}
+    kv = random_kv(backbone, P, seed=1, users=len(pack))
     driver = LocalDriver(backbone)
     for budget in (1, 60, 10_000):
-        together = driver.run(score_split(backbone, rows, kv, budget))
+        together = driver.run(score_split(backbone, rows, PackPrefix({DECODER: kv}), budget))
         for slot, user in enumerate(pack):
-            own = {DECODER: kv[DECODER][slot : slot + 1]}
+            own = PackPrefix({DECODER: kv[slot : slot + 1]})
             (alone,) = driver.run(score_split(backbone, [user.train], own, 10_000))
             assert together[slot].tokens == alone.tokens
             assert together[slot].tokens == tuple(row.supervised for row in user.train)

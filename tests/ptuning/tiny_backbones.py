@@ -10,11 +10,14 @@ import torch
 import transformers
 from tiny_model import make_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from ptuning.attention import AttentionContext, RowPrefix, implementation
+from ptuning.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.attention import EMBEDDINGS, AttentionContext, PackPrefix, RowPrefix, implementation
 from ptuning.backbone import DECODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded
+from ptuning.methods.base import Method
+from ptuning.ready import make_ready, rows_of
 from ptuning.train.config import UserRows
 from ptuning.types import seed_of
 
@@ -64,6 +67,74 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**_COMMON),
     "phi3": lambda: transformers.Phi3Config(**_GQA),
     "gpt_bigcode": lambda: transformers.GPTBigCodeConfig(**_GPT2),  # one key-value head
+    "mixtral": lambda: transformers.MixtralConfig(
+        **_GQA, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **_GQA, head_dim=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    ),
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+# Encoder-decoder families. BART's stacks differ in depth, and its output is untied from its
+# input: a tied one repeats the token it begins with, and that one ends the text.
+SEQ2SEQ: dict[str, Callable[[], PreTrainedConfig]] = {
+    "t5": lambda: transformers.T5Config(**_T5),
+    "t5_gated": lambda: transformers.T5Config(
+        **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    ),
+    "bart": lambda: transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=3,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=128,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        tie_word_embeddings=False,
+        **_SPECIAL,
+    ),
+}
+_T5GEMMA: dict[str, Any] = {
+    **_GQA,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+# Rotary positions and windows in both stacks; its soft cap has no SDPA.
+EAGER_ONLY: dict[str, Callable[[], PreTrainedConfig]] = {
+    "t5gemma": lambda: transformers.T5GemmaConfig(
+        encoder=dict(_T5GEMMA),
+        decoder=dict(_T5GEMMA),
+        vocab_size=VOCAB,
+        decoder_start_token_id=1,
+        tie_word_embeddings=False,
+        **_SPECIAL,
+    ),
+}
+# Families whose layers can have a sliding window: the key turns it on, some only in some layers.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "phi3": {},
+    "mixtral": {},
+    "gemma3": {},
+    "qwen3": {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
 }
 # Models that cannot take a prefix, and why.
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -84,11 +155,21 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+def with_window(family: str, window: int) -> PreTrainedConfig:
+    """A family's configuration with a sliding window of so many tokens."""
+    config: Any = FAMILIES[family]()
+    for name, value in WINDOWED[family].items():
+        setattr(config, name, value)
+    config.sliding_window = window
+    return config
+
+
 def build_model(config: PreTrainedConfig, attention: str, seed: int = 0) -> Any:
     """A random model; the same weights for the same seed whatever the attention."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(config, attn_implementation=attention)
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():  # the usual 0.02 makes a model that hears nothing
             if parameter.ndim > 1:
@@ -111,7 +192,34 @@ def random_kv(backbone: Backbone, length: int, seed: int, users: int = 1) -> Ten
 
 def row_prefix(kv_ULPHD: Tensor, slots: Sequence[int]) -> RowPrefix:
     """Each row's slot of the pack's keys and values, in fp32."""
-    return RowPrefix.of_slots({DECODER: kv_ULPHD}, torch.tensor(slots), torch.float32)
+    return PackPrefix({DECODER: kv_ULPHD}).of_rows(torch.tensor(slots), torch.float32)
+
+
+def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
+    """A prefix of the method, far enough from zero to be heard."""
+    generator = torch.Generator().manual_seed(seed)
+    members = [
+        {
+            name: (2.0 if name == EMBEDDINGS else 1.0) * torch.randn(shape, generator=generator)
+            for name, shape in method.shapes(backbone.facts).items()
+        }
+        for _ in range(method.members)
+    ]
+    meta = PrefixMeta(
+        method=method.model_dump(),
+        backbone=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        template_digest=backbone.template.digest,
+        user_key=f"user-{seed}",
+        layout="" if method.layout is None else method.layout.text,
+    )
+    return make_prefix(members, meta)
+
+
+def prefix_rows(backbone: Backbone, prefixes: Sequence[Prefix | None]) -> RowPrefix | None:
+    """What a batch of rows, each with its own prefix or none, puts into the model."""
+    ready = [None if prefix is None else make_ready(prefix, backbone) for prefix in prefixes]
+    return rows_of(backbone, [None if one is None else one.members[0] for one in ready])
 
 
 def random_ids(length: int, seed: int) -> list[int]:
@@ -138,12 +246,11 @@ def logits_of(
         mask[r, places[-1]] = 1
     select_r = torch.tensor([r for r, row in enumerate(rows) for _ in row])
     select_t = torch.tensor([t for place in places for t in range(place.start, place.stop)])
-    offset: Any = 0 if prefix is None else prefix.offsets(len(rows))[:, None]
     logits = backbone._call(
         AttentionContext(prefix=prefix),
         ids,
         mask,
-        position_offset=offset,
+        prompt_lengths=torch.tensor([len(row) for row in rows]),
         select=(select_r, select_t),
     )
     return list(logits.split([len(row) for row in rows]))

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ptuning.artifact import Prefix, PrefixMeta
-from ptuning.attention import RowPrefix
+from ptuning.attention import RowPrefix, Seen
 from ptuning.backbone import DECODER, Backbone
+from ptuning.ready import Member, ReadyPrefix
 from ptuning.registry import PackRecord, Registration, Registry, Version
 from ptuning.types import user_key
 from serve.engine import Engine, HeldPrefix, Request
@@ -72,7 +73,13 @@ def random_kv(backbone: Backbone, length: int, seed: int) -> torch.Tensor:
 
 def held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
     info = PrefixInfo(name="default", version=str(seed), digest=f"{seed:064x}")
-    return HeldPrefix(info=info, kv=random_kv(backbone, length, seed))
+    member = Member({DECODER: random_kv(backbone, length, seed)}, None, Seen())
+    return HeldPrefix(info=info, ready=ReadyPrefix((member,)))
+
+
+def kv_of(prefix: HeldPrefix | None) -> torch.Tensor | None:
+    """`[L, 2, H, P, D]` of a prefix that consists of keys and values."""
+    return None if prefix is None else prefix.ready.members[0].kv[DECODER]
 
 
 def prefix_file(
@@ -99,9 +106,8 @@ def oracle(
     ids, out = list(prompt), []
     for _ in range(max_tokens):
         row = torch.tensor([ids])
-        offset = 0 if kv is None else kv.shape[-2]
         prefix = None if kv is None else RowPrefix({DECODER: kv[None].unbind(1)})
-        positions = torch.arange(len(ids))[None] + offset
+        positions = torch.arange(len(ids))[None]
         logits = backbone.step(row, torch.ones_like(row), positions, prefix, None)
         token = int(logits[0].argmax())
         out.append(token)
@@ -175,6 +181,5 @@ def make_engine(backbone: Backbone, **settings: int) -> Engine:
 
 
 def expected_text(backbone: Backbone, request: Request) -> str:
-    kv = request.prefix.kv if request.prefix else None
-    tokens = oracle(backbone, request.prompt, kv, request.max_tokens)
+    tokens = oracle(backbone, request.prompt, kv_of(request.prefix), request.max_tokens)
     return backbone.template.decode(tokens)

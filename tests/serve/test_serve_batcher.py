@@ -26,11 +26,26 @@ def test_the_last_row_fills_the_hole_of_a_released_one() -> None:
     for name in "abc":
         batcher.submit(name, 1)
     batcher.admit()
-    assert batcher.release("a") == Move(source=2, target=0)
+    assert batcher.release("a") == (Move(source=2, target=0),)
     assert batcher.rows == ("c", "b")
-    assert batcher.release("b") is None
+    assert batcher.release("b") == (Move(source=1, target=1),)
     assert batcher.rows == ("c",)
     assert batcher.state("a") is None
+
+
+def test_a_request_of_several_rows_is_admitted_whole_and_leaves_whole() -> None:
+    batcher = Batcher(4, 4, 100)
+    for name, rows in {"a": 1, "b": 2, "c": 2, "d": 1}.items():
+        batcher.submit(name, 1, rows)
+    assert batcher.admit() == ("a", "b", "b")  # c needs two slots, and nobody overtakes it
+    assert batcher.admit() == ()
+    assert batcher.release("a") == (Move(source=2, target=0),)
+    assert batcher.rows == ("b", "b")
+    assert batcher.admit() == ("c", "c")
+    assert batcher.release("b") == (Move(source=3, target=1), Move(source=2, target=0))
+    assert batcher.rows == ("c", "c")
+    with pytest.raises(ServeError, match="more rows"):
+        batcher.submit("e", 1, rows=5)
 
 
 def test_newcomers_of_one_step_stay_within_the_padded_token_budget() -> None:
@@ -86,39 +101,44 @@ class AnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.batcher = Batcher(self.ROWS, self.QUEUE, self.TOKENS)
         self.slots: dict[int, str] = {}  # what a cache would hold
-        self.queue: list[tuple[str, int]] = []
+        self.queue: list[tuple[str, int, int]] = []
         self.count = 0
 
-    @rule(tokens=st.integers(1, 40))
-    def submit(self, tokens: int) -> None:
+    @rule(tokens=st.integers(1, 40), rows=st.integers(1, 3))
+    def submit(self, tokens: int, rows: int) -> None:
         self.count += 1
         name = f"r{self.count}"
-        if len(self.slots) + len(self.queue) >= self.ROWS + self.QUEUE:
+        waiting = sum(count for _, _, count in self.queue)
+        if len(self.slots) + waiting + rows > self.ROWS + self.QUEUE:
             with pytest.raises(QueueFull):
-                self.batcher.submit(name, tokens)
+                self.batcher.submit(name, tokens, rows)
             return
-        self.batcher.submit(name, tokens)
-        self.queue.append((name, tokens))
+        self.batcher.submit(name, tokens, rows)
+        self.queue.append((name, tokens, rows))
 
     @rule()
     def admit(self) -> None:
         first = len(self.slots)
         newcomers = self.batcher.admit()
-        taken, self.queue = self.queue[: len(newcomers)], self.queue[len(newcomers) :]
-        assert newcomers == tuple(name for name, _ in taken)
-        if len(newcomers) > 1:
-            assert len(newcomers) * max(tokens for _, tokens in taken) <= self.TOKENS
-        assert newcomers or not self.queue or first == self.ROWS
+        count = len(set(newcomers))
+        taken, self.queue = self.queue[:count], self.queue[count:]
+        assert newcomers == tuple(name for name, _, rows in taken for _ in range(rows))
+        if count > 1:
+            assert len(newcomers) * max(tokens for _, tokens, _ in taken) <= self.TOKENS
+        assert newcomers or not self.queue or first + self.queue[0][2] > self.ROWS
         self.slots.update(enumerate(newcomers, first))
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.slots)))
-        move = self.batcher.release(self.slots.pop(slot))
-        if move is not None:
-            assert move.target == slot
-            self.slots[move.target] = self.slots.pop(move.source)
+        name = self.slots[slot]
+        moves = self.batcher.release(name)
+        assert len(moves) == sum(own == name for own in self.slots.values())
+        for move in moves:
+            assert self.slots.pop(move.target) == name
+            if move.source != move.target:
+                self.slots[move.target] = self.slots.pop(move.source)
 
     @precondition(lambda self: self.queue)
     @rule(data=st.data())
@@ -130,7 +150,7 @@ class AnyOrder(RuleBasedStateMachine):
     @invariant()
     def slots_are_dense_and_agree(self) -> None:
         assert dict(enumerate(self.batcher.rows)) == self.slots
-        assert self.batcher.waiting == tuple(name for name, _ in self.queue)
+        assert self.batcher.waiting == tuple(name for name, _, _ in self.queue)
         assert self.batcher.busy == bool(self.slots or self.queue)
 
 

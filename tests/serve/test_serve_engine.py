@@ -24,9 +24,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ptuning.backbone import Backbone
+from ptuning.attention import Seen
+from ptuning.backbone import DECODER, Backbone
 from ptuning.errors import ServeError
 from ptuning.load import load_backbone
+from ptuning.ready import Member, ReadyPrefix
 from serve.batcher import QueueFull
 from serve.engine import Engine, HeldPrefix, Request
 from serve.events import Delta, Failed, Finished
@@ -100,7 +102,7 @@ def test_a_row_equals_the_plain_model_with_its_prefix_as_past_key_values(
     request, heard = make_request("tell me", prefix, max_tokens=16)
     plain = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa").eval()
     cache, tokens = DynamicCache(), []
-    for layer, (key, value) in enumerate(prefix.kv):
+    for layer, (key, value) in enumerate(prefix.ready.members[0].kv[DECODER]):
         cache.update(key[None], value[None], layer)
     step = torch.tensor([request.prompt])
     for _ in range(request.max_tokens):
@@ -209,8 +211,8 @@ def test_newcomers_that_fail_leave_running_rows_alone(
     good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
     # A prefix of another shape: what the cache of prefixes never lets through.
-    prefix = held_prefix(backbone, 3, 1)
-    wrong = HeldPrefix(info=prefix.info, kv=prefix.kv[..., :3])
+    member = Member({DECODER: random_kv(backbone, 3, 1)[..., :3]}, None, Seen())
+    wrong = HeldPrefix(info=held_prefix(backbone, 3, 1).info, ready=ReadyPrefix((member,)))
     bad, listener = make_request("bad", wrong)
     engine = make_engine(backbone)
     try:
@@ -232,7 +234,7 @@ def test_a_row_whose_values_are_not_finite_fails_alone(
     good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
     prefix = held_prefix(backbone, 3, 2)
-    prefix.kv[:, 1] = float("nan")
+    prefix.ready.members[0].kv[DECODER][:, 1] = float("nan")
     bad, listener = make_request("bad", prefix)
     after, later = make_request("after", None, max_tokens=8)
     wanted_after = expected_text(backbone, after)

@@ -30,6 +30,7 @@ from ptuning.backbone import DECODER, Backbone
 from ptuning.errors import UnsupportedModel
 from ptuning.generate import generate
 from ptuning.load import load_backbone
+from ptuning.ready import make_ready
 from serve.engine import HeldPrefix, Request
 from serve.events import PrefixInfo
 from serve.runner import SlotRunner
@@ -119,7 +120,7 @@ def through_engine(
             held = None
             if prefix is not None:
                 info = PrefixInfo(name="default", version="1", digest=prefix.digest)
-                held = HeldPrefix(info=info, kv=prefix.kv[DECODER].to(backbone.dtype))
+                held = HeldPrefix(info=info, ready=make_ready(prefix, backbone))
             engine.submit(
                 Request(
                     id=f"r{number}",

@@ -77,8 +77,8 @@ def test_a_user_gets_the_champion_and_who_it_is(world: World) -> None:
     held = run(world.cache.get(ALICE, "default"))
     assert held is not None
     assert (held.info.name, held.info.version, held.info.digest) == ("default", "1", prefix.digest)
-    assert held.num_virtual_tokens == 7
-    assert (held.kv == prefix.kv[DECODER]).all()
+    assert held.ready.length == 7
+    assert (held.ready.members[0].kv[DECODER] == prefix.kv[DECODER]).all()
 
 
 def test_a_user_without_champion_has_none(world: World) -> None:

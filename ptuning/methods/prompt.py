@@ -1,0 +1,100 @@
+"""Prompt Tuning (Lester, Al-Rfou and Constant 2021): trained embeddings before the input.
+
+Nothing but `[P, E]` values per user, no encoder. Several prompts per user (`ensemble`) are
+trained apart from their own seeds and answer together (paper, section 6).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ptuning.attention import EMBEDDINGS, Seen
+from ptuning.backbone import Facts
+from ptuning.data.layout import Layout, front
+from ptuning.methods.base import (
+    Parameters,
+    StartIds,
+    Tuning,
+    check_embeddings,
+    check_start,
+    check_virtual_tokens,
+)
+
+Combine = Literal["mean", "vote"]
+
+
+class PromptTuning(Tuning):
+    """Settings of Prompt Tuning, and the method itself."""
+
+    type: Literal["prompt"] = Field(
+        "prompt", description="tuning method: prompt (embeddings before the input)"
+    )
+    num_virtual_tokens: int = Field(
+        20, ge=1, le=200, description="P, virtual tokens of a prompt (1-200)"
+    )
+    init: Literal["text", "vocab", "labels", "random"] = Field(
+        "text",
+        description="start from the embeddings of words (init_words of the user's rows, else "
+        "method.init_text, else words of their train rows), of tokens drawn from the "
+        "vocabulary, of the user's distinct completions (class labels, each the mean of its "
+        "tokens), or from uniform random values",
+    )
+    ensemble: int = Field(
+        1, ge=1, le=16, description="prompts per user, trained apart and answering together"
+    )
+    combine: Combine = Field(
+        "mean",
+        description="how an ensemble answers: mean of the log-probabilities, or a vote on each "
+        "token",
+    )
+
+    @property
+    def start_ids(self) -> StartIds:
+        sources: dict[str, StartIds] = {
+            "text": "words",
+            "vocab": "vocab",
+            "labels": "labels",
+            "random": "none",
+        }
+        return sources[self.init]
+
+    @property
+    def layout(self) -> Layout | None:
+        return front(self.num_virtual_tokens)
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(windowed=True)  # they are tokens like others
+
+    @property
+    def members(self) -> int:
+        return self.ensemble
+
+    @property
+    def default_learning_rate(self) -> float:
+        return 1e-2
+
+    def check(self, facts: Facts) -> None:
+        check_virtual_tokens(self.num_virtual_tokens, facts)
+        check_embeddings(facts)
+
+    def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
+        return {EMBEDDINGS: (self.num_virtual_tokens, facts.hidden_size)}
+
+    def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
+        """See `Method.initial`. Random values are uniform in [-0.5, 0.5] (paper, section 3)."""
+        check_start(self, start)
+        if start is not None:
+            return Parameters({EMBEDDINGS: start[EMBEDDINGS].detach().float().cpu().clone()})
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.num_virtual_tokens, facts.hidden_size)
+        return Parameters({EMBEDDINGS: torch.rand(shape, generator=generator) - 0.5})
+
+    def compile(
+        self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
+    ) -> dict[str, Tensor]:
+        return {EMBEDDINGS: trained[EMBEDDINGS]}

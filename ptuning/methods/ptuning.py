@@ -1,0 +1,136 @@
+"""P-Tuning (Liu et al. 2021): trained embeddings at any place of a template.
+
+The virtual tokens' embeddings come out of a prompt encoder, a bidirectional LSTM with an MLP
+or an MLP alone, over a trainable matrix `[P, E]` (paper, section 3.2); the encoder is dropped
+after training. Words in the template are anchors. Where the virtual tokens stand is kept in
+the prefix file.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ptuning.attention import EMBEDDINGS, Seen
+from ptuning.backbone import Facts
+from ptuning.data.layout import Layout
+from ptuning.methods.base import (
+    Parameters,
+    StartIds,
+    Tuning,
+    check_embeddings,
+    check_start,
+    check_virtual_tokens,
+)
+from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
+
+
+class PTuning(Tuning):
+    """Settings of P-Tuning, and the method itself."""
+
+    type: Literal["ptuning"] = Field(
+        "ptuning", description="tuning method: ptuning (embeddings at any place of a template)"
+    )
+    template: str = Field(
+        "{p:8}{prompt}{p:8}{completion}",
+        description="where virtual tokens stand: {p:N} is N of them, {prompt} the whole encoded "
+        "prompt (a chat template's tokens too), other text is kept as it is (anchors), "
+        "{completion} ends it",
+    )
+    encoder: Literal["lstm", "mlp", "none"] = Field(
+        "mlp",
+        description="prompt encoder: bidirectional LSTM with an MLP, an MLP, or none (the "
+        "embeddings themselves are trained)",
+    )
+    encoder_hidden_size: int = Field(
+        256, ge=1, description="hidden size of the prompt encoder (of each LSTM direction)"
+    )
+    encoder_num_layers: int = Field(2, ge=1, le=8, description="layers of the LSTM")
+    init: Literal["words", "random"] = Field(
+        "words",
+        description="start from the embeddings of real words (as method.type=prompt does), to "
+        "which an encoder's output is added from zero on, or at random",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _can_be_read(cls, text: str) -> str:
+        Layout.parse(text)
+        return text
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.layout.num_virtual_tokens
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.parse(self.template)
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(windowed=True)  # they are tokens like others
+
+    @property
+    def start_ids(self) -> StartIds:
+        return "words" if self.init == "words" else "none"
+
+    @property
+    def default_learning_rate(self) -> float:
+        return 1e-2 if self.encoder == "none" else 1e-3
+
+    def check(self, facts: Facts) -> None:
+        check_virtual_tokens(self.num_virtual_tokens, facts)
+        check_embeddings(facts)
+
+    def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
+        return {EMBEDDINGS: (self.num_virtual_tokens, facts.hidden_size)}
+
+    def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
+        """See `Method.initial`."""
+        check_start(self, start)
+        generator = torch.Generator().manual_seed(seed)
+        count, width, hidden = self.num_virtual_tokens, facts.hidden_size, self.encoder_hidden_size
+        given = None if start is None else start[EMBEDDINGS].detach().float().cpu()
+        if self.encoder == "none":
+            values = (
+                0.02 * torch.randn((count, width), generator=generator)
+                if given is None
+                else given.clone()
+            )
+            return Parameters({EMBEDDINGS: values})
+        trained = {"embedding": torch.randn((count, width), generator=generator)}
+        if self.encoder == "lstm":
+            trained |= initial_lstm(width, hidden, self.encoder_num_layers, generator)
+            trained |= initial_linear("1", 2 * hidden, 2 * hidden, generator)
+            trained |= initial_linear("2", 2 * hidden, width, generator)
+            last = "2"
+        else:
+            trained |= initial_linear("1", width, hidden, generator)
+            trained |= initial_linear("2", hidden, hidden, generator)
+            trained |= initial_linear("3", hidden, width, generator)
+            last = "3"
+        if given is None:
+            return Parameters(trained)
+        trained[f"w{last}"].zero_()
+        trained[f"b{last}"].zero_()
+        return Parameters(trained, {"start": given})
+
+    def compile(
+        self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
+    ) -> dict[str, Tensor]:
+        """h_i = MLP([LSTM_forward(h_0..i) : LSTM_backward(h_i..m)]) (paper, equation 7), or the
+        MLP alone."""
+        if self.encoder == "none":
+            return {EMBEDDINGS: trained[EMBEDDINGS]}
+        x = trained["embedding"]
+        if self.encoder == "lstm":
+            x = lstm(trained, self.encoder_num_layers, x)
+            x = linear(trained, "2", torch.relu(linear(trained, "1", x)))
+        else:
+            x = torch.relu(linear(trained, "1", x))
+            x = linear(trained, "3", torch.relu(linear(trained, "2", x)))
+        start = fixed.get("start")
+        return {EMBEDDINGS: x if start is None else x + start}

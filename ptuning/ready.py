@@ -1,0 +1,166 @@
+"""Prefixes made ready to answer with: what generation and the service put into the model.
+
+Virtual tokens at the input that come before all real ones are turned, once, into the keys and
+values that they are in every layer; others stay embeddings and travel with the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ptuning.artifact import Prefix
+from ptuning.attention import EMBEDDINGS, RowPrefix, Seen
+from ptuning.backbone import Backbone
+from ptuning.data.layout import Arrangement
+
+
+@dataclass(frozen=True)
+class Member:
+    """One prefix of an ensemble, in the backbone's dtype and on its device.
+
+    `kv[stack]` `[K, 2, H, P, D]`, or `embeddings` `[P, E]`.
+    """
+
+    kv: dict[str, Tensor]
+    embeddings: Tensor | None
+    seen: Seen
+
+    @property
+    def length(self) -> int:
+        """P, the columns of its keys and values; 0 where it is at the input."""
+        return int(next(iter(self.kv.values())).shape[-2]) if self.kv else 0
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.kv.values(), *([] if self.embeddings is None else [self.embeddings])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class ReadyPrefix:
+    """A user's prefix as the model takes it. `around` is what stands around a prompt's ids."""
+
+    members: tuple[Member, ...]
+    around: Arrangement = field(default_factory=Arrangement)
+    combine: str = "mean"
+
+    @property
+    def length(self) -> int:
+        return self.members[0].length
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that the prefix takes beside real tokens, wherever they are."""
+        at_input = sum(token < 0 for token in (*self.around.before, *self.around.after))
+        return self.length + at_input
+
+    @property
+    def nbytes(self) -> int:
+        return sum(member.nbytes for member in self.members)
+
+
+def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
+    """Check a prefix against the backbone and prepare it. Raises an ArtifactError."""
+    prefix.check(backbone)
+    around, seen = prefix.arrangement(backbone.template), prefix.seen
+    compiles = backbone.facts.decoder_start_id is None and around.in_front > 0
+    members = []
+    for tensors in prefix.members:
+        own = {name: values.to(backbone.device) for name, values in tensors.items()}
+        embeddings = own.pop(EMBEDDINGS, None)
+        if embeddings is not None and compiles:
+            (stack,) = backbone.facts.stacks
+            own = {stack: backbone.keys_and_values(embeddings[None])[0]}
+            embeddings = None
+        members.append(
+            Member(
+                {stack: kv.to(backbone.dtype) for stack, kv in own.items()},
+                None if embeddings is None else embeddings.to(backbone.dtype),
+                seen,
+            )
+        )
+    return ReadyPrefix(
+        tuple(members), around.without_front() if compiles else around, prefix.combine
+    )
+
+
+def rows_of(backbone: Backbone, members: Sequence[Member | None]) -> RowPrefix | None:
+    """One batch's prefixes, padded on the left to the longest; None where no row has one."""
+    held = [member for member in members if member is not None]
+    if not held:
+        return None
+    device = backbone.device
+    prefix = RowPrefix(_layers(backbone, members), embeddings=_embeddings(backbone, members))
+    length = prefix.length
+    if length:
+        own = [0 if member is None else member.length for member in members]
+        lengths = torch.tensor(own, device=device)[:, None]
+        columns = torch.arange(length, device=device)
+        visible = columns >= length - lengths
+        prefix.visible = None if bool(visible.all()) else visible
+        prefix.depths = _depths(backbone, members)
+    infix = [member is not None and member.seen.infix for member in members]
+    windowed = [member is not None and member.seen.windowed for member in members]
+    prefix.infix = torch.tensor(infix, device=device) if any(infix) else None
+    prefix.windowed = torch.tensor(windowed, device=device) if any(windowed) else None
+    return prefix
+
+
+def _depths(backbone: Backbone, members: Sequence[Member | None]) -> dict[str, Tensor]:
+    """How many layers of each stack each row's prefix has, for stacks where rows differ."""
+    depths = {}
+    for stack in backbone.facts.stacks:
+        own = [0 if member is None else len(member.kv.get(stack, ())) for member in members]
+        if len(set(own)) > 1:
+            depths[stack] = torch.tensor(own, device=backbone.device)
+    return depths
+
+
+def _layers(backbone: Backbone, members: Sequence[Member | None]) -> dict[str, tuple[Tensor, ...]]:
+    layers = {}
+    length = max((member.length for member in members if member is not None), default=0)
+    for stack in backbone.facts.stacks:
+        own = [None if member is None else member.kv.get(stack) for member in members]
+        depth = max((len(kv) for kv in own if kv is not None), default=0)
+        if not depth:
+            continue
+        shape = backbone.facts.kv_shape(stack, length, depth)
+        rows = torch.zeros((len(members), *shape), dtype=backbone.dtype, device=backbone.device)
+        for row, kv in enumerate(own):
+            if kv is not None:
+                rows[row, depth - len(kv) :, ..., length - kv.shape[-2] :, :] = kv
+        layers[stack] = rows.unbind(1)
+    return layers
+
+
+def _embeddings(backbone: Backbone, members: Sequence[Member | None]) -> Tensor | None:
+    own = [None if member is None else member.embeddings for member in members]
+    longest = max((len(values) for values in own if values is not None), default=0)
+    if not longest:
+        return None
+    shape = (len(members), longest, backbone.facts.hidden_size)
+    rows = torch.zeros(shape, dtype=backbone.dtype, device=backbone.device)
+    for row, values in enumerate(own):
+        if values is not None:
+            rows[row, : len(values)] = values
+    return rows
+
+
+def combined(logits_MV: Tensor, combine: str) -> Tensor:
+    """One row of logits `[V]` of an ensemble's, fp32.
+
+    `mean`: the mean of the log-probabilities. `vote`: each member votes for its likeliest
+    token; the logarithm of the votes, ties told by the mean.
+    """
+    if len(logits_MV) == 1:
+        return logits_MV[0]
+    mean = torch.log_softmax(logits_MV.float(), dim=-1).mean(0)
+    if combine != "vote":
+        return mean
+    votes = torch.bincount(logits_MV.argmax(-1), minlength=logits_MV.shape[-1])
+    # Far less than one vote of sixteen, whatever the log-probabilities are.
+    return votes.log() + 1e-3 * torch.softmax(mean, dim=-1)

@@ -1,0 +1,123 @@
+"""Where a training begins: a user's members, their rows around virtual tokens, their first words.
+
+Shared by the plain and the packed trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ptuning.attention import EMBEDDINGS
+from ptuning.backbone import Facts
+from ptuning.data.encode import Encoded, Template
+from ptuning.data.packing import fill_words
+from ptuning.methods.base import Method
+from ptuning.train.config import Trained, UserRows
+from ptuning.types import EpochLoss, seed_of
+
+
+def members_of(method: Method, template: Template, user: UserRows) -> list[UserRows]:
+    """The trainings of one user, each with its own seed and first words; rows as the method's
+    layout arranges them."""
+    layout = method.layout
+    around = None if layout is None else layout.bind(template)
+
+    def arranged(rows: Sequence[Encoded]) -> tuple[Encoded, ...]:
+        return tuple(rows) if around is None else tuple(around.row(row) for row in rows)
+
+    rows = replace(user, train=arranged(user.train), valid=arranged(user.valid), test=())
+    members = []
+    for member in range(method.members):
+        words, spans = _words(method, user, member)
+        members.append(
+            replace(
+                rows,
+                seed=user.seed if method.members == 1 else seed_of(user.seed, "member", member),
+                words=words,
+                spans=spans,
+                start=user.start[member : member + 1],
+                states=user.states[member : member + 1],
+            )
+        )
+    return members
+
+
+def _words(method: Method, user: UserRows, member: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The member's share of the user's first words, and its spans."""
+    if method.start_ids == "none" or user.start or user.states:
+        return (), ()
+    count = method.num_virtual_tokens
+    if not user.spans:
+        # A user without rows may have no words either: it is never trained.
+        words = fill_words(user.words or (0,), method.members * count)
+        return tuple(words[member * count : (member + 1) * count]), ()
+    first, last = member * count, (member + 1) * count
+    at, end = sum(user.spans[:first]), sum(user.spans[:last])
+    return user.words[at:end], user.spans[first:last]
+
+
+def start_of(captured: dict[str, Tensor], spans: Sequence[int]) -> dict[str, Tensor]:
+    """What one row of captured words starts a prefix as; a virtual token of several words is the
+    mean of their embeddings."""
+    if not spans:
+        return captured
+    words = captured[EMBEDDINGS][: sum(spans)].split(list(spans))
+    return {EMBEDDINGS: torch.stack([own.mean(0) for own in words])}
+
+
+def room(facts: Facts, method: Method) -> int | None:
+    """The longest row, virtual tokens at the input counted, that fits the backbone's positions."""
+    limit = facts.max_positions
+    inside = method.layout is None and facts.decoder_start_id is None
+    return None if limit is None else limit - (method.num_virtual_tokens if inside else 0)
+
+
+def too_long(rows: UserRows, limit: int | None) -> str | None:
+    """Why the rows cannot be trained, if they cannot."""
+    if not rows.train:
+        return "the user has no train rows"
+    longest = max(len(row.input_ids) for row in (*rows.train, *rows.valid))
+    if limit is not None and longest > limit:
+        return (
+            f"a row has {longest} tokens, but the backbone has positions for {limit} beside the "
+            "prefix; lower data.max_length or method.num_virtual_tokens"
+        )
+    return None
+
+
+def together(user: UserRows, members: Sequence[Trained]) -> Trained:
+    """One user's result from its members': all of them, or what failed."""
+    failed = next((one.error for one in members if one.error is not None), None)
+    kept = [one.members[0] for one in members if one.members is not None]
+    return Trained(
+        user_key=user.user_key,
+        members=tuple(kept) if failed is None and len(kept) == len(members) else None,
+        history=members[0].history if len(members) == 1 else _mean_history(members),
+        steps=sum(one.steps for one in members),
+        tokens=sum(one.tokens for one in members),
+        error=failed,
+        resets=sum(one.resets for one in members),
+        states=tuple(state for one in members for state in one.states),
+    )
+
+
+def _mean_history(members: Sequence[Trained]) -> list[EpochLoss]:
+    """Each epoch's losses, averaged over the members that reached it."""
+    epochs = max(len(one.history) for one in members)
+    mean: list[EpochLoss] = []
+    for n in range(epochs):
+        lines = [one.history[n] for one in members if n < len(one.history)]
+        train = [line["train"] for line in lines if line["train"] is not None]
+        valid = [line["valid"] for line in lines if line["valid"] is not None]
+        mean.append(
+            EpochLoss(
+                epoch=lines[0]["epoch"],
+                train=sum(train) / len(train) if train else None,
+                valid=sum(valid) / len(valid) if valid else None,
+            )
+        )
+    return mean

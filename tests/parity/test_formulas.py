@@ -1,0 +1,359 @@
+"""What PEFT cannot compute, written out by hand: whole small models, softmax and all.
+
+The formulas are the papers' (Li and Liang 2021, equations 1 to 3; Liu et al. 2021, equation 2),
+in fp64 on the frozen weights, one row at a time and without a cache, a mask or a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from tiny_backbones import FAMILIES, SEQ2SEQ, build, build_model, encoded, prefix_rows, random_ids
+from torch import Tensor
+
+from ptuning.artifact import Prefix, PrefixMeta
+from ptuning.attention import EMBEDDINGS, PackPrefix
+from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
+from ptuning.data.encode import IGNORE, Encoded
+from ptuning.data.layout import Layout
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.ptuning import PTuning
+from ptuning.train.step import collate
+
+torch.set_num_threads(1)
+P = 3
+
+
+# The formulas
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over what each token sees: `q` `[H, T, D]`, `k` and `v`
+    `[H, S, D]`, `seen` bool `[T, S]`."""
+    scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])) * seen
+    return scores / scores.sum(-1, keepdim=True) @ v
+
+
+def with_prefix(
+    prefix: Tensor | None, k: Tensor, v: Tensor, seen: Tensor, sees_prefix: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[P_k; K] and [P_v; V], of `prefix` `[2, H, P, D]`; `sees_prefix` bool `[T]`."""
+    if prefix is None:
+        return k, v, seen
+    inside = sees_prefix[:, None].expand(-1, prefix.shape[2])
+    return torch.cat([prefix[0], k], 1), torch.cat([prefix[1], v], 1), torch.cat([inside, seen], 1)
+
+
+def norm(x: Tensor, module: Any) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
+    return centred / scale * module.weight.double() + module.bias.double()
+
+
+def split(x: Tensor, heads: int) -> Tensor:
+    """`[T, H * D]` to `[H, T, D]`."""
+    return x.view(len(x), heads, -1).transpose(0, 1)
+
+
+def joined(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).reshape(x.shape[1], -1)
+
+
+def gpt2_by_hand(
+    model: Any,
+    ids: Sequence[int],
+    positions: Tensor,
+    prefix: dict[int, Tensor],
+    sees_prefix: Tensor,
+) -> Tensor:
+    """Logits `[T, V]`; `prefix[layer]` is `[2, H, P, D]`."""
+    body = model.transformer
+
+    def product(x: Tensor, module: Any) -> Tensor:  # its weights are [in, out]
+        return x @ module.weight.double() + module.bias.double()
+
+    x = body.wte.weight.double()[list(ids)] + body.wpe.weight.double()[positions]
+    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    for number, layer in enumerate(body.h):
+        q, k, v = (
+            split(part, model.config.n_head)
+            for part in product(norm(x, layer.ln_1), layer.attn.c_attn).chunk(3, dim=-1)
+        )
+        own = with_prefix(prefix.get(number), k, v, causal, sees_prefix)
+        x = x + product(joined(attention(q, *own)), layer.attn.c_proj)
+        y = product(norm(x, layer.ln_2), layer.mlp.c_fc)
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        x = x + product(y, layer.mlp.c_proj)
+    return norm(x, body.ln_f) @ model.lm_head.weight.double().T
+
+
+def bart_by_hand(
+    model: Any, source: Sequence[int], answer: Sequence[int], prefix: dict[str, Tensor]
+) -> Tensor:
+    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. Positions are the text's own."""
+    heads = model.config.encoder_attention_heads
+
+    def product(x: Tensor, module: Any) -> Tensor:
+        return x @ module.weight.double().T + module.bias.double()
+
+    def attend(x: Tensor, into: Tensor, module: Any, own: Tensor | None, seen: Tensor) -> Tensor:
+        q = split(product(x, module.q_proj), heads)
+        k, v = (split(product(into, part), heads) for part in (module.k_proj, module.v_proj))
+        every = torch.ones(len(x), dtype=torch.bool)
+        return product(joined(attention(q, *with_prefix(own, k, v, seen, every))), module.out_proj)
+
+    def embedded(ids: Sequence[int], body: Any) -> Tensor:
+        places = body.embed_positions.weight.double()[2 : 2 + len(ids)]
+        return norm(body.embed_tokens.weight.double()[list(ids)] + places, body.layernorm_embedding)
+
+    def layer_of(stack: str, number: int) -> Tensor | None:
+        return prefix[stack][number] if stack in prefix else None
+
+    def feed_forward(x: Tensor, layer: Any) -> Tensor:
+        y = product(x, layer.fc1)
+        y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+        return norm(x + product(y, layer.fc2), layer.final_layer_norm)
+
+    encoder, decoder = model.model.encoder, model.model.decoder
+    everything = torch.ones(len(source), len(source), dtype=torch.bool)
+    x = embedded(source, encoder)
+    for number, layer in enumerate(encoder.layers):
+        out = attend(x, x, layer.self_attn, layer_of(ENCODER, number), everything)
+        x = feed_forward(norm(x + out, layer.self_attn_layer_norm), layer)
+    causal = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
+    across = torch.ones(len(answer), len(source), dtype=torch.bool)
+    y = embedded(answer, decoder)
+    for number, layer in enumerate(decoder.layers):
+        out = attend(y, y, layer.self_attn, layer_of(DECODER, number), causal)
+        y = norm(y + out, layer.self_attn_layer_norm)
+        out = attend(y, x, layer.encoder_attn, layer_of(CROSS, number), across)
+        y = norm(y + out, layer.encoder_attn_layer_norm)
+        y = feed_forward(y, layer)
+    return y @ model.lm_head.weight.double().T + model.final_logits_bias.double()
+
+
+def nll(logits: Tensor, targets: Sequence[int]) -> Tensor:
+    """-log p of each target, `logits` `[N, V]`."""
+    scores = logits.double().exp()
+    return -torch.log(scores[torch.arange(len(targets)), list(targets)] / scores.sum(-1))
+
+
+# Ours against them
+
+ROWS = [encoded(9, 3, 1), encoded(6, 5, 2), encoded(12, 4, 3)]
+SLOTS = [1, 0, 1]
+
+
+def compare(
+    backbone: Backbone, pack: PackPrefix, by_hand: Callable[[Encoded, int], Tensor]
+) -> None:
+    """Losses `[N]` of ragged rows of two users, and the gradient in the prefixes, which are
+    leaves of `pack`."""
+    batch = collate(ROWS, backbone.device, backbone.facts.decoder_start_id)
+    ours = backbone.token_nll(batch, pack.of_rows(torch.tensor(SLOTS), torch.float32))
+    expected = torch.cat([by_hand(row, slot) for row, slot in zip(ROWS, SLOTS, strict=True)])
+    torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+    leaves = list(pack.tensors.values())
+    with torch.no_grad():
+        zero = PackPrefix(
+            {name: torch.zeros_like(p) for name, p in pack.tensors.items()}, pack.seen
+        )
+        other = backbone.token_nll(batch, zero.of_rows(torch.tensor(SLOTS), torch.float32))
+    assert (ours - other).abs().max() > 1e-2, "the prefix changed nothing"
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-4)
+
+
+def random_pack(backbone: Backbone, method: PrefixTuning) -> PackPrefix:
+    torch.manual_seed(4)
+    shapes = method.shapes(backbone.facts)
+    return PackPrefix(
+        {name: torch.randn((2, *shape)).requires_grad_() for name, shape in shapes.items()},
+        method.seen,
+    )
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        PrefixTuning(num_virtual_tokens=P),
+        PrefixTuning(num_virtual_tokens=P, layers=1),
+        PrefixTuning(num_virtual_tokens=P, placement="infix"),
+        PrefixTuning(num_virtual_tokens=P, placement="infix", layers=1),
+    ],
+    ids=["all-layers", "top-layer", "infix", "infix-top-layer"],
+)
+def test_a_causal_models_prefix_is_keys_and_values_before_its_own(
+    method: PrefixTuning, kind: str
+) -> None:
+    """An infix is seen by the prompt's last token and those after it, and stands before them;
+    the tokens that do not see it are where they would be without it."""
+    backbone = build(FAMILIES["gpt2"](), kind)
+    pack = random_pack(backbone, method)
+    layers = backbone.facts.stacks[DECODER].layers
+
+    def by_hand(row: Encoded, slot: int) -> Tensor:
+        ids, at = row.input_ids, row.prompt_length
+        kv = pack.tensors[DECODER][slot].double()
+        prefix = {layers - len(kv) + n: kv[n] for n in range(len(kv))}
+        places = torch.arange(len(ids))
+        sees = places >= (at - 1 if method.placement == "infix" else 0)
+        logits = gpt2_by_hand(backbone.model, ids, places + P * sees, prefix, sees)
+        return nll(logits[at - 1 : -1], ids[at:])
+
+    compare(backbone, pack, by_hand)
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "stacks", [(ENCODER,), (DECODER,), (CROSS,), (ENCODER, DECODER, CROSS)], ids="-".join
+)
+def test_an_encoder_decoder_models_prefix_stands_in_each_of_its_stacks(
+    stacks: tuple[Any, ...], kind: str
+) -> None:
+    backbone = build(SEQ2SEQ["bart"](), kind)
+    pack = random_pack(backbone, PrefixTuning(num_virtual_tokens=P, stacks=stacks))
+    start = backbone.facts.decoder_start_id
+
+    def by_hand(row: Encoded, slot: int) -> Tensor:
+        at = row.prompt_length
+        answer = row.input_ids[at:]
+        prefix = {stack: values[slot].double() for stack, values in pack.tensors.items()}
+        moved = [start, *answer[:-1]]
+        return nll(bart_by_hand(backbone.model, row.input_ids[:at], moved, prefix), answer)
+
+    compare(backbone, pack, by_hand)
+
+
+# Virtual tokens at the input
+
+TEMPLATES = [
+    "{p:1}{prompt}{p:2} so {completion}",
+    "{prompt}{p:3}{completion}",
+    " well {p:2}{prompt} {p:1}",
+    "{p:3}{prompt}{completion}",
+]
+
+
+def pieces(text: str, ids: Sequence[int], backbone: Backbone) -> list[int | None]:
+    """A template's tokens in front of the completion, by hand; None is the next virtual token."""
+    found: list[int | None] = []
+    while text:
+        field, brace, rest = text.partition("}") if text[0] == "{" else ("", "", "")
+        if not brace:
+            plain, _, _ = text.partition("{")
+            found += backbone.tokenizer(plain, add_special_tokens=False)["input_ids"]
+            text = text[len(plain) :]
+            continue
+        text = rest
+        if field == "{prompt":
+            found += ids
+        elif field != "{completion":
+            found += [None] * int(field.removeprefix("{p:"))
+    return found
+
+
+def embedded(model: Any, tokens: Sequence[int | None], virtual: Tensor) -> Tensor:
+    """`[1, T, E]`; an encoder's table is its own, which need not be the model's."""
+    reader = model.get_encoder() if model.config.is_encoder_decoder else model
+    table, free = reader.get_input_embeddings(), iter(virtual)
+    rows = [next(free) if t is None else table(torch.tensor([[t]]))[0, 0] for t in tokens]
+    assert next(free, None) is None
+    return torch.stack(rows)[None]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bart", "t5"])
+def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, template: str) -> None:
+    """Training and answering: virtual tokens are at the positions where they stand."""
+    families = {**FAMILIES, **SEQ2SEQ}
+    backbone, plain = build(families[family]()), build_model(families[family](), "eager")
+    torch.manual_seed(5)
+    virtual = torch.randn(2, P, backbone.facts.hidden_size)
+    start = backbone.facts.decoder_start_id
+    method = PTuning(template=template)
+    around = Layout.parse(template).bind(backbone.template)
+    rows = [around.row(row) for row in ROWS]
+    batch = collate(rows, backbone.device, start)
+    pack = PackPrefix({EMBEDDINGS: virtual}, method.seen)
+    with torch.no_grad():
+        ours = backbone.token_nll(batch, pack.of_rows(torch.tensor(SLOTS), torch.float32))
+        expected = []
+        for row, slot in zip(ROWS, SLOTS, strict=True):
+            prompt = pieces(template, row.input_ids[: row.prompt_length], backbone)
+            answer = row.input_ids[row.prompt_length :]
+            if start is None:
+                inputs = embedded(plain, [*prompt, *answer], virtual[slot])
+                logits = plain(inputs_embeds=inputs).logits[0, len(prompt) - 1 : -1]
+            else:
+                moved = torch.tensor([[start, *answer[:-1]]])
+                inputs = embedded(plain, prompt, virtual[slot])
+                logits = plain(inputs_embeds=inputs, decoder_input_ids=moved).logits[0]
+            expected.append(nll(logits, answer))
+    torch.testing.assert_close(ours.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
+def test_a_template_is_answered_as_it_was_trained(family: str, template: str) -> None:
+    """Where the virtual tokens in front became keys and values, too."""
+    backbone, plain = build(FAMILIES[family]()), build_model(FAMILIES[family](), "eager")
+    torch.manual_seed(5)
+    virtual = torch.randn(P, backbone.facts.hidden_size)
+    meta = PrefixMeta(
+        method=PTuning(template=template).model_dump(),
+        backbone=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        template_digest=backbone.template.digest,
+        user_key="k" * 52,
+        layout=template,
+    )
+    prefix, prompt = Prefix({}, meta, (virtual,)), random_ids(7, 1)
+    around = prefix.arrangement(backbone.template)
+    ids = torch.tensor([around.without_front().prompt(prompt)])
+    if not around.in_front:
+        assert ids.tolist() == [around.prompt(prompt)]
+    ours = backbone.step(
+        ids,
+        torch.ones_like(ids),
+        torch.arange(ids.shape[1])[None],
+        prefix_rows(backbone, [prefix]),
+        None,
+    )[0]
+    with torch.no_grad():
+        tokens = pieces(template, prompt, backbone)
+        expected = plain(inputs_embeds=embedded(plain, tokens, virtual)).logits[0, -1]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_formulas_are_the_models_own_without_a_prefix() -> None:
+    """What is written out by hand is checked itself, on the plain models."""
+    row = ROWS[0]
+    ids, at = row.input_ids, row.prompt_length
+    with torch.no_grad():
+        model = build_model(FAMILIES["gpt2"](), "eager")
+        plain = model(input_ids=torch.tensor([ids])).logits[0]
+        places = torch.arange(len(ids))
+        mine = gpt2_by_hand(model, ids, places, {}, places >= 0)
+        torch.testing.assert_close(mine, plain.double(), atol=1e-5, rtol=1e-5)
+        model = build_model(SEQ2SEQ["bart"](), "eager")
+        source, answer = ids[:at], ids[at:]
+        plain = model(
+            input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([answer])
+        ).logits[0]
+        mine = bart_by_hand(model, source, answer, {})
+        torch.testing.assert_close(mine, plain.double(), atol=1e-5, rtol=1e-5)
+    labels = [label for label in row.labels if label != IGNORE]
+    assert labels == ids[at:]

@@ -1,0 +1,198 @@
+"""Every method, and an encoder-decoder backbone, from rows to an answer: partition, train,
+register, promote, serve."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from runs import settings, user_rows, write_rows
+from safetensors.torch import load_file
+from tiny_model import save_encoder_decoder
+
+from pipelines.config import RunConfig, load_config
+from pipelines.progress import RunProgress
+from pipelines.run import execute
+from ptuning.artifact import Prefix
+from ptuning.generate import generate
+from ptuning.load import load_backbone
+from ptuning.registry import open_registry
+from ptuning.store import Store, read_uri, resume_path
+from ptuning.types import user_key
+from serve.config import ServeConfig
+from serve.events import Answer, Ask
+from serve.service import Service
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+USERS = {"ann": 10, "bob": 12}
+ALWAYS = ("gate.min_gain=-10", "registry.prefix_name=default")
+METHODS = {
+    "prompt ensemble from labels": [
+        "method.type=prompt", "method.init=labels", "method.ensemble=2", "method.combine=vote",
+    ],
+    "ptuning lstm": [
+        "method.type=ptuning", "method.encoder=lstm", "method.encoder_hidden_size=8",
+        "method.template={p:2}{prompt}{p:2} so {completion}",
+    ],
+    "infix mlp on top": [
+        "method.encoder_hidden_size=8", "method.placement=infix", "method.layers=1",
+        "method.dropout=0.1",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bart")
+    save_encoder_decoder(directory)
+    return directory
+
+
+def settings_of(model: Path, *more: str) -> RunConfig:
+    """As `config_of`; a template says itself how many virtual tokens there are."""
+    all_of_them = settings(model, *more)
+    if any(one.startswith("method.template=") for one in more):
+        all_of_them.remove("method.num_virtual_tokens=4")
+    return load_config(None, all_of_them, {})
+
+
+def run(data: Path, store: Path, config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The run's summary and its table of users."""
+    with RunProgress() as progress:
+        facts = execute([str(data)], Store(store), config, progress)
+    folder = store / "runs" / facts.run_id
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary, pq.read_table(folder / "users.parquet").to_pylist()
+
+
+def answers(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, Answer]:
+    """What the service says to "say it" as each user, and to nobody; asked all at once.
+
+    `names`: user id to prefix name.
+    """
+    backbone = load_backbone(config.backbone.name, dtype="float32")
+    registry = open_registry(config.registry, f"sqlite:///{store}/mlflow.db")
+    service = Service(ServeConfig(max_rows=4), backbone, registry)
+
+    async def ask() -> dict[str, Answer]:
+        asks = {
+            user: Ask(
+                prompt="say it",
+                user_key=user_key(user) if user else None,
+                prefix_name=name,
+                max_tokens=6,
+                temperature=0.0,
+                top_p=1.0,
+                seed=0,
+                stop=(),
+            )
+            for user, name in {**names, "": "default"}.items()
+        }
+        given = await asyncio.gather(*(service.answer(one) for one in asks.values()))
+        return dict(zip(asks, given, strict=True))  # type: ignore[arg-type]
+
+    try:
+        return asyncio.run(ask())
+    finally:
+        service.close()
+
+
+def check_answers(store: Path, config: RunConfig, table: list[dict[str, Any]]) -> None:
+    """Everybody gets the prefix that the run made for them, applied as the library does it."""
+    given = answers(store, config, {row["user_id"]: "default" for row in table})
+    backbone = load_backbone(config.backbone.name, dtype="float32")
+    registry = open_registry(config.registry, f"sqlite:///{store}/mlflow.db")
+    for row in table:
+        champion = registry.champion(row["user_key"], "default")
+        assert champion is not None
+        assert champion.digest == row["digest"]
+        prefix = Prefix.from_bytes(read_uri(champion.uri), backbone, user_key=row["user_key"])
+        answer = given[row["user_id"]]
+        assert isinstance(answer, Answer), answer
+        assert answer.prefix is not None
+        assert answer.prefix.digest == row["digest"]
+        assert [answer.text] == generate(backbone, ["say it"], [prefix], max_new_tokens=6)
+    assert given[""].prefix is None
+    assert [given[""].text] == generate(backbone, ["say it"], [None], max_new_tokens=6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_goes_from_rows_to_answers(
+    name: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config = settings_of(tiny_model_dir, *ALWAYS, *METHODS[name])
+    rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
+    summary, table = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "store", config)
+    assert summary["users"]["promoted"] == 2
+    assert summary["nll"]["candidate"] < summary["nll"]["base"]
+    assert all(row["nll_other_valid"] is not None for row in table)
+    check_answers(tmp_path / "store", config, table)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["backbone.attention=eager"],
+        ["method.type=ptuning", "method.template={p:2}{prompt}{p:2}", "method.encoder=none"],
+    ],
+    ids=["prefix", "ptuning"],
+)
+def test_an_encoder_decoder_backbone_goes_from_rows_to_answers(
+    more: list[str], bart_dir: Path, tmp_path: Path
+) -> None:
+    config = settings_of(bart_dir, *ALWAYS, *more)
+    rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
+    summary, table = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "store", config)
+    assert summary["users"]["promoted"] == 2
+    assert summary["nll"]["candidate"] < summary["nll"]["base"]
+    check_answers(tmp_path / "store", config, table)
+
+
+def test_users_own_several_prefixes_by_name(tiny_model_dir: Path, tmp_path: Path) -> None:
+    store, tables = tmp_path / "store", {}
+    for seed, (name, method) in enumerate([("default", []), ("tone", ["method.type=prompt"])]):
+        config = settings_of(tiny_model_dir, *ALWAYS, *method, f"registry.prefix_name={name}")
+        rows = [row for user, count in USERS.items() for row in user_rows(user, count, seed)]
+        data = write_rows(tmp_path / f"{name}.jsonl", rows)
+        _, table = run(data, store, config)
+        tables[name] = {row["user_id"]: row["digest"] for row in table}
+    for name, digests in tables.items():
+        given = answers(store, config, dict.fromkeys(USERS, name))
+        for user, digest in digests.items():
+            prefix = given[user].prefix
+            assert prefix is not None
+            assert (prefix.name, prefix.digest) == (name, digest)
+    assert not set(tables["default"].values()) & set(tables["tone"].values())
+
+
+def test_trainings_start_from_the_champion_and_go_on_where_they_stopped(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    steady = [*ALWAYS, "train.schedule=constant", "train.keep_resume=true", "train.patience=null"]
+
+    def digests(store: str, *more: str) -> dict[str, str]:
+        _, table = run(data, tmp_path / store, settings_of(tiny_model_dir, *steady, *more))
+        return {row["user_key"]: row["digest"] for row in table}
+
+    first = digests("one", "train.epochs=2")
+    for key, digest in first.items():
+        assert (tmp_path / "one" / resume_path(key, digest)).is_file()
+    further = digests("one", "train.epochs=4", "train.start=resume")
+    at_once = digests("two", "train.epochs=4")
+
+    def kv(store: str, key: str, digest: str) -> Any:
+        path = Store(tmp_path / store).path("prefixes", key[:2], key, f"{digest}.safetensors")
+        return load_file(path)["kv"]
+
+    for key in first:
+        assert (kv("one", key, further[key]) - kv("two", key, at_once[key])).abs().max() < 1e-5
+    warm = digests("one", "train.epochs=1", "train.start=champion", "train.learning_rate=1e-9")
+    for key in first:
+        assert (kv("one", key, warm[key]) - kv("one", key, further[key])).abs().max() < 1e-6

@@ -1,0 +1,592 @@
+"""What a method is made of, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tiny_backbones import (
+    FAMILIES,
+    SEQ2SEQ,
+    build,
+    build_model,
+    encoded,
+    random_prefix,
+    user_rows,
+)
+from tiny_model import make_tokenizer
+from torch import Tensor, nn
+
+from ptuning.artifact import Prefix
+from ptuning.attention import EMBEDDINGS, implementation
+from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
+from ptuning.data.encode import IGNORE, Encoded, Template
+from ptuning.data.layout import Arrangement, Layout, between, front
+from ptuning.errors import (
+    CorruptArtifact,
+    DataError,
+    MethodError,
+    PTuningError,
+    WrongBackbone,
+    WrongShape,
+)
+from ptuning.methods.base import Method
+from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
+from ptuning.train.config import TrainConfig
+from ptuning.train.packed import train_pack
+from ptuning.train.plain import train_user
+from ptuning.train.step import LocalDriver
+from ptuning.tune import tune
+from ptuning.types import Example
+from ptuning.users import Recipe, prepare
+
+TEMPLATE = Template.of(make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def causal() -> Backbone:
+    return build(FAMILIES["llama"]())
+
+
+@pytest.fixture(scope="module")
+def pair() -> Backbone:
+    """BART: an encoder of three layers, a decoder of two."""
+    return build(SEQ2SEQ["bart"]())
+
+
+def explained(error: PTuningError, *words: str) -> None:
+    """The error says what was seen and expected, and names these words."""
+    assert error.seen is not None
+    assert error.expected is not None
+    for word in words:
+        assert word in str(error), (word, str(error))
+
+
+# Encoders of U users at once are torch's own modules
+
+U, COUNT, WIDTH, HIDDEN = 3, 5, 6, 4
+
+
+def stacked(of_one: Callable[[torch.Generator], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights of U users, each from their own seed, with a leading U."""
+    users = [of_one(torch.Generator().manual_seed(seed)) for seed in range(U)]
+    return {name: torch.stack([user[name] for user in users]) for name in users[0]}
+
+
+def inputs() -> Tensor:
+    return torch.randn((U, COUNT, WIDTH), generator=torch.Generator().manual_seed(9))
+
+
+def assert_same_as_torch(
+    ours: Callable[[dict[str, Tensor], Tensor], Tensor],
+    weights: dict[str, Tensor],
+    modules: Sequence[nn.Module],
+    places: dict[str, str],
+) -> None:
+    """Values, and gradients of every weight and input, are those of each user's module;
+    `places` names, for each of our weights, torch's (matrices are its transposes)."""
+    with torch.no_grad():
+        for user, module in enumerate(modules):
+            own = dict(module.named_parameters())
+            assert set(own) == set(places.values())
+            for name, place in places.items():
+                own[place].copy_(weights[name][user].mT if own[place].ndim > 1 else
+                                 weights[name][user])  # fmt: skip
+    leaves = {name: values.clone().requires_grad_() for name, values in weights.items()}
+    x, theirs = inputs().requires_grad_(), inputs().requires_grad_()
+    result = ours(leaves, x)
+    outputs = [module(theirs[user : user + 1]) for user, module in enumerate(modules)]
+    expected = torch.cat([out[0] if isinstance(out, tuple) else out for out in outputs])
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
+    pull = torch.randn(result.shape, generator=torch.Generator().manual_seed(8))
+    (result * pull).sum().backward()
+    (expected * pull).sum().backward()
+    torch.testing.assert_close(x.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    for user, module in enumerate(modules):
+        own = dict(module.named_parameters())
+        for name, place in places.items():
+            grad, wanted = leaves[name].grad, own[place].grad
+            assert grad is not None
+            assert wanted is not None
+            assert bool(wanted.any())
+            wanted = wanted.mT if wanted.ndim > 1 else wanted
+            torch.testing.assert_close(grad[user], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_linear_layer_of_many_users_is_torchs() -> None:
+    weights = stacked(lambda generator: initial_linear("7", WIDTH, HIDDEN, generator))
+    modules = [nn.Linear(WIDTH, HIDDEN) for _ in range(U)]
+    places = {"w7": "weight", "b7": "bias"}
+    assert_same_as_torch(lambda p, x: linear(p, "7", x), weights, modules, places)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_an_lstm_of_many_users_is_torchs(layers: int) -> None:
+    weights = stacked(lambda generator: initial_lstm(WIDTH, HIDDEN, layers, generator))
+    modules = [
+        nn.LSTM(WIDTH, HIDDEN, layers, bidirectional=True, batch_first=True) for _ in range(U)
+    ]
+    places = {
+        f"lstm{layer}.{direction}.{ours}": f"{theirs}_l{layer}{suffix}"
+        for layer in range(layers)
+        for direction, suffix in (("forward", ""), ("backward", "_reverse"))
+        for ours, theirs in (
+            ("w_ih", "weight_ih"),
+            ("w_hh", "weight_hh"),
+            ("b_ih", "bias_ih"),
+            ("b_hh", "bias_hh"),
+        )
+    }
+    assert set(weights) == set(places)
+    assert_same_as_torch(lambda p, x: lstm(p, layers, x), weights, modules, places)
+
+
+def test_encoders_begin_as_torchs_modules_do() -> None:
+    """Uniform, with torch's bounds: 1/sqrt(fan in) for Linear, 1/sqrt(hidden) for LSTM."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = initial_linear("1", 400, 300, generator)
+    for values, module in ((drawn["w1"], nn.Linear(400, 300).weight),
+                           (initial_lstm(30, 100, 1, generator)["lstm0.forward.w_ih"],
+                            nn.LSTM(30, 100).weight_ih_l0)):  # fmt: skip
+        assert float(values.abs().max()) == pytest.approx(
+            float(module.detach().abs().max()), rel=1e-2
+        )
+        assert float(values.std()) == pytest.approx(float(module.detach().std()), rel=2e-2)
+    assert float(drawn["b1"].abs().max()) <= 1 / math.sqrt(400)
+
+
+@pytest.mark.parametrize("encoder", ["lstm", "mlp"])
+def test_an_encoder_added_to_words_begins_at_the_words(causal: Backbone, encoder: Any) -> None:
+    method = PTuning(template="{p:2}{prompt}{p:1}", encoder=encoder, encoder_hidden_size=HIDDEN)
+    words = torch.randn((3, causal.facts.hidden_size), generator=torch.Generator().manual_seed(1))
+    own = method.initial(causal.facts, {EMBEDDINGS: words}, 0)
+    trained = {name: values[None] for name, values in own.trained.items()}
+    fixed = {name: values[None] for name, values in own.fixed.items()}
+    assert torch.equal(method.compile(trained, fixed, causal.facts)[EMBEDDINGS][0], words)
+
+
+# Where virtual tokens stand
+
+texts = st.sampled_from(["hello", " so ", "well, ", "\n\n", "Ünïcode ", "a b c", "0"])
+side = st.lists(st.integers(1, 4) | texts, max_size=4)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Layout, list[int | str], list[int | str]]:
+    """A parsed template, and its parts before and after the prompt; it has a virtual token."""
+    before, after = draw(side), draw(side)
+    if not any(isinstance(part, int) for part in before + after):
+        after.append(draw(st.integers(1, 4)))
+
+    def text(parts: list[int | str]) -> str:
+        return "".join(f"{{p:{part}}}" if isinstance(part, int) else part for part in parts)
+
+    end = draw(st.sampled_from(["", "{completion}"]))
+    return Layout.parse(f"{text(before)}{{prompt}}{text(after)}{end}"), before, after
+
+
+arrangements = layouts().map(lambda drawn: drawn[0].bind(TEMPLATE))
+rows = st.builds(
+    lambda prompt, answer: Encoded(prompt + answer, [IGNORE] * len(prompt) + answer),
+    st.lists(st.integers(0, 299), max_size=6),
+    st.lists(st.integers(0, 299), max_size=4),
+)
+
+
+@given(layouts())
+def test_a_template_is_read_as_it_is_written(
+    drawn: tuple[Layout, list[int | str], list[int | str]],
+) -> None:
+    layout, before, after = drawn
+    counts = [part for part in before + after if isinstance(part, int)]
+    assert layout.num_virtual_tokens == sum(counts)
+    bound = layout.bind(TEMPLATE)
+    virtual = [token for token in (*bound.before, *bound.after) if token < 0]
+    assert virtual == list(range(-1, -1 - sum(counts), -1)), "numbered in reading order"
+    for ids, parts in ((bound.before, before), (bound.after, after)):
+        # Neighbouring pieces of text are one text.
+        text = "".join("\0" if isinstance(part, int) else part for part in parts)
+        words = [token for piece in text.split("\0") for token in TEMPLATE.ids(piece)]
+        assert [token for token in ids if token >= 0] == words
+    assert bound.anchors == len(bound.before) + len(bound.after) - sum(counts)
+
+
+@given(arrangements, rows)
+def test_a_row_keeps_its_tokens_order_and_labels(around: Arrangement, row: Encoded) -> None:
+    arranged = around.row(row)
+    at, added = row.prompt_length, len(around.before) + len(around.after)
+    assert len(arranged.input_ids) == len(arranged.labels) == len(row.input_ids) + added
+    assert arranged.input_ids == [
+        *around.before,
+        *row.input_ids[:at],
+        *around.after,
+        *row.input_ids[at:],
+    ]
+    assert arranged.prompt_length == at + added or not row.supervised
+    assert [label for label in arranged.labels if label != IGNORE] == [
+        label for label in row.labels if label != IGNORE
+    ]
+    for token, label in zip(arranged.input_ids, arranged.labels, strict=True):
+        assert label in (IGNORE, token)
+    assert arranged.labels[: at + added] == [IGNORE] * (at + added)
+    assert around.prompt(row.input_ids[:at]) == arranged.input_ids[: at + added]
+
+
+@given(arrangements)
+def test_virtual_tokens_are_in_front_where_no_real_one_comes_before_any(
+    around: Arrangement,
+) -> None:
+    prompt = 7
+    ids = around.prompt([prompt])
+    virtual = [at for at, token in enumerate(ids) if token < 0]
+    real = [at for at, token in enumerate(ids) if token >= 0]
+    before_all = max(virtual) < min(real)
+    assert around.in_front == (len(virtual) if before_all else 0)
+    left = around.without_front().prompt([prompt])
+    assert left == ([token for token in ids if token >= 0] if before_all else ids)
+
+
+def test_the_plain_layouts() -> None:
+    assert front(3).bind(TEMPLATE) == Arrangement((-1, -2, -3), ())
+    assert between(2).bind(TEMPLATE) == Arrangement((), (-1, -2))
+    assert front(3).bind(TEMPLATE).in_front == 3
+    assert between(2).bind(TEMPLATE).in_front == 0
+    assert Arrangement().in_front == 0
+
+
+@pytest.mark.parametrize(
+    ("template", "seen"),
+    [
+        ("{p:3}{completion}", "{prompt} 0 times"),
+        ("", "{prompt} 0 times"),
+        ("{p:3}{prompt}{prompt}", "{prompt} 2 times"),
+        ("{p:3}{prompt}{completion} bye", "after {completion}"),
+        ("{p:3}{prompt}{completion}{p:1}", "after {completion}"),
+        ("{p:3}{completion}{prompt}", "after {completion}"),
+        ("{p:3}{prompt}{completion}{completion}", "twice"),
+        ("{p:3}{prompt}{answer}", "{answer}"),
+        ("{p:3}{ prompt }", "{ prompt }"),
+        ("{p:0}{prompt}", "{p:0}"),
+        ("{p:-1}{prompt}", "{p:-1}"),
+        ("{p:10000}{prompt}", "{p:10000}"),
+        ("{p}{prompt}", "{p}"),
+        ("{}{p:1}{prompt}", "{}"),
+        ("{p:3}{prompt} {", "a brace alone"),
+        ("}{p:3}{prompt}", "a brace alone"),
+        ("{p:3}{{prompt}}", "a brace alone"),
+        ("{prompt} nothing to train {completion}", "no virtual tokens"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_when_it_is_set(template: str, seen: str) -> None:
+    with pytest.raises(MethodError) as caught:
+        PTuning(template=template)
+    explained(caught.value, seen, "{p:N}", "method.template")
+
+
+# What settings refuse
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "field"),
+    [
+        (PrefixTuning, {"num_virtual_tokens": 0}, "num_virtual_tokens"),
+        (PrefixTuning, {"num_virtual_tokens": 201}, "num_virtual_tokens"),
+        (PrefixTuning, {"num_virtual_tokens": -1}, "num_virtual_tokens"),
+        (PrefixTuning, {"num_virtual_tokens": 2.5}, "num_virtual_tokens"),
+        (PrefixTuning, {"encoder_hidden_size": 0}, "encoder_hidden_size"),
+        (PrefixTuning, {"layers": 0}, "layers"),
+        (PrefixTuning, {"layers": "top"}, "layers"),
+        (PrefixTuning, {"stacks": ("middle",)}, "stacks"),
+        (PrefixTuning, {"placement": "suffix"}, "placement"),
+        (PrefixTuning, {"visibility": "never"}, "visibility"),
+        (PrefixTuning, {"dropout": 1.0}, "dropout"),
+        (PrefixTuning, {"num_virtual_token": 3}, "num_virtual_token"),
+        (PromptTuning, {"num_virtual_tokens": 0}, "num_virtual_tokens"),
+        (PromptTuning, {"num_virtual_tokens": 201}, "num_virtual_tokens"),
+        (PromptTuning, {"ensemble": 0}, "ensemble"),
+        (PromptTuning, {"ensemble": 17}, "ensemble"),
+        (PromptTuning, {"combine": "best"}, "combine"),
+        (PromptTuning, {"init": "words"}, "init"),
+        (PTuning, {"encoder": "gru"}, "encoder"),
+        (PTuning, {"encoder_hidden_size": 0}, "encoder_hidden_size"),
+        (PTuning, {"encoder_num_layers": 9}, "encoder_num_layers"),
+        (PTuning, {"num_virtual_tokens": 3}, "num_virtual_tokens"),  # the template says it
+    ],
+)
+def test_settings_out_of_range_name_the_field_and_the_value(
+    method: Callable[..., Method], settings: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        method(**settings)
+    (error, *_) = caught.value.errors()
+    assert field in error["loc"]
+    (value,) = settings.values()
+    assert error["input"] == value or error["input"] in value
+
+
+# What a backbone refuses
+
+
+def refusal(backbone: Backbone, method: Method) -> MethodError:
+    """What both trainers and `tune` raise before anything is trained; they agree."""
+    config, user = TrainConfig(epochs=1), user_rows("alice", 2, 0, words=200)
+    examples = [Example(prompt=f"say {n}", completion="so") for n in range(12)]
+    calls: list[Callable[[], Any]] = [
+        lambda: method.check(backbone.facts),
+        lambda: train_user(backbone, method, config, user),
+        lambda: LocalDriver(backbone).run(train_pack(backbone, method, config, [user])),
+        lambda: tune(backbone, {"alice": examples}, method=method, train=config),
+    ]
+    errors = []
+    for call in calls:
+        with pytest.raises(MethodError) as caught:
+            call()
+        errors.append(caught.value)
+    assert len({str(error) for error in errors}) == 1
+    return errors[0]
+
+
+LIMIT = 128  # positions of the tiny backbones
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PrefixTuning(num_virtual_tokens=LIMIT),
+        PrefixTuning(num_virtual_tokens=LIMIT, layers="embedding"),
+        PromptTuning(num_virtual_tokens=LIMIT),
+        PTuning(template=f"{{p:{LIMIT - 1}}}{{prompt}}{{p:1}}"),
+    ],
+    ids=["prefix", "embedding", "prompt", "ptuning"],
+)
+def test_more_virtual_tokens_than_positions_are_refused(causal: Backbone, method: Method) -> None:
+    error = refusal(causal, method)
+    explained(error, str(LIMIT), f"fewer than {LIMIT}", "num_virtual_tokens")
+
+
+def test_a_row_that_fits_no_more_beside_the_virtual_tokens_fails_its_user_alone(
+    causal: Backbone,
+) -> None:
+    long = replace(user_rows("long", 1, 0, 3), train=(encoded(LIMIT - 2, 3, 1),))
+    for method in (PrefixTuning(num_virtual_tokens=3), PromptTuning(num_virtual_tokens=3)):
+        pack = [user_rows("alice", 2, 0, 3), long]
+        machine = train_pack(causal, method, TrainConfig(epochs=1), pack)
+        good, bad = LocalDriver(causal).run(machine)
+        assert good.error is None
+        assert bad.members is None
+        assert bad.error is not None
+        assert "num_virtual_tokens" in bad.error
+        assert train_user(causal, method, TrainConfig(epochs=1), long).error == bad.error
+        short = replace(long, train=(encoded(LIMIT - 3, 3, 1),))
+        assert train_user(causal, method, TrainConfig(epochs=1), short).error is None
+
+
+def test_layers_beyond_the_backbone_are_refused(causal: Backbone, pair: Backbone) -> None:
+    explained(refusal(causal, PrefixTuning(layers=3)), "method.layers=3", "1 to 2")
+    # The decoder has two layers, so three fit an encoder's prefix alone.
+    explained(refusal(pair, PrefixTuning(layers=3)), "method.layers=3", "1 to 2")
+    PrefixTuning(layers=3, stacks=("encoder",)).check(pair.facts)
+    explained(refusal(pair, PrefixTuning(layers=4, stacks=("encoder",))), "=4", "1 to 3")
+
+
+@pytest.mark.parametrize("stack", [ENCODER, CROSS])
+def test_a_stack_that_a_causal_model_lacks_is_refused(causal: Backbone, stack: Any) -> None:
+    error = refusal(causal, PrefixTuning(stacks=(DECODER, stack)))
+    explained(error, f"method.stacks: {stack}", DECODER)
+    assert error.fix is not None
+
+
+@pytest.mark.parametrize("layers", ["all", "embedding", 1])
+def test_an_infix_on_an_encoder_decoder_model_is_refused(pair: Backbone, layers: Any) -> None:
+    error = refusal(pair, PrefixTuning(placement="infix", layers=layers))
+    explained(error, "method.placement=infix", "expected: prefix")
+
+
+class WithoutEmbeddings(transformers.LlamaForCausalLM):
+    """A model whose forward takes ids and nothing in their place."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if "inputs_embeds" in kwargs:
+            raise TypeError("inputs_embeds")
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
+@pytest.fixture(scope="module")
+def refusing() -> Backbone:
+    model = WithoutEmbeddings._from_config(
+        FAMILIES["llama"](), attn_implementation=implementation("eager")
+    )
+    model.load_state_dict(build_model(FAMILIES["llama"](), "eager").state_dict())
+    return Backbone(model.eval(), make_tokenizer(), name="tiny", fingerprint="0" * 64)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [PTuning(), PromptTuning(), PrefixTuning(layers="embedding")],
+    ids=["ptuning", "prompt", "embedding"],
+)
+def test_virtual_tokens_at_the_input_are_refused_where_a_model_takes_none(
+    refusing: Backbone, method: Method
+) -> None:
+    error = refusal(refusing, method)
+    explained(error, "inputs_embeds", "method.type=prefix")
+    assert error.fix is not None
+
+
+def test_a_prefix_of_embeddings_is_refused_where_a_model_takes_none(
+    causal: Backbone, refusing: Backbone
+) -> None:
+    with pytest.raises(WrongBackbone, match="embeddings"):
+        random_prefix(causal, PromptTuning(num_virtual_tokens=3), 1).check(refusing)
+
+
+@pytest.mark.parametrize("init", ["words", "random"])
+def test_a_model_that_takes_no_embeddings_takes_keys_and_values(
+    causal: Backbone, refusing: Backbone, init: Any
+) -> None:
+    """From words too: their activations are read with the ids themselves."""
+    method, user = PrefixTuning(num_virtual_tokens=3, init=init), user_rows("alice", 3, 1, 3)
+    results = [
+        train_user(backbone, method, TrainConfig(epochs=2), user) for backbone in (causal, refusing)
+    ]
+    expected, ours = (one.kv for one in results)
+    assert expected is not None
+    assert ours is not None
+    torch.testing.assert_close(ours[DECODER], expected[DECODER], atol=1e-5, rtol=0)
+
+
+# Words
+
+
+@pytest.mark.parametrize("method", [PrefixTuning(init_text=""), PromptTuning(init_text="")])
+def test_words_without_tokens_are_refused(method: Method) -> None:
+    rows = [Example(prompt="one", completion="two", split="train")]
+    with pytest.raises(DataError, match="no tokens") as caught:
+        prepare(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows)
+    explained(caught.value, "''", "init_text")
+    assert caught.value.fix is not None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PrefixTuning(num_virtual_tokens=3),
+        PrefixTuning(num_virtual_tokens=3, encoder_hidden_size=4),
+        PromptTuning(num_virtual_tokens=3),
+        PTuning(),
+    ],
+)
+def test_a_start_from_words_without_any_is_refused(causal: Backbone, method: Method) -> None:
+    with pytest.raises(MethodError) as caught:
+        method.initial(causal.facts, None, 0)
+    explained(caught.value, "no words", "method.init=random")
+
+
+def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
+    rows = [Example(prompt="one", completion="two", split="train", init_words="the fox")]
+    method = PromptTuning(num_virtual_tokens=5, ensemble=2)
+    words = prepare(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows).words
+    ids = TEMPLATE.ids("the fox")
+    assert len(ids) < 10
+    assert list(words) == (ids * 10)[:10]
+
+
+# Prefixes that must not be used
+
+
+def changed(prefix: Prefix, **meta: Any) -> Prefix:
+    return replace(prefix, meta=replace(prefix.meta, **meta))
+
+
+def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -> None:
+    method = PrefixTuning(num_virtual_tokens=3)
+    whole = random_prefix(pair, method, 1)
+    with pytest.raises(WrongBackbone) as tokenizer:  # another template comes with another model
+        whole.check(causal)
+    explained(tokenizer.value)
+    moved = changed(whole, template_digest=causal.template.digest)
+    with pytest.raises(WrongShape, match="stacks") as caught:
+        moved.check(causal)
+    explained(caught.value, ENCODER, DECODER)
+    partial = replace(whole, kv={DECODER: whole.kv[DECODER]})
+    with pytest.raises(WrongShape, match="stacks") as caught:
+        partial.check(pair)
+    explained(caught.value, CROSS)
+    named = changed(partial, method=method.model_dump() | {"stacks": ["decoder"]})
+    named.check(pair)
+
+
+def test_a_prefix_of_another_backbone_is_refused(causal: Backbone) -> None:
+    for method in (PrefixTuning(num_virtual_tokens=3), PromptTuning(num_virtual_tokens=3)):
+        other = changed(random_prefix(causal, method, 1), backbone_fingerprint="1" * 64)
+        with pytest.raises(WrongBackbone) as caught:
+            other.check(causal)
+        explained(caught.value, "1" * 12, "0" * 12)
+        assert caught.value.fix is not None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PromptTuning(num_virtual_tokens=3),
+        PromptTuning(num_virtual_tokens=3, ensemble=2),
+        PTuning(template="{p:1}{prompt}{p:2}"),
+    ],
+    ids=["prompt", "ensemble", "ptuning"],
+)
+def test_embeddings_of_another_shape_are_refused(causal: Backbone, method: Method) -> None:
+    prefix = random_prefix(causal, method, 1)
+    prefix.check(causal)
+    last = prefix.embeddings[-1]
+    for wrong in (last[:, 1:], last[1:], torch.cat([last, last[:1]])):
+        broken = replace(prefix, embeddings=(*prefix.embeddings[:-1], wrong))
+        with pytest.raises(WrongShape) as caught:
+            broken.check(causal)
+        explained(caught.value, str(tuple(wrong.shape)), f"(3, {causal.facts.hidden_size})")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "method",
+    [
+        PrefixTuning(num_virtual_tokens=3),
+        PromptTuning(num_virtual_tokens=3, ensemble=2),
+        PTuning(template="{p:1}{prompt}{p:2}"),
+    ],
+    ids=["prefix", "ensemble", "ptuning"],
+)
+def test_values_that_are_not_finite_are_refused(
+    causal: Backbone, method: Method, value: float
+) -> None:
+    prefix = random_prefix(causal, method, 1)
+    name, values = list(prefix.members[-1].items())[-1]
+    values.view(-1)[-1] = value
+    with pytest.raises(CorruptArtifact, match="not finite") as caught:
+        prefix.check(causal)
+    assert caught.value.seen == name

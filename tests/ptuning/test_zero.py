@@ -1,0 +1,73 @@
+"""Two ranks share one backbone by DeepSpeed ZeRO-3 and train what one that holds it whole does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from zero_rank import CONFIG, METHODS, share
+
+from ptuning.load import load_backbone
+from ptuning.train.packed import train_pack
+from ptuning.train.step import LocalDriver
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_method_trains_on_a_sharded_backbone_as_on_a_whole_one(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The ranks' work is unequal: who has none left computes beside its peer, backward too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    paths = os.pathsep.join(str(path) for path in (HERE.parent.parent, HERE.parent, HERE))
+    ranks = []
+    for rank in (0, 1):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": paths,
+        }
+        arguments = [sys.executable, str(HERE / "zero_rank.py"), str(tiny_model_dir)]
+        ranks.append(
+            subprocess.Popen(
+                [*arguments, str(tmp_path / "out")],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        told = [process.communicate(timeout=200)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, text in zip(ranks, told, strict=True):
+        assert process.returncode == 0, text[-3000:]
+    backbone = load_backbone(str(tiny_model_dir), dtype="float32")
+    for rank in (0, 1):
+        sharded = load_file(tmp_path / f"out.{rank}")
+        for name, method in METHODS.items():
+            machine = train_pack(backbone, method, CONFIG, share(rank))
+            for one in LocalDriver(backbone).run(machine):
+                assert one.members is not None
+                for member, tensors in enumerate(one.members):
+                    for key, values in tensors.items():
+                        seen = sharded.pop(f"{name}/{one.user_key}/{member}/{key}")
+                        torch.testing.assert_close(seen, values, atol=1e-5, rtol=0)
+        assert not sharded

@@ -1,0 +1,65 @@
+"""One rank of a sharded gang: trains its users with every method, writes what it trained."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tiny_backbones import user_rows
+
+from ptuning.methods.base import Method
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
+from ptuning.train.config import TrainConfig, UserRows
+
+P = 4
+CONFIG = TrainConfig(epochs=2, patience=None)
+METHODS: dict[str, Method] = {
+    "prefix": PrefixTuning(num_virtual_tokens=P),
+    "top layer, infix": PrefixTuning(num_virtual_tokens=P, layers=1, placement="infix"),
+    "mlp, dropout": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8, dropout=0.2),
+    "prompt, two": PromptTuning(num_virtual_tokens=P, ensemble=2, init="random"),
+    "ptuning": PTuning(template="{p:2}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8),
+}
+
+
+def share(rank: int) -> list[UserRows]:
+    """Unequal work."""
+    users = [
+        [user_rows("ann", 30, 6, words=P), user_rows("cy", 9, 3, words=P)],
+        [user_rows("bob", 8, 2, words=P)],
+    ]
+    return users[rank]
+
+
+def main() -> None:
+    directory, target = sys.argv[1:]
+    faulthandler.dump_traceback_later(120, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    from ptuning.train.packed import train_pack
+    from ptuning.train.zero import LockstepDriver, load_sharded
+
+    backbone = load_sharded(directory, dtype="float32")
+    trained = {}
+    for name, method in METHODS.items():
+        users = share(dist.get_rank())
+        for one in LockstepDriver(backbone, method).run(
+            train_pack(backbone, method, CONFIG, users)
+        ):
+            assert one.members is not None, one.error
+            for member, tensors in enumerate(one.members):
+                trained |= {
+                    f"{name}/{one.user_key}/{member}/{key}": values.contiguous()
+                    for key, values in tensors.items()
+                }
+    save_file(trained, f"{target}.{os.environ['RANK']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Every method's prefix is served as the library applies it, many methods in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from serving import Heard, make_engine, started_of, text_of
+from tiny_backbones import FAMILIES, SEQ2SEQ, build
+
+from ptuning.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.attention import EMBEDDINGS
+from ptuning.backbone import Backbone
+from ptuning.generate import generate
+from ptuning.methods.base import Method
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
+from ptuning.ready import make_ready
+from ptuning.types import user_key
+from serve.engine import HeldPrefix, Request
+from serve.events import PrefixInfo, Started
+
+METHODS: dict[str, Method] = {
+    "prefix": PrefixTuning(num_virtual_tokens=4),
+    "longer": PrefixTuning(num_virtual_tokens=9),
+    "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
+    "infix": PrefixTuning(num_virtual_tokens=6, placement="infix"),
+    "infix, top layer": PrefixTuning(num_virtual_tokens=3, placement="infix", layers=1),
+    "window": PrefixTuning(num_virtual_tokens=4, visibility="window"),
+    "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
+    "infix embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding", placement="infix"),
+    "prompt": PromptTuning(num_virtual_tokens=5),
+    "mean of 3": PromptTuning(num_virtual_tokens=4, ensemble=3),
+    "vote of 3": PromptTuning(num_virtual_tokens=4, ensemble=3, combine="vote"),
+    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so {p:1}{completion}"),
+    "anchors": PTuning(template="{p:3} well, {prompt} then"),
+}
+
+
+def small_window(family: str) -> Any:
+    config = FAMILIES[family]()
+    config.sliding_window = 6
+    return config
+
+
+CAUSAL: dict[str, Callable[[], Any]] = {
+    "llama": FAMILIES["llama"],
+    "gpt2": FAMILIES["gpt2"],
+    "mistral": lambda: small_window("mistral"),
+    "gemma3": lambda: small_window("gemma3"),
+}
+
+
+def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
+    """A prefix of the method, far enough from zero to be heard."""
+    generator = torch.Generator().manual_seed(seed)
+    members = [
+        {
+            name: (2.0 if name == EMBEDDINGS else 1.0) * torch.randn(shape, generator=generator)
+            for name, shape in method.shapes(backbone.facts).items()
+        }
+        for _ in range(method.members)
+    ]
+    meta = PrefixMeta(
+        method=method.model_dump(),
+        backbone=backbone.name,
+        backbone_fingerprint=backbone.fingerprint,
+        template_digest=backbone.template.digest,
+        user_key=user_key(f"user {seed}"),
+        layout="" if method.layout is None else method.layout.text,
+    )
+    return make_prefix(members, meta)
+
+
+def served(
+    backbone: Backbone,
+    prompts: list[str],
+    prefixes: list[Prefix | None],
+    tokens: int,
+    **engine: int,
+) -> list[str]:
+    """The engine's greedy answers, everything submitted at once."""
+    running = make_engine(backbone, **engine)
+    heard = []
+    try:
+        for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
+            ids, held = backbone.template.encode_prompt(prompt), None
+            if prefix is not None:
+                info = PrefixInfo(name="default", version="1", digest=prefix.digest)
+                held = HeldPrefix(info=info, ready=make_ready(prefix, backbone))
+                ids = held.ready.around.prompt(ids)
+            listener = Heard.new()
+            request = Request(
+                id=f"r{number}",
+                prompt=tuple(ids),
+                prefix=held,
+                max_tokens=tokens,
+                emit=listener.events.put,
+            )
+            running.submit(request)
+            heard.append(listener)
+        events = [listener.wait(60) for listener in heard]
+    finally:
+        running.close()
+    for prefix, own in zip(prefixes, events, strict=True):
+        started = started_of(own)
+        assert isinstance(started, Started)
+        assert (started.prefix.digest if started.prefix else None) == (
+            prefix.digest if prefix else None
+        )
+    return [text_of(own) for own in events]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -> None:
+    backbone = build(CAUSAL[family](), kind)
+    prefixes: list[Prefix | None] = [
+        random_prefix(backbone, method, seed) for seed, method in enumerate(METHODS.values())
+    ]
+    prefixes.append(None)
+    prompts = [f"what is number {n} " * (1 + n % 3) for n in range(len(prefixes))]
+    alone = [
+        generate(backbone, [prompt], [prefix], max_new_tokens=8)[0]
+        for prompt, prefix in zip(prompts, prefixes, strict=True)
+    ]
+    assert generate(backbone, prompts, prefixes, max_new_tokens=8) == alone
+    assert served(backbone, prompts, prefixes, 8, max_rows=24, prefill_tokens=10_000) == alone
+    assert served(backbone, prompts, prefixes, 8, max_rows=5) == alone  # in and out all the time
+    assert len(set(alone)) > len(alone) // 2, "the prefixes make a difference"
+
+
+TO_SEQ2SEQ: dict[str, Method] = {
+    "all": PrefixTuning(num_virtual_tokens=4),
+    "encoder": PrefixTuning(num_virtual_tokens=7, stacks=("encoder",)),
+    "cross, decoder": PrefixTuning(num_virtual_tokens=3, stacks=("cross", "decoder"), layers=1),
+    "prompt": PromptTuning(num_virtual_tokens=5),
+    "mean of 2": PromptTuning(num_virtual_tokens=4, ensemble=2),
+    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so"),
+}
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_an_encoder_decoder_model_answers_many_users_at_once(family: str) -> None:
+    config: Any = SEQ2SEQ[family]()
+    config.decoder_start_token_id = 5  # from its end token a random model says nothing more
+    backbone = build(config, "eager")
+    prefixes: list[Prefix | None] = [
+        random_prefix(backbone, method, seed) for seed, method in enumerate(TO_SEQ2SEQ.values())
+    ]
+    prefixes.append(None)
+    prompts = [f"what is number {n} " * (1 + n % 3) for n in range(len(prefixes))]
+    alone = [
+        generate(backbone, [prompt], [prefix], max_new_tokens=8)[0]
+        for prompt, prefix in zip(prompts, prefixes, strict=True)
+    ]
+    assert generate(backbone, prompts, prefixes, max_new_tokens=8) == alone
+    assert served(backbone, prompts, prefixes, 8, max_rows=3) == alone
+    assert len(set(alone)) > len(alone) // 2, "the prefixes make a difference"
