@@ -100,7 +100,7 @@ def load_config(
     for name, value in sorted((os.environ if environment is None else environment).items()):
         if name.startswith(_ENVIRONMENT) and "__" in name and name not in _NOT_CONFIG:
             path = name.removeprefix(_ENVIRONMENT).lower().split("__")
-            _put(tree, path, _parse(value), name)
+            _put(tree, path, _parse(path, value), name)
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -109,7 +109,8 @@ def load_config(
                 seen=f"--set {setting}",
                 expected="--set section.key=value",
             )
-        _put(tree, key.strip().split("."), _parse(value), f"--set {setting}")
+        path = key.strip().split(".")
+        _put(tree, path, _parse(path, value), f"--set {setting}")
     if isinstance(tree.get("method"), Mapping):
         tree["method"] = {"type": "prefix", **tree["method"]}
     _check_keys(RunConfig, tree, "")
@@ -117,7 +118,9 @@ def load_config(
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # Without the parts of a path that only say which type of a union was tried.
+        parts = [str(part) for part in first["loc"] if str(part) not in METHODS]
+        where = ".".join(part for part in parts if "[" not in part and part not in ("int", "str"))
         raise ConfigError(
             f"a configuration value cannot be used: {where}",
             seen=repr(first["input"])[:200],
@@ -126,7 +129,12 @@ def load_config(
         ) from error
 
 
-def _parse(text: str) -> Any:
+def _parse(path: Sequence[str], text: str) -> Any:
+    """A setting's value: YAML, but plain text as it is where the key holds text (a template may
+    hold `#` and `:`)."""
+    kinds = [field.annotation for key, field in known_keys() if key == ".".join(path)]
+    if kinds and all(kind in (str, str | None) for kind in kinds):
+        return None if kinds[0] is not str and text in ("null", "none", "~", "") else text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

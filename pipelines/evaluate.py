@@ -17,6 +17,11 @@ def gate_all(reports: Iterable[UserReport], config: GateConfig) -> None:
             gate = gate_one(report, config)
             if ignored := report.details.get("champion_ignored"):
                 gate = replace(gate, reason=f"{gate.reason}; the champion did not count: {ignored}")
+            if ignored := report.details.get("start_ignored"):
+                reason = (
+                    f"{gate.reason}; trained from the start, not as train.start says: {ignored}"
+                )
+                gate = replace(gate, reason=reason)
             report.gate, report.decision = gate, gate.decision
 
 

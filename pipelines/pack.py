@@ -18,12 +18,14 @@ from pipelines.plan import Pack, PlannedUser
 from ptuning.artifact import ArtifactConfig, Prefix, make_prefix, pack_prefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded
+from ptuning.data.layout import Arrangement
 from ptuning.errors import ArtifactError, PTuningError, WrongMethod
 from ptuning.evaluate import score_split
 from ptuning.store import Store, prefix_path, read_uri, resume_path
 from ptuning.train.config import Trained, UserRows
 from ptuning.train.packed import train_pack
 from ptuning.train.resume import Resume
+from ptuning.train.start import positions_of
 from ptuning.train.step import Machine
 from ptuning.types import Example, Split, SplitLosses, UserReport, seed_of, user_key
 from ptuning.users import Recipe, belongs, meta_of, prepare, warm_start
@@ -192,6 +194,8 @@ def _keep(backbone: Backbone, job: PackJob, member: _Member, outcome: Trained) -
 def _score(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> Machine[None]:
     """Losses of every member under the base, its champion, its candidate and a neighbour's."""
     others = _others(members)
+    for member in members:
+        _leave_out_too_long(backbone, member, others.get(member.planned.user_key))
     judges = (
         ("base", [None] * len(members)),
         ("champion", [member.champion for member in members]),
@@ -217,6 +221,31 @@ def _score(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> Mach
                         members[n].report.losses.setdefault(who, {})[split] = loss
 
 
+def _leave_out_too_long(backbone: Backbone, member: _Member, other: Prefix | None) -> None:
+    """All judges see the same rows, so test rows that one of them has no positions for are left
+    out; so is a champion that the validation rows do not fit (the candidate's fit: it trained).
+    """
+    limit, rows = backbone.facts.max_positions, _rows(member)
+    if limit is None:
+        return
+
+    def fits(row: Encoded, prefix: Prefix | None) -> bool:
+        around = Arrangement() if prefix is None else prefix.arrangement(backbone.template)
+        inside = bool(prefix and prefix.kv) and backbone.facts.decoder_start_id is None
+        own = prefix.num_virtual_tokens if prefix and inside else 0
+        return own + positions_of(around.row(row), backbone.facts) <= limit
+
+    if member.champion and not all(fits(row, member.champion) for row in rows.valid):
+        member.champion = None
+        reason = "the backbone has too few positions for it beside the validation rows"
+        member.report.details["champion_ignored"] = reason
+    judges = (member.prefix, member.champion, other)
+    test = tuple(row for row in rows.test if all(fits(row, prefix) for prefix in judges))
+    if len(test) < len(rows.test):
+        member.report.details["test_rows_too_long"] = len(rows.test) - len(test)
+        member.rows = replace(rows, test=test)
+
+
 def _scored_rows(
     backbone: Backbone, member: _Member, prefix: Prefix | None, split: Split
 ) -> list[Encoded]:
@@ -225,7 +254,7 @@ def _scored_rows(
     if prefix is None:
         return list(rows)
     around = prefix.arrangement(backbone.template)
-    return [around.row(row) for row in rows]
+    return [around.judged_row(row) for row in rows]
 
 
 def _others(members: Sequence[_Member]) -> Mapping[str, Prefix]:

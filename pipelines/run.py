@@ -31,7 +31,7 @@ from pipelines.progress import RunProgress
 from pipelines.register import hold_overtaken, pack_metrics, register_pack
 from pipelines.report import RunFacts, summary, users_table
 from ptuning.errors import RunError
-from ptuning.load import locate
+from ptuning.load import outline
 from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.store import Store, read_uri
@@ -75,7 +75,7 @@ def execute(
     begun = time.monotonic()
     # What can be known to be wrong is said before a cluster is started.
     find_files(sources)
-    locate(config.backbone.name)
+    config.method.check(outline(config.backbone.name))
     registry_uri(config.registry, store)
     _check_writable(store)
     with cluster.session(config.ray) as start_seconds:
@@ -327,12 +327,13 @@ def _register(run: Run, registry: Registry, progress: RunProgress) -> None:
                 "backbone_fingerprint": run.fingerprint,
                 "template_digest": run.template_digest,
                 "config_digest": run.config_digest,
+                "method": run.config.method.type,
                 "partition_id": run.part.partition_id,
                 "run_id": run.run_id,
                 "decision": report.decision or "",
                 **{
                     key: str(report.details[key])
-                    for key in ("started_from", "continued_from", "resets")
+                    for key in ("started_from", "continued_from", "start_ignored", "resets")
                     if report.details.get(key)
                 },
             }

@@ -233,7 +233,8 @@ def _counted(machine: Machine[None], board: Any) -> Machine[None]:
             board.add.remote(0, tokens)
             return
         if isinstance(work, Train):
-            tokens += int(work.batch.attention_mask.sum())
+            batch = work.batch
+            tokens += int((batch.attention_mask * (batch.input_ids >= 0)).sum())
         if time.monotonic() - told > TICK_S:
             board.add.remote(0, tokens)
             tokens, told = 0, time.monotonic()

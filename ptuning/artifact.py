@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -36,10 +36,13 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
+from ptuning.methods import METHODS, AnyMethod
+from ptuning.methods.base import Method
 from ptuning.types import Config
 
 FORMAT = "1"
-_METHODS = ("prefix", "prompt", "ptuning")
+_METHODS = tuple(METHODS)
+_ANY_METHOD: TypeAdapter[Method] = TypeAdapter(AnyMethod)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TEXT_FIELDS = (
     "format",
@@ -221,38 +224,53 @@ class Prefix:
                 expected=backbone.template.digest[:12],
                 fix="load the backbone with the template of the training (data.template)",
             )
-        for name, tensors in self._by_name().items():
-            expected = self._expected_shape(name, backbone.facts)
-            if any(tuple(values.shape) != expected for values in tensors):
+        self._check_method(backbone.facts)
+        expected = self._expected_shapes(backbone.facts)
+        for member in self.members:
+            seen = {name: tuple(values.shape) for name, values in member.items()}
+            if seen != expected:
                 raise WrongShape(
-                    "the prefix's values do not fit the backbone",
-                    seen=f"{name} {[tuple(values.shape) for values in tensors]}",
+                    "the prefix's stacks, layers or sizes do not fit the backbone and its method",
+                    seen=seen,
                     expected=expected,
                 )
-            if not all(bool(torch.isfinite(values).all()) for values in tensors):
-                raise CorruptArtifact("the prefix holds values that are not finite", seen=name)
+            for name, values in member.items():
+                if not bool(torch.isfinite(values).all()):
+                    raise CorruptArtifact("the prefix holds values that are not finite", seen=name)
 
-    def _by_name(self) -> dict[str, list[Tensor]]:
-        by_name = {stack: [kv] for stack, kv in self.kv.items()}
-        return by_name | ({EMBEDDINGS: list(self.embeddings)} if self.embeddings else {})
+    def _method(self) -> Method:
+        """The method as its settings say. Raises WrongMethod."""
+        settings = {key: value for key, value in self.meta.method.items() if key != "imported_from"}
+        try:
+            return _ANY_METHOD.validate_python(settings)
+        except (ValidationError, MethodError) as error:
+            raise WrongMethod(
+                "the prefix was made by a method that this version cannot apply",
+                seen=self.meta.method,
+                expected="settings of " + ", ".join(_METHODS),
+            ) from error
 
-    def _expected_shape(self, name: str, facts: Facts) -> tuple[int, ...]:
-        method = self.meta.method
-        if name == EMBEDDINGS:
-            if not facts.takes_embeddings:
-                raise WrongBackbone("the backbone takes no embeddings at its input")
-            return (Layout.parse(self.meta.layout).num_virtual_tokens, facts.hidden_size)
-        stacks = set(method.get("stacks") or facts.stacks)
-        if set(self.kv) != stacks or not stacks <= set(facts.stacks):
-            raise WrongShape(
-                "the prefix has other stacks than the backbone",
-                seen=sorted(self.kv),
-                expected=sorted(stacks & set(facts.stacks)),
+    def _check_method(self, facts: Facts) -> None:
+        method = self._method()
+        try:
+            method.check(facts)
+        except MethodError as error:
+            raise WrongBackbone(
+                f"the prefix is of a method that this backbone cannot do: {error.message}",
+                seen=error.seen,
+                expected=error.expected,
+                fix=error.fix,
+            ) from error
+        layout = "" if method.layout is None else method.layout.text
+        if (self.meta.layout, len(self.members)) != (layout, method.members):
+            raise WrongMethod(
+                "the prefix is not what its method makes",
+                seen=f"layout {self.meta.layout!r}, {len(self.members)} members",
+                expected=f"layout {layout!r}, {method.members} members",
             )
-        layers = method.get("layers")
-        return facts.kv_shape(
-            name, self.num_virtual_tokens, layers if isinstance(layers, int) else None
-        )
+
+    def _expected_shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
+        return self._method().shapes(facts)
 
 
 def write_file(target: Path, data: bytes) -> Path:
@@ -349,6 +367,12 @@ def _parse(data: bytes) -> Prefix:
     kv, embeddings = _sorted_out(tensors)
     if embeddings:
         _check_layout(texts.get("layout"))
+    elif texts.get("layout"):
+        raise WrongShape(
+            "the prefix file has a layout of virtual tokens at the input, but keys and values",
+            seen=texts["layout"],
+            expected="embeddings, or no layout",
+        )
     fields = (*_TEXT_FIELDS, *(["layout"] if "layout" in texts else []))
     return Prefix(
         kv, PrefixMeta(method=method, **{name: texts[name] for name in fields}), embeddings

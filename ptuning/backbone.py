@@ -197,7 +197,8 @@ class FrozenPass(nn.Module):
 
 
 class Backbone:
-    """A frozen causal language model with its tokenizer, template, facts and fingerprint."""
+    """A frozen language model, causal or with an encoder, with its tokenizer, template, facts and
+    fingerprint."""
 
     def __init__(
         self,
@@ -329,7 +330,8 @@ class Backbone:
         targets: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """The seam: every call of the backbone is this line, whatever it is for.
+        """The seam: every call of the backbone is this line, whatever it is for (but for
+        `encode_source`, which calls the encoder alone and never trains).
 
         `index` (see AttentionContext) is counted from the mask where it is not given. An
         encoder-decoder model needs none: its rows are padded on the right, so columns count.
@@ -356,17 +358,19 @@ class Backbone:
         if cache is not None:
             inputs["past_key_values"] = cache
         output: Tensor = self.runner(context, select, targets, **inputs)
-        self._check_prefix_entered(context, whole=encoder_outputs is None)
+        # With the encoder's states at hand only the decoder's two stacks were called.
+        stacks = (DECODER, CROSS) if encoder_outputs is not None else (DECODER, ENCODER, CROSS)
+        self._check_prefix_entered(context, stacks)
         return output
 
-    def _check_prefix_entered(self, context: AttentionContext, *, whole: bool) -> None:
+    def _check_prefix_entered(self, context: AttentionContext, stacks: tuple[str, ...]) -> None:
         if context.prefix is None:
             return
         expected = {
             (stack, self.facts.stacks[stack].layers - 1 - below_top)
             for stack, layers in context.prefix.layers.items()
             for below_top in range(len(layers))
-            if whole or stack != ENCODER
+            if stack in stacks
         }
         if context.used != expected:
             raise UnsupportedModel(
@@ -500,6 +504,7 @@ class Backbone:
             output = encoder(
                 inputs_embeds=embedded, attention_mask=attention_mask, **{CONTEXT: context}
             )
+        self._check_prefix_entered(context, (ENCODER,))
         hidden: Tensor = output.last_hidden_state
         return hidden
 

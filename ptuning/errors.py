@@ -77,8 +77,8 @@ class BackboneChanged(BackboneError):
     """The frozen weights are not what they were: fingerprints differ."""
 
 
-class MethodError(PTuningError):
-    """A tuning method's settings do not fit the backbone."""
+class MethodError(ConfigError):
+    """A tuning method's settings cannot be used, or do not fit the backbone."""
 
 
 class ArtifactError(PTuningError):

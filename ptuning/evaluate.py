@@ -195,7 +195,7 @@ def nll(
     else:
         prefix.check(backbone)
         around = prefix.arrangement(backbone.template)
-        rows = [around.row(row) for row in rows]
+        rows = [around.judged_row(row) for row in rows]
         pack = pack_prefix([prefix], backbone)
     members = 1 if prefix is None else len(prefix.members)
     machine = score_split(backbone, [rows], pack, tokens_per_microbatch, members)

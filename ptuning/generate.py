@@ -8,6 +8,7 @@ equal.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,14 @@ from ptuning.artifact import Prefix
 from ptuning.attention import RowPrefix
 from ptuning.backbone import Backbone
 from ptuning.errors import ConfigError, DataError
-from ptuning.ready import Member, ReadyPrefix, combined, make_ready, rows_of
+from ptuning.ready import (
+    Member,
+    ReadyPrefix,
+    check_positions,
+    combined,
+    make_ready,
+    rows_of,
+)
 from ptuning.types import seed_of
 
 
@@ -59,16 +67,20 @@ def generate(
         ids if own is None else own.around.prompt(ids)
         for ids, own in zip(encoded, ready, strict=True)
     ]
+    for prompt, own in zip(around, ready, strict=True):
+        check_positions(backbone, own, prompt, max_new_tokens)
     ids = _generate_ids(backbone, around, ready, max_new_tokens, temperature, seed)
     return [backbone.template.decode(row) for row in ids]
 
 
 def stop_ids(backbone: Backbone) -> set[int]:
     """Tokens that end a completion: the template's end and the model's own."""
-    config = getattr(backbone.model, "generation_config", None)
-    own = getattr(config, "eos_token_id", None)
-    listed = own if isinstance(own, list) else [own]
-    return {backbone.template.end_token_id, *(int(token) for token in listed if token is not None)}
+    ends = {backbone.template.end_token_id}
+    model: Any = backbone.model
+    for holder in (getattr(model, "generation_config", None), model.config):
+        own = getattr(holder, "eos_token_id", None)
+        ends.update(int(t) for t in (own if isinstance(own, list) else [own]) if t is not None)
+    return ends
 
 
 def _generate_ids(

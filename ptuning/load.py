@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as hf_logging
 
 from ptuning import attention as attention_module
-from ptuning.backbone import Backbone
+from ptuning.backbone import Backbone, Facts, StackFacts
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import (
     BackboneError,
@@ -231,6 +231,30 @@ def load_template(name: str, kind: TemplateKind = "auto") -> Template:
     """How rows are written for a model, without its weights."""
     config = _read_config(locate(name))
     return Template.of(load_tokenizer(name), kind, encoder_decoder=bool(config.is_encoder_decoder))
+
+
+def outline(name: str) -> Facts:
+    """What a model's configuration alone says of its shape: stacks, layers, positions. Enough to
+    check a method before anything is loaded; key-value heads are not known (1 of 1)."""
+    config = _read_config(locate(name)).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    layers = {"decoder": _layers(config, "decoder_layers", "num_decoder_layers")}
+    start = None
+    if config.is_encoder_decoder:
+        layers = {"encoder": _layers(config, "encoder_layers", "num_layers"), **layers}
+        layers["cross"], start = layers["decoder"], 0
+    return Facts(
+        stacks={s: StackFacts(layers=n, heads=1, head_dim=1) for s, n in layers.items()},
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(config.vocab_size),
+        max_positions=positions,
+        decoder_start_id=start,
+    )
+
+
+def _layers(config: Any, *names: str) -> int:
+    found = (getattr(config, name, None) for name in (*names, "num_hidden_layers"))
+    return int(next(count for count in found if count))
 
 
 def _read_config(source: Source) -> Any:

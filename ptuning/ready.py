@@ -16,6 +16,7 @@ from ptuning.artifact import Prefix
 from ptuning.attention import EMBEDDINGS, RowPrefix, Seen
 from ptuning.backbone import Backbone
 from ptuning.data.layout import Arrangement
+from ptuning.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,26 @@ class ReadyPrefix:
     @property
     def nbytes(self) -> int:
         return sum(member.nbytes for member in self.members)
+
+
+def check_positions(
+    backbone: Backbone, ready: ReadyPrefix | None, prompt: Sequence[int], answer: int
+) -> None:
+    """Raise DataError unless a prompt (its virtual tokens included) and `answer` more tokens fit
+    the backbone's positions."""
+    limit = backbone.facts.max_positions
+    inside = ready.length if ready is not None else 0
+    needed = inside + len(prompt) + answer
+    if backbone.facts.decoder_start_id is not None:  # two stacks, each with its own positions
+        needed = max(len(prompt), answer)
+    if limit is not None and needed > limit:
+        raise DataError(
+            "the backbone has too few positions",
+            seen=f"{len(prompt)} tokens of prompt, {inside} virtual ones before them, {answer} of "
+            "answer",
+            expected=f"at most {limit} positions",
+            fix="shorten the prompt or ask for fewer tokens",
+        )
 
 
 def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:

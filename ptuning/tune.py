@@ -22,11 +22,18 @@ from ptuning.users import Recipe, belongs, meta_of, prepare, warm_start
 
 @dataclass(frozen=True, kw_only=True)
 class TuneResult:
-    """One user's outcome. `prefix` is None unless `status` is "trained"."""
+    """One user's outcome. `prefix` is None unless `status` is "trained".
+
+    `tokens` are real ones that were trained on; `resets` says how often the training began again
+    at a lower rate, because its loss was no longer finite.
+    """
 
     status: Literal["trained", "too_few", "failed"]
     prefix: Prefix | None = None
     history: list[EpochLoss] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+    resets: int = 0
     error: str | None = None
     resume: Resume | None = None  # what continues the training, with train.keep_resume
 
@@ -40,16 +47,19 @@ def tune(
     data: DataConfig | None = None,
     artifact: ArtifactConfig | None = None,
     prefix_name: str = "default",
+    min_valid_tokens: int = 64,
     start: Mapping[str, Prefix] | None = None,
     resume: Mapping[str, Resume] | None = None,
 ) -> dict[str, TuneResult]:
     """Train one prefix per user, many users in one forward pass.
 
     `users` maps user ids to their examples; rows without a split are split by time
-    (DataConfig). Users in `start` begin from a trained prefix of the same method and sizes,
-    users in `resume` where an earlier training on the same rows stopped (TuneResult.resume);
-    each user's must be their own. The result has every user of `users`. The backbone's weights
-    are compared before and after; raises BackboneChanged if they differ.
+    (DataConfig). With fewer validation tokens than `min_valid_tokens` a user's last epoch is
+    kept, not the best: so few would choose by chance. Users in `start` begin from a trained
+    prefix of the same method and sizes, users in `resume` where an earlier training on the same
+    rows stopped (TuneResult.resume); each user's must be their own. The result has every user of
+    `users`. The backbone's weights are compared before and after; raises BackboneChanged if they
+    differ.
     """
     data = data or DataConfig()
     artifact = artifact or ArtifactConfig()
@@ -59,6 +69,7 @@ def tune(
         data.max_length,
         prefix_name,
         artifact.dtype,
+        min_valid_tokens,
     )
     before = backbone.checksum()
     results: dict[str, TuneResult] = {}
@@ -87,7 +98,10 @@ def tune(
         for (user_id, rows, _), trained in zip(
             pack, LocalDriver(backbone).run(machine), strict=True
         ):
-            results[user_id] = _result(backbone, recipe, artifact, user_id, rows, trained)
+            begun = (start or {}).get(user_id)
+            results[user_id] = _result(
+                backbone, recipe, artifact, user_id, rows, trained, begun.digest if begun else ""
+            )
     backbone.verify_unchanged(before)
     return {user_id: results[user_id] for user_id in users}
 
@@ -99,15 +113,26 @@ def _result(
     user_id: str,
     rows: Sequence[Example],
     trained: Trained,
+    started_from: str,
 ) -> TuneResult:
     if trained.members is None:
-        return TuneResult(status="failed", history=trained.history, error=trained.error)
+        return TuneResult(
+            status="failed",
+            history=trained.history,
+            steps=trained.steps,
+            tokens=trained.tokens,
+            resets=trained.resets,
+            error=trained.error,
+        )
     key = user_key(user_id)
-    meta = meta_of(backbone, recipe, key, rows)
+    meta = meta_of(backbone, recipe, key, rows, started_from)
     return TuneResult(
         status="trained",
         prefix=make_prefix(trained.members, meta, artifact),
         history=trained.history,
+        steps=trained.steps,
+        tokens=trained.tokens,
+        resets=trained.resets,
         resume=Resume(trained.states, belongs(backbone, recipe, key, meta.data_digest))
         if trained.states
         else None,

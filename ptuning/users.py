@@ -38,10 +38,15 @@ class Recipe:
 def identity(
     recipe: Recipe, backbone_fingerprint: str, template_digest: str, user_key: str, data: str
 ) -> str:
-    """The training digest: equal digests mean that training again would give the same prefix."""
+    """The training digest: equal digests mean that training again would give the same prefix,
+    within the rounding of the backbone's dtype. With `train.start=champion` it also depends on
+    the champion, which is no part of the digest: or each run would train everybody again.
+    """
+    train = recipe.train.model_dump(exclude=set(SPEED_ONLY))
+    train["learning_rate"] = recipe.train.learning_rate or recipe.method.default_learning_rate
     return training_digest(
         recipe.method.model_dump(),
-        recipe.train.model_dump(exclude=set(SPEED_ONLY)),
+        train,
         recipe.max_length,
         recipe.prefix_name,
         recipe.artifact_dtype,
@@ -62,6 +67,7 @@ def belongs(backbone: Backbone, recipe: Recipe, user_key: str, data: str) -> Bel
         recipe.max_length,
         recipe.min_valid_tokens,
         backbone.template.digest,
+        str(backbone.dtype),
         data,
     )
     return Belongs(user_key, recipe.prefix_name, backbone.fingerprint, settings)
@@ -71,13 +77,16 @@ def warm_start(recipe: Recipe, backbone: Backbone, prefix: Prefix) -> tuple[dict
     """A trained prefix as what a training starts from. Raises WrongMethod where the method's
     prefixes have other shapes, or an ArtifactError where it is not of this backbone."""
     prefix.check(backbone)
-    wanted = recipe.method.shapes(backbone.facts)
-    seen = [{name: tuple(t.shape) for name, t in own.items()} for own in prefix.members]
-    if seen != [wanted] * recipe.method.members:
+    method = recipe.method
+    layout = "" if method.layout is None else method.layout.text
+    wanted = (method.shapes(backbone.facts), method.members, layout, method.seen)
+    shapes = [{name: tuple(t.shape) for name, t in own.items()} for own in prefix.members]
+    seen = (shapes[0], len(shapes), prefix.meta.layout, prefix.seen)
+    if seen != wanted:
         raise WrongMethod(
             "the prefix to start from is not of the kind that is trained",
             seen=seen,
-            expected=f"{wanted} for each of {recipe.method.members}",
+            expected=wanted,
             fix="train with the method and sizes that the prefix was made with",
         )
     return tuple({name: t.float() for name, t in own.items()} for own in prefix.members)
@@ -123,12 +132,23 @@ def _words(
     if method.start_ids == "vocab":
         return template.sample_ids(count, seed), []
     if method.start_ids == "labels":
-        labels = list(dict.fromkeys(_answer(example) for example in train))[:count]
-        ids = [template.ids(label) for label in labels]
-        # Fewer labels than virtual tokens: the rest is drawn from the vocabulary.
-        ids += [[token] for token in template.sample_ids(count - len(ids), seed)]
-        return [token for own in ids for token in own], [len(own) for own in ids]
+        return _labels(template, method, train, seed)
     return [], []
+
+
+def _labels(
+    template: Template, method: Method, train: Sequence[Example], seed: int
+) -> tuple[list[int], list[int]]:
+    """Each member starts from the user's distinct completions; where they are fewer than its
+    virtual tokens, the rest is drawn from the vocabulary (Lester et al. 2021, section 3)."""
+    count = method.num_virtual_tokens
+    answers = list(dict.fromkeys(_answer(example) for example in train))[:count]
+    labels = [template.ids(answer) for answer in answers]
+    ids = []
+    for member in range(method.members):
+        drawn = template.sample_ids(count - len(labels), seed_of(seed, "member", member))
+        ids += [*labels, *([token] for token in drawn)]
+    return [token for own in ids for token in own], [len(own) for own in ids]
 
 
 def _real_words(
@@ -160,10 +180,16 @@ def _answer(example: Example) -> str:
 
 
 def meta_of(
-    backbone: Backbone, recipe: Recipe, user_key: str, examples: Sequence[Example]
+    backbone: Backbone,
+    recipe: Recipe,
+    user_key: str,
+    examples: Sequence[Example],
+    started_from: str = "",
 ) -> PrefixMeta:
-    """What a prefix of this training belongs to."""
+    """What a prefix of this training belongs to; `started_from`: digest of a start that was
+    given."""
     data = data_digest(examples)
+    training = identity(recipe, backbone.fingerprint, backbone.template.digest, user_key, data)
     return PrefixMeta(
         method=recipe.method.model_dump(),
         backbone=backbone.name,
@@ -173,7 +199,5 @@ def meta_of(
         prefix_name=recipe.prefix_name,
         data_digest=data,
         layout="" if recipe.method.layout is None else recipe.method.layout.text,
-        training_digest=identity(
-            recipe, backbone.fingerprint, backbone.template.digest, user_key, data
-        ),
+        training_digest=training_digest(training, started_from) if started_from else training,
     )

@@ -7,6 +7,7 @@ where a request leaves from the middle (`Move`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -77,15 +78,24 @@ class Batcher:
                 expected=f"at most {self.max_rows}",
                 fix="raise serve.max_rows",
             )
-        waiting = sum(count for _, count in self._waiting.values())
-        if len(self._rows) + waiting + rows > self.max_rows + self.max_queue:
+        queued = self._queued([*(count for _, count in self._waiting.values()), rows])
+        if queued > self.max_queue:
             raise QueueFull(
                 "too many requests are waiting",
-                seen=f"{len(self._rows)} running, {waiting} waiting",
+                seen=f"{len(self._rows)} rows running, {queued} requests beyond free rows",
                 expected=f"at most {self.max_queue} waiting",
                 fix="try again later",
             )
         self._waiting[request] = (prompt_tokens, rows)
+
+    def _queued(self, wanted: Sequence[int]) -> int:
+        """How many requests, of so many rows each, would not find free rows; nobody overtakes."""
+        free = self.max_rows - len(self._rows)
+        for place, rows in enumerate(wanted):
+            if rows > free:
+                return len(wanted) - place
+            free -= rows
+        return 0
 
     def admit(self) -> tuple[str, ...]:
         """Move waiting requests into free slots, appended to `rows`; returns the new slots'."""

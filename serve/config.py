@@ -27,7 +27,12 @@ class ServeConfig(Config):
         "base",
         description="what answers a user without a champion: the base model, or an error 404",
     )
-    max_rows: int = Field(16, ge=1, description="requests that are decoded together per replica")
+    max_rows: int = Field(
+        16,
+        ge=1,
+        description="rows that are decoded together per replica: one for each request, or one for "
+        "each member of an ensemble",
+    )
     max_queue: int = Field(
         64, ge=0, description="requests that may wait per replica; one more is answered 429"
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptuning.backbone import Backbone
 from ptuning.errors import ServeError
+from ptuning.generate import stop_ids
 from ptuning.ready import Member, ReadyPrefix, combined
 from serve.batcher import Batcher, State
 from serve.events import Delta, Event, Failed, Finished, FinishReason, PrefixInfo, Problem, Started
@@ -101,7 +102,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._rows: dict[str, _Row] = {}  # touched by the engine's thread only
         self._cancelled: set[str] = set()
-        self._ends = _end_tokens(backbone)
+        self._ends = stop_ids(backbone)
         self._wake = threading.Condition()  # guards the batcher, requests and cancellations
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="ptuning-engine", daemon=True)
@@ -296,14 +297,3 @@ def _emit(request: Request, event: Event) -> None:
         request.emit(event)
     except Exception:  # noqa: BLE001 - a listener that is gone (its loop closed) stops nobody
         log.debug("nobody listens to a request's events any more")
-
-
-def _end_tokens(backbone: Backbone) -> frozenset[int]:
-    """The template's end token and whatever the model's files call an end."""
-    ends: set[int] = {backbone.template.end_token_id}
-    model = backbone.model
-    for holder in (getattr(model, "generation_config", None), model.config):
-        token = getattr(holder, "eos_token_id", None)
-        if token is not None:
-            ends.update(token if isinstance(token, list) else [token])
-    return frozenset(int(token) for token in ends)

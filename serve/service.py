@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ptuning.backbone import Backbone
 from ptuning.errors import DataError, ServeError
+from ptuning.ready import check_positions
 from ptuning.registry.base import Registry
 from serve.batcher import QueueFull
 from serve.config import ServeConfig
@@ -161,6 +162,13 @@ class Service:
                 return None
             raise Refused("the request names no user", status=400, param="user")
         held = await self.prefixes.get(ask.user_key, ask.prefix_name)
+        if held is not None and len(held.ready.members) > self.config.max_rows:
+            raise Refused(
+                f"this user's prefix is an ensemble of {len(held.ready.members)}, but a replica "
+                f"decodes {self.config.max_rows} rows together (serve.max_rows)",
+                status=500,
+                code="prefix_unusable",
+            )
         if held is None and not base_answers:
             raise Refused(
                 "this user has no prefix of that name",
@@ -174,20 +182,13 @@ class Service:
         self, ask: Ask, prompt: tuple[int, ...], prefix: HeldPrefix | None
     ) -> None:
         """The model's own limit, which counts virtual tokens and the answer too."""
-        limit = self.backbone.facts.max_positions
-        virtual = prefix.ready.virtual_tokens if prefix else 0
-        real = sum(token >= 0 for token in prompt)
-        needed = virtual + real + ask.max_tokens
-        if self.backbone.facts.decoder_start_id is not None:  # two stacks, each with its own
-            needed = max(len(prompt), ask.max_tokens)
-        if limit is not None and needed > limit:
+        try:
+            ready = prefix.ready if prefix else None
+            check_positions(self.backbone, ready, prompt, ask.max_tokens)
+        except DataError as error:
             raise Refused(
-                f"the model has {limit} positions; {virtual} virtual tokens, {real} of the "
-                f"prompt and max_tokens={ask.max_tokens} need {needed}",
-                status=400,
-                code="context_length_exceeded",
-                param="max_tokens",
-            )
+                str(error), status=400, code="context_length_exceeded", param="max_tokens"
+            ) from error
 
 
 def _request(

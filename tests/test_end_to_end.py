@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -17,15 +18,17 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 from runs import command, settings, start, user_rows, write_rows
+from tiny_model import save_encoder_decoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 USERS = ("ann", "bob", "cy")
 
 
-def _run(data: Path, store: Path, model: Path, log: Path) -> dict[str, Any]:
+def _run(data: Path, store: Path, model: Path, log: Path, *more: str) -> dict[str, Any]:
     # A low bar: the point here is the way of a prefix, not its worth.
-    process = start(command(data, store, model, "gate.min_gain=-10", "data.min_examples=8"), log)
+    low = ("gate.min_gain=-10", "data.min_examples=8", *more)
+    process = start(command(data, store, model, *low), log)
     try:
         code = process.wait(timeout=300)
     finally:
@@ -45,13 +48,18 @@ def served(
     rows = [row for user in USERS for row in user_rows(user, 10)] + user_rows("few", 3)
     data, store = write_rows(folder / "rows.jsonl", rows), folder / "store"
     users = _run(data, store, tiny_model_dir, folder / "run.log")
-    log = folder / "serve.log"
-    sets = [part for one in settings(tiny_model_dir) for part in ("--set", one)]
-    arguments = [sys.executable, "-m", "pipelines", "serve", "--store", str(store), *sets]
-    process = start([*arguments, "--set", "serve.refresh_seconds=1", "--port", "18431"], log)
-    try:
-        address = _address(process, log)
+    with _service(store, tiny_model_dir, folder / "serve.log", 18431) as address:
         yield data, store, address, users
+
+
+@contextlib.contextmanager
+def _service(store: Path, model: Path, log: Path, port: int) -> Iterator[str]:
+    """The address of `ptuning serve` on a store."""
+    sets = [part for one in settings(model) for part in ("--set", one)]
+    arguments = [sys.executable, "-m", "pipelines", "serve", "--store", str(store), *sets]
+    process = start([*arguments, "--set", "serve.refresh_seconds=1", "--port", str(port)], log)
+    try:
+        yield _address(process, log, port)
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -60,11 +68,11 @@ def served(
             process.kill()
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+def _address(process: subprocess.Popen[bytes], log: Path, port: int) -> str:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         text = log.read_text()
-        if found := re.search(r"http://127\.0\.0\.1:18431", text):
+        if found := re.search(rf"http://127\.0\.0\.1:{port}", text):
             return found.group()
         assert process.poll() is None, text[-3000:]
         time.sleep(0.2)
@@ -116,3 +124,19 @@ def test_new_rows_reach_the_running_service_as_a_new_prefix(
         assert time.monotonic() < deadline, "the service still answers with the old prefix"
         time.sleep(0.2)
     assert _digest(client, "ann") == before["ann"]["digest"]
+
+
+def test_an_encoder_decoder_backbone_and_an_ensemble_of_prompts_go_the_same_way(
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "bart"
+    save_encoder_decoder(model)
+    data = write_rows(tmp_path / "rows.jsonl", [row for u in USERS for row in user_rows(u, 9)])
+    method = ("method.type=prompt", "method.ensemble=2", "method.init=vocab")
+    users = _run(data, tmp_path / "store", model, tmp_path / "run.log", *method)
+    with _service(tmp_path / "store", model, tmp_path / "serve.log", 18433) as address:
+        client, asked = _client(address), [*USERS, "nobody"] * 3
+        with ThreadPoolExecutor(len(asked)) as pool:
+            digests = list(pool.map(lambda user: _digest(client, user), asked))
+    for user, digest in zip(asked, digests, strict=True):
+        assert digest == (users[user]["digest"] if user in USERS else "base"), user

@@ -161,6 +161,12 @@ class Template:
         prompt = self.encode_prompt(
             turns if turns is not None else example.prompt or "", max_length - len(answer)
         )
+        if self.encoder_decoder and not prompt:
+            raise DataError(
+                "the prompt has no tokens, and this backbone's encoder needs one",
+                seen=repr(example.prompt),
+                fix="give the row a prompt",
+            )
         return Encoded([*prompt, *answer], [IGNORE] * len(prompt) + answer)
 
     def encode_prompt(self, prompt: str | Sequence[Message], max_length: int = 512) -> list[int]:

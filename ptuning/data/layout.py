@@ -51,6 +51,17 @@ class Arrangement:
         ids = self.prompt(row.input_ids[:at])
         return Encoded([*ids, *row.input_ids[at:]], [IGNORE] * len(ids) + row.labels[at:])
 
+    def judged_row(self, row: Encoded) -> Encoded:
+        """As `row`, with the labels that the base model can predict too.
+
+        Nothing precedes the first token of a row without a prompt, but for virtual tokens: it
+        counts for nobody where prefixes are compared.
+        """
+        around = self.row(row)
+        if row.prompt_length == 0 and row.labels:
+            around.labels[len(self.before) + len(self.after)] = IGNORE
+        return around
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -23,6 +23,9 @@ from ptuning.types import Config
 StartIds = Literal["none", "words", "vocab", "labels"]
 
 
+MAX_VIRTUAL_TOKENS = 200  # of one prefix
+
+
 @dataclass
 class Parameters:
     """One user's parameters by name; `fixed` ones take no gradient."""

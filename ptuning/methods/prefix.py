@@ -21,6 +21,7 @@ from ptuning.backbone import Facts
 from ptuning.data.layout import Layout, between, front
 from ptuning.errors import MethodError
 from ptuning.methods.base import (
+    MAX_VIRTUAL_TOKENS,
     Parameters,
     StartIds,
     Tuning,
@@ -40,7 +41,7 @@ class PrefixTuning(Tuning):
         "prefix", description="tuning method: prefix (keys and values before every layer's own)"
     )
     num_virtual_tokens: int = Field(
-        16, ge=1, le=200, description="P, virtual tokens of a prefix (1-200)"
+        16, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prefix (1-200)"
     )
     encoder_hidden_size: int | None = Field(
         None,

@@ -16,6 +16,7 @@ from ptuning.attention import EMBEDDINGS, Seen
 from ptuning.backbone import Facts
 from ptuning.data.layout import Layout, front
 from ptuning.methods.base import (
+    MAX_VIRTUAL_TOKENS,
     Parameters,
     StartIds,
     Tuning,
@@ -34,7 +35,7 @@ class PromptTuning(Tuning):
         "prompt", description="tuning method: prompt (embeddings before the input)"
     )
     num_virtual_tokens: int = Field(
-        20, ge=1, le=200, description="P, virtual tokens of a prompt (1-200)"
+        20, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prompt (1-200)"
     )
     init: Literal["text", "vocab", "labels", "random"] = Field(
         "text",
@@ -76,7 +77,7 @@ class PromptTuning(Tuning):
 
     @property
     def default_learning_rate(self) -> float:
-        return 1e-2
+        return 3e-2
 
     def check(self, facts: Facts) -> None:
         check_virtual_tokens(self.num_virtual_tokens, facts)

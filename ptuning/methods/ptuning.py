@@ -17,7 +17,9 @@ from torch import Tensor
 from ptuning.attention import EMBEDDINGS, Seen
 from ptuning.backbone import Facts
 from ptuning.data.layout import Layout
+from ptuning.errors import MethodError
 from ptuning.methods.base import (
+    MAX_VIRTUAL_TOKENS,
     Parameters,
     StartIds,
     Tuning,
@@ -58,7 +60,13 @@ class PTuning(Tuning):
     @field_validator("template")
     @classmethod
     def _can_be_read(cls, text: str) -> str:
-        Layout.parse(text)
+        count = Layout.parse(text).num_virtual_tokens
+        if count > MAX_VIRTUAL_TOKENS:
+            raise MethodError(
+                "too many virtual tokens",
+                seen=f"{count} in {text!r}",
+                expected=f"at most {MAX_VIRTUAL_TOKENS}",
+            )
         return text
 
     @property
@@ -79,7 +87,7 @@ class PTuning(Tuning):
 
     @property
     def default_learning_rate(self) -> float:
-        return 1e-2 if self.encoder == "none" else 1e-3
+        return {"none": 3e-2, "mlp": 1e-2, "lstm": 3e-3}[self.encoder]
 
     def check(self, facts: Facts) -> None:
         check_virtual_tokens(self.num_virtual_tokens, facts)

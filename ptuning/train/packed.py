@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptuning.attention import Dropout, PackPrefix
+from ptuning.attention import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.backbone import Backbone
 from ptuning.data.packing import epoch_batches, microbatches
 from ptuning.methods.base import Method, Parameters
@@ -30,9 +30,17 @@ from ptuning.train.config import (
     learning_rate_at,
 )
 from ptuning.train.slots import Slots
-from ptuning.train.start import members_of, room, start_of, together, too_long
+from ptuning.train.start import mean_of_spans, members_of, together, too_long
 from ptuning.train.state import TrainState
-from ptuning.train.step import Capture, Machine, Train, collate, predicted, score_rows
+from ptuning.train.step import (
+    Capture,
+    Machine,
+    Train,
+    collate,
+    predicted,
+    real_tokens,
+    score_rows,
+)
 from ptuning.types import EpochLoss, seed_of
 
 
@@ -93,8 +101,9 @@ def _train_members(
     min_valid_tokens: int,
 ) -> Machine[list[Trained]]:
     slots = yield from _initial_slots(backbone, method, members, config.tokens_per_microbatch)
-    limit = room(backbone.facts, method)
-    progress = [_start(member, config, limit) for member in members]
+    progress = [
+        _start(member, config, too_long(member, backbone.facts, method)) for member in members
+    ]
     for slot, member in enumerate(members):
         for state in member.states:
             slots.load(slot, state)
@@ -128,12 +137,12 @@ def _rates(
     ]
 
 
-def _start(user: UserRows, config: TrainConfig, limit: int | None) -> _Progress:
+def _start(user: UserRows, config: TrainConfig, error: str | None) -> _Progress:
     one = _Progress(
         user=user,
         total_steps=config.epochs * math.ceil(len(user.train) / config.batch_size),
         best=BestEpoch(config.patience),
-        result=Trained(user_key=user.user_key, error=too_long(user, limit)),
+        result=Trained(user_key=user.user_key, error=error),
     )
     one.done = one.result.error is not None
     if not one.done:
@@ -145,6 +154,7 @@ def _continue(one: _Progress, state: TrainState, config: TrainConfig) -> None:
     """Stand where a saved training stopped; its epochs count."""
     one.best.best, one.best.since, one.scale = state.best_loss, state.since, state.scale
     one.result.steps, one.result.tokens = state.steps, state.tokens
+    one.result.resets = state.resets
     one.result.history = list(state.history)
     one.epoch = state.epoch
     stopped = config.patience is not None and state.since >= config.patience
@@ -155,6 +165,10 @@ def _continue(one: _Progress, state: TrainState, config: TrainConfig) -> None:
 
 def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, reason: str) -> None:
     """A user whose loss is not finite starts anew at a lower rate, once; then it fails alone."""
+    if one.user.states:
+        one.result.error = f"{reason}, in a training that went on; train the user from the start"
+        one.done = True
+        return
     if one.result.resets >= MAX_RESETS:
         one.result.error = (
             f"{reason}, after {one.result.resets} new start at {one.scale:g} times the learning "
@@ -176,18 +190,16 @@ def _initial_slots(
     start: list[dict[str, Tensor] | None] = [
         member.start[0] if member.start else None for member in members
     ]
-    wanting = [slot for slot, member in enumerate(members) if member.words]
+    if method.layout is not None:
+        yield from _embedded_words(backbone, members, start, budget)
+    wanting = [slot for slot, member in enumerate(members) if member.words and not start[slot]]
     for group in microbatches([len(members[slot].words) for slot in wanting], budget):
         slots = [wanting[n] for n in group]
-        longest = max(len(members[slot].words) for slot in slots)
-        ids = torch.zeros((len(slots), longest), dtype=torch.long)
-        for row, slot in enumerate(slots):
-            ids[row, : len(members[slot].words)] = torch.tensor(members[slot].words)
-        captured = yield Capture(ids.to(backbone.device))
+        ids = torch.tensor([members[slot].words for slot in slots], device=backbone.device)
+        captured = yield Capture(ids)
         assert isinstance(captured, dict)
         for row, slot in enumerate(slots):
-            own = {name: values[row] for name, values in captured.items()}
-            start[slot] = start_of(own, members[slot].spans)
+            start[slot] = {name: values[row] for name, values in captured.items()}
     initial = []
     for slot, member in enumerate(members):
         if member.states:
@@ -195,6 +207,29 @@ def _initial_slots(
         else:
             initial.append(method.initial(backbone.facts, start[slot], member.seed))
     return Slots(method, backbone.facts, initial, backbone.device)
+
+
+def _embedded_words(
+    backbone: Backbone,
+    members: Sequence[UserRows],
+    start: list[dict[str, Tensor] | None],
+    budget: int,
+) -> Machine[None]:
+    """Fill `start` with the embeddings of members' words: each token is a row of its own, since an
+    embedding knows no neighbours, and many words need not fit a model's positions."""
+    wanting = [slot for slot, member in enumerate(members) if member.words]
+    tokens = [token for slot in wanting for token in members[slot].words]
+    rows = []
+    for at in range(0, len(tokens), budget):
+        ids = torch.tensor(tokens[at : at + budget], device=backbone.device)[:, None]
+        captured = yield Capture(ids)
+        assert isinstance(captured, dict)
+        rows.append(captured[EMBEDDINGS][:, 0])
+    if not tokens:
+        return
+    own = torch.cat(rows).split([len(members[slot].words) for slot in wanting])
+    for slot, embedded in zip(wanting, own, strict=True):
+        start[slot] = mean_of_spans(embedded, members[slot].spans)
 
 
 def _one_step(
@@ -216,7 +251,7 @@ def _one_step(
         weights += [1.0 / max(1, labels)] * len(own)
         seeds += [(one.user.seed, "dropout", one.result.steps, n) for n in range(len(own))]
         one.tokens, one.labels = one.tokens + labels, labels
-        one.result.tokens += sum(len(row.input_ids) for row in own)
+        one.result.tokens += sum(real_tokens(row) for row in own)
     for group in microbatches([len(row.input_ids) for row in rows], config.tokens_per_microbatch):
         batch = collate([rows[r] for r in group], backbone.device, backbone.facts.decoder_start_id)
         if not len(batch.targets):
@@ -282,6 +317,7 @@ def _result(one: _Progress, slots: Slots, slot: int, config: TrainConfig) -> Tra
                     best_loss=one.best.best,
                     since=one.best.since,
                     scale=one.scale,
+                    resets=one.result.resets,
                     history=list(one.result.history),
                 ),
             )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptuning.attention import Dropout, PackPrefix
+from ptuning.attention import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded
 from ptuning.data.packing import epoch_batches
@@ -28,8 +28,8 @@ from ptuning.train.config import (
     UserRows,
     learning_rate_at,
 )
-from ptuning.train.start import members_of, room, start_of, together, too_long
-from ptuning.train.step import collate, predicted
+from ptuning.train.start import mean_of_spans, members_of, together, too_long
+from ptuning.train.step import collate, predicted, real_tokens
 from ptuning.types import EpochLoss, seed_of
 
 
@@ -63,7 +63,7 @@ def _train(
 ) -> Trained:
     result = Trained(
         user_key=user.user_key,
-        error=too_long(user, room(backbone.facts, method)),
+        error=too_long(user, backbone.facts, method),
         resets=resets,
     )
     if result.error is not None:
@@ -100,7 +100,7 @@ def _train(
                 torch.nn.utils.clip_grad_norm_(trained.values(), config.max_grad_norm)
             optimizer.step()
             result.steps += 1
-            result.tokens += sum(len(row.input_ids) for row in batch)
+            result.tokens += sum(real_tokens(row) for row in batch)
         with torch.no_grad():
             prefix = compiled()
             valid = _mean_nll(backbone, prefix, user.valid)
@@ -126,7 +126,9 @@ def _initial(backbone: Backbone, method: Method, user: UserRows) -> Parameters:
     if user.words:
         with torch.no_grad():
             captured, _ = backbone.capture(torch.tensor([user.words], device=backbone.device))
-        start = start_of({name: values[0] for name, values in captured.items()}, user.spans)
+        start = {name: values[0] for name, values in captured.items()}
+        if method.layout is not None:
+            start = mean_of_spans(start[EMBEDDINGS], user.spans)
     initial = method.initial(backbone.facts, start, user.seed)
     return Parameters(
         {name: p.to(backbone.device) for name, p in initial.trained.items()},

@@ -24,7 +24,7 @@ from ptuning.train.state import TrainState
 
 FORMAT = "1"
 _GROUPS = ("trained", "fixed", "first", "second", "best")
-_NUMBERS = ("steps", "epoch", "tokens", "best_loss", "since", "scale", "history")
+_NUMBERS = ("steps", "epoch", "tokens", "best_loss", "since", "scale", "resets", "history")
 
 
 @dataclass(frozen=True)

@@ -60,13 +60,12 @@ def _words(method: Method, user: UserRows, member: int) -> tuple[tuple[int, ...]
     return user.words[at:end], user.spans[first:last]
 
 
-def start_of(captured: dict[str, Tensor], spans: Sequence[int]) -> dict[str, Tensor]:
-    """What one row of captured words starts a prefix as; a virtual token of several words is the
-    mean of their embeddings."""
-    if not spans:
-        return captured
-    words = captured[EMBEDDINGS][: sum(spans)].split(list(spans))
-    return {EMBEDDINGS: torch.stack([own.mean(0) for own in words])}
+def mean_of_spans(embedded: Tensor, spans: Sequence[int]) -> dict[str, Tensor]:
+    """What words' embeddings `[n, E]` start a prefix as; a virtual token of several words is
+    their mean."""
+    if spans:
+        embedded = torch.stack([own.mean(0) for own in embedded.split(list(spans))])
+    return {EMBEDDINGS: embedded}
 
 
 def room(facts: Facts, method: Method) -> int | None:
@@ -76,11 +75,19 @@ def room(facts: Facts, method: Method) -> int | None:
     return None if limit is None else limit - (method.num_virtual_tokens if inside else 0)
 
 
-def too_long(rows: UserRows, limit: int | None) -> str | None:
+def positions_of(row: Encoded, facts: Facts) -> int:
+    """How many positions a row takes: an encoder-decoder model has them for each half."""
+    if facts.decoder_start_id is None:
+        return len(row.input_ids)
+    return max(row.prompt_length, len(row.input_ids) - row.prompt_length)
+
+
+def too_long(rows: UserRows, facts: Facts, method: Method) -> str | None:
     """Why the rows cannot be trained, if they cannot."""
     if not rows.train:
         return "the user has no train rows"
-    longest = max(len(row.input_ids) for row in (*rows.train, *rows.valid))
+    limit = room(facts, method)
+    longest = max(positions_of(row, facts) for row in (*rows.train, *rows.valid))
     if limit is not None and longest > limit:
         return (
             f"a row has {longest} tokens, but the backbone has positions for {limit} beside the "

@@ -29,4 +29,5 @@ class TrainState:
     best_loss: float | None = None
     since: int = 0
     scale: float = 1.0
+    resets: int = 0
     history: list[EpochLoss] = field(default_factory=list)

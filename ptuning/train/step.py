@@ -142,6 +142,11 @@ def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tens
     return padded, mask
 
 
+def real_tokens(row: Encoded) -> int:
+    """The row's length without virtual tokens."""
+    return sum(token >= 0 for token in row.input_ids)
+
+
 def predicted(row: Encoded) -> int:
     """How many labels of a row have a position before them, so can be predicted."""
     return sum(label != IGNORE for label in row.labels[1:])

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptuning.attention import PackPrefix, RowPrefix
+from ptuning.attention import EMBEDDINGS, RowPrefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import TemplateKind
 from ptuning.load import (
@@ -159,14 +159,35 @@ class LockstepDriver:
             return self._empty(len(work.batch.input_ids), backward)
         if not backward:
             return prefix_of(work, self.backbone)
-        tensors = {
-            name: p.detach().clone().requires_grad_(name in self._shapes)
-            for name, p in work.prefix.tensors.items()
-        }
-        prefix = PackPrefix(tensors, work.prefix.seen).of_rows(work.slots, self.backbone.dtype)
-        empty = self._empty(len(work.batch.input_ids), backward)
+        scored = work.prefix.of_rows(work.slots, self.backbone.dtype)
+        return self._visiting_all(scored, len(work.batch.input_ids))
+
+    def _visiting_all(self, prefix: RowPrefix, rows: int) -> RowPrefix:
+        """The same prefix, with gradients in just those layers where the method's own has them.
+
+        A champion may be of other layers, stacks or of another method; the layers that it lacks
+        get keys and values that nobody sees.
+        """
+        empty = self._empty(rows, backward=True)
         if prefix.embeddings is None:
             prefix.embeddings = empty.embeddings
-        if not prefix.layers:
-            prefix.layers = empty.layers
+        elif EMBEDDINGS in self._shapes:
+            prefix.embeddings = prefix.embeddings.detach().requires_grad_()
+        length = prefix.length
+        for stack in dict.fromkeys((*prefix.layers, *empty.layers)):
+            own, wanted = prefix.layers.get(stack, ()), len(empty.layers.get(stack, ()))
+            depth = self.backbone.facts.stacks[stack]
+            shape = (rows, 2, depth.heads, length, depth.head_dim)
+            missing = [
+                torch.zeros(shape, dtype=self.backbone.dtype, device=self.backbone.device)
+                for _ in range(wanted - len(own))
+            ]
+            if missing:
+                held = torch.full((rows,), len(own), device=self.backbone.device)
+                prefix.depths = {**prefix.depths, stack: prefix.depths.get(stack, held)}
+            layers = [*missing, *own]
+            bound = len(layers) - wanted  # below it peers have no gradient
+            prefix.layers[stack] = tuple(
+                kv.detach().requires_grad_(n >= bound) for n, kv in enumerate(layers)
+            )
         return prefix

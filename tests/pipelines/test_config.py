@@ -90,3 +90,33 @@ def test_the_resolved_configuration_can_be_loaded_again(tmp_path: Path) -> None:
 def test_every_key_is_described() -> None:
     undescribed = [key for key, field in known_keys() if not field.description]
     assert undescribed == []
+
+
+def test_text_is_taken_as_it_is_and_not_as_yaml() -> None:
+    template = "Review #1: {p:3}{prompt} Answer: {p:2}"
+    sets = ["method.type=ptuning", f"method.template={template}", "method.init_text=yes"]
+    method = load_config(None, sets, {}).method
+    assert method.layout is not None
+    assert (method.layout.text, method.init_text) == (template, "yes")
+    environment = {"PTUNING_METHOD__INIT_TEXT": "issue #12"}
+    assert load_config(None, [], environment).method.init_text == "issue #12"
+    assert load_config(None, ["method.init_text=null"], {}).method.init_text is None
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (["method.type=adapter"], "prefix, prompt, ptuning"),
+        (["method.ensemble=3"], "it belongs to method.type prompt"),
+        (["method.type=ptuning", "method.template={p:3}"], "{prompt} 0 times"),
+        (["method.layers=0"], "method.layers"),
+        (["method.num_virtual_tokens=0"], "method.num_virtual_tokens"),
+        (["method.type=ptuning", "method.template={prompt}{p:999}"], "at most 200"),
+    ],
+)
+def test_method_errors_are_configuration_errors_that_name_the_key(
+    sets: list[str], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, sets, {})
+    assert told in str(caught.value)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from runs import user_rows
+from tiny_backbones import FAMILIES, build
 
 import pipelines.pack
 from pipelines.evaluate import gate_all
@@ -16,13 +17,17 @@ from pipelines.pack import PackJob, pack_machine
 from pipelines.plan import Pack, PlannedUser
 from ptuning.artifact import ArtifactConfig, Prefix
 from ptuning.backbone import Backbone
+from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.examples import arrange, data_digest
+from ptuning.data.layout import Arrangement
 from ptuning.evaluate import GateConfig
 from ptuning.load import load_backbone
 from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
 from ptuning.store import Store, prefix_path
 from ptuning.train.config import TrainConfig
-from ptuning.train.step import LocalDriver
+from ptuning.train.step import LocalDriver, predicted
 from ptuning.types import Example, UserReport, user_key
 from ptuning.users import Recipe, identity
 
@@ -165,3 +170,67 @@ def test_another_users_file_is_never_taken_for_the_champion(
     after = _work(backbone, tmp_path, recipe, pack)["ann"]
     assert "champion" not in after.losses
     assert "another user" in after.details["champion_ignored"]
+
+
+def test_a_champion_of_another_method_is_judged_on_the_same_tokens(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    first = _recipe()
+    made = _work(backbone, tmp_path, first, _pack(backbone, first, rows))["ann"]
+    champion = {
+        "champion_uri": str(tmp_path / prefix_path(user_key("ann"), str(made.digest))),
+        "champion_digest": made.digest,
+    }
+    for method in (
+        PromptTuning(num_virtual_tokens=4, ensemble=2, init="random"),
+        PTuning(template="{prompt}{p:3} so {p:1}", encoder="none"),
+    ):
+        recipe = Recipe(method, TrainConfig(epochs=2))
+        report = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows, **champion))["ann"]
+        assert report.status == "trained", report.error
+        assert set(report.losses) == {"base", "champion", "candidate", "other"}
+        assert len({report.losses[who]["valid"].tokens for who in report.losses}) == 1
+        gate_all([report], GateConfig())
+        assert report.gate is not None
+        assert report.gate.gain_over_champion is not None
+
+
+def test_a_row_without_a_prompt_counts_the_same_tokens_for_every_judge() -> None:
+    """Nothing precedes its first token but, for some methods, virtual tokens."""
+    row = Encoded([5, 6, 7], [5, 6, 7])
+    front = Arrangement(before=(-1, -2))
+    inner = Arrangement(before=(-1,), after=(9, -2))
+    assert predicted(row) == 2
+    assert predicted(front.row(row)) == 3  # what training learns
+    for around in (front, inner, Arrangement()):
+        assert predicted(around.judged_row(row)) == 2
+    asked = Encoded([4, 5, 6], [IGNORE, 5, 6])
+    assert all(predicted(around.judged_row(asked)) == 2 for around in (front, inner))
+
+
+def test_test_rows_beyond_the_positions_are_left_out_for_every_judge(
+    rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    """Learned positions: a longer row would not be wrong but fatal, for the whole pack."""
+    backbone = build(FAMILIES["gpt2"]())  # 128 positions
+    long = Example(prompt="x" * 125, completion="y", split="test")
+    short = Example(prompt="x", completion="y", split="test")
+    rows["ann"] = [*rows["ann"], long, short]
+    recipe = _recipe(tokens=8)
+    reports = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))
+    assert reports["ann"].status == "trained"
+    assert reports["ann"].details["test_rows_too_long"] == 1
+    assert all(len(reports["ann"].losses[who]["test"].tokens) == 1 for who in ("base", "candidate"))
+    assert "test_rows_too_long" not in reports["bob"].details
+
+
+def test_a_start_that_cannot_be_had_is_said_in_the_gates_reason(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = Recipe(PrefixTuning(num_virtual_tokens=4), TrainConfig(epochs=1, start="resume"))
+    pack = _pack(backbone, recipe, rows, candidate_digest="0" * 64)
+    report = _work(backbone, tmp_path, recipe, pack)["ann"]
+    assert report.status == "trained"
+    gate_all([report], GateConfig())
+    assert report.gate is not None
+    assert "trained from the start" in report.gate.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,13 +32,16 @@ from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded, Template
 from ptuning.data.layout import Arrangement, Layout, between, front
 from ptuning.errors import (
+    ArtifactError,
     CorruptArtifact,
     DataError,
     MethodError,
     PTuningError,
     WrongBackbone,
+    WrongMethod,
     WrongShape,
 )
+from ptuning.load import outline
 from ptuning.methods.base import Method
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
 from ptuning.methods.prefix import PrefixTuning
@@ -590,3 +594,83 @@ def test_values_that_are_not_finite_are_refused(
     with pytest.raises(CorruptArtifact, match="not finite") as caught:
         prefix.check(causal)
     assert caught.value.seen == name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ])
+def test_a_models_configuration_alone_says_enough_to_check_a_method(
+    family: str, tmp_path: Path
+) -> None:
+    """Before a cluster is started: the outline has the real model's stacks, layers, positions."""
+    config = {**FAMILIES, **SEQ2SEQ}[family]()
+    config.save_pretrained(tmp_path)
+    seen, real = outline(str(tmp_path)), build(config).facts
+    assert {stack: facts.layers for stack, facts in seen.stacks.items()} == {
+        stack: facts.layers for stack, facts in real.stacks.items()
+    }
+    assert (seen.hidden_size, seen.vocab_size) == (real.hidden_size, real.vocab_size)
+    assert seen.max_positions == real.max_positions
+    assert (seen.decoder_start_id is None) == (real.decoder_start_id is None)
+    with pytest.raises(MethodError, match="more layers"):
+        PrefixTuning(layers=99).check(seen)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "prompt"},
+        {"placement": "infx"},
+        {"layers": 1},
+        {"layers": "embedding"},
+        {"num_virtual_tokens": 7},
+        {"stacks": ["encoder"]},
+        {"unheard_of": 1},
+    ],
+    ids=str,
+)
+def test_a_prefix_that_its_method_would_not_make_is_refused(changes: dict[str, Any]) -> None:
+    backbone = build(FAMILIES["llama"]())
+    good = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4), seed=1)
+    meta = replace(good.meta, method={**good.meta.method, **changes})
+    with pytest.raises(ArtifactError):
+        Prefix.from_bytes(Prefix(good.kv, meta).to_bytes(), backbone)
+    Prefix.from_bytes(good.to_bytes(), backbone)
+
+
+def test_an_ensemble_with_a_member_more_or_less_is_refused() -> None:
+    backbone = build(FAMILIES["llama"]())
+    two = random_prefix(backbone, PromptTuning(num_virtual_tokens=4, ensemble=2), seed=1)
+    assert len(Prefix.from_bytes(two.to_bytes(), backbone).embeddings) == 2
+    for members in (two.embeddings[:1], (*two.embeddings, two.embeddings[0] + 1)):
+        with pytest.raises(WrongMethod, match="members"):
+            Prefix.from_bytes(Prefix({}, two.meta, members).to_bytes(), backbone)
+    meta = replace(two.meta, method={**two.meta.method, "combine": "max"})
+    with pytest.raises(WrongMethod):
+        Prefix.from_bytes(Prefix({}, meta, two.embeddings).to_bytes(), backbone)
+
+
+def test_keys_and_values_with_a_layout_at_the_input_are_refused() -> None:
+    backbone = build(FAMILIES["llama"]())
+    good = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4), seed=1)
+    meta = replace(good.meta, layout="{prompt}{p:3}")
+    with pytest.raises(WrongShape, match="layout"):
+        Prefix.from_bytes(Prefix(good.kv, meta).to_bytes(), backbone)
+
+
+def test_an_encoder_without_anything_to_read_is_refused() -> None:
+    template = replace(build(SEQ2SEQ["t5"]()).template, encoder_decoder=True)
+    bare = Template(_Bare(template.tokenizer), "plain", encoder_decoder=True)
+    with pytest.raises(DataError, match="encoder needs one"):
+        bare.encode(Example(prompt="", completion="x"))
+
+
+class _Bare:
+    """A tokenizer that puts nothing around a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **_options: Any) -> Any:
+        return self._tokenizer(text, add_special_tokens=False)

@@ -408,6 +408,52 @@ def test_a_training_that_goes_on_equals_one_that_never_stopped(
             torch.testing.assert_close(ours.second[name], moment, atol=1e-6, rtol=1e-3)
 
 
+def test_a_training_that_goes_on_and_blows_up_fails_with_that_reason(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it began from is not in the state, so it cannot begin again."""
+    method, user = METHODS["direct-words"], users()[3]
+    settings = config(epochs=1, keep_resume=True)
+    states = packed(backbone, method, settings, [user])["dave"].states
+    steps = states[0].steps
+    update = Slots.update
+
+    def blown(slots: Slots, *args: Any) -> None:
+        update(slots, *args)
+        if slots.steps[0] == steps + 1:
+            slots.trained["kv.decoder"][0] = float("nan")
+
+    monkeypatch.setattr(Slots, "update", blown)
+    going_on = replace(user, words=(), states=states)
+    result = packed(backbone, method, config(epochs=2), [going_on])["dave"]
+    assert result.members is None
+    assert result.error is not None
+    assert "a training that went on" in result.error
+
+
+def test_many_long_labels_need_not_fit_the_models_positions() -> None:
+    """A virtual token that starts as the mean of a label's tokens, however many they are."""
+    backbone = build(FAMILIES["gpt2"]())  # 128 learned positions
+    labels = [random_ids(40, n) for n in range(P)]
+    user = replace(
+        users()[0],
+        words=tuple(token for label in labels for token in label),
+        spans=tuple(len(label) for label in labels),
+    )
+    method = PromptTuning(num_virtual_tokens=P, init="labels")
+    still = config(epochs=1, learning_rate=1e-12)
+    kept = packed(backbone, method, still, [user])["alice"].kv
+    assert kept is not None
+    table = backbone.model.get_input_embeddings().weight  # type: ignore[operator]
+    for n, label in enumerate(labels):
+        wanted = table[label].mean(0)
+        torch.testing.assert_close(kept["embeddings"][n], wanted, atol=1e-6, rtol=0)
+    assert_same(
+        packed(backbone, method, config(), [user])["alice"],
+        train_user(backbone, method, config(), user),
+    )
+
+
 @methods
 def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: Any) -> None:
     """With an encoder too: the prefix is what its output, zero at first, is added to."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from zero_rank import CONFIG, METHODS, share
+from zero_rank import CHAMPIONS, CONFIG, METHODS, champion_nats, share
 
 from ptuning.load import load_backbone
 from ptuning.train.packed import train_pack
@@ -70,4 +70,9 @@ def test_every_method_trains_on_a_sharded_backbone_as_on_a_whole_one(
                     for key, values in tensors.items():
                         seen = sharded.pop(f"{name}/{one.user_key}/{member}/{key}")
                         torch.testing.assert_close(seen, values, atol=1e-5, rtol=0)
+        if rank == 1:
+            for name, (_, champion) in CHAMPIONS.items():
+                wanted = LocalDriver(backbone).run(champion_nats(backbone, champion))
+                seen = sharded.pop(f"champion/{name}").tolist()
+                assert seen == pytest.approx(wanted, abs=1e-4), name
         assert not sharded

@@ -5,17 +5,22 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tiny_backbones import user_rows
+from tiny_backbones import random_prefix, user_rows
 
+from ptuning.artifact import pack_prefix
+from ptuning.backbone import Backbone
+from ptuning.evaluate import score_split
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.train.config import TrainConfig, UserRows
+from ptuning.train.step import Machine
 
 P = 4
 CONFIG = TrainConfig(epochs=2, patience=None)
@@ -35,6 +40,28 @@ def share(rank: int) -> list[UserRows]:
         [user_rows("bob", 8, 2, words=P)],
     ]
     return users[rank]
+
+
+# What is trained, and another rank's champion that is scored meanwhile.
+CHAMPIONS: dict[str, tuple[Method, Method]] = {
+    "shallower": (METHODS["prefix"], METHODS["top layer, infix"]),
+    "deeper": (METHODS["top layer, infix"], METHODS["prefix"]),
+    "prompt": (METHODS["prefix"], PromptTuning(num_virtual_tokens=P)),
+    "keys and values": (PromptTuning(num_virtual_tokens=P), METHODS["prefix"]),
+}
+
+
+def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
+    """Nats of each row under a champion, scored several times over."""
+    prefix = random_prefix(backbone, method, seed=1)
+    around = prefix.arrangement(backbone.template)
+    rows = [around.row(row) for row in share(0)[0].train]
+    nats: list[float] = []
+    for _ in range(3):
+        pack = pack_prefix([prefix], backbone)
+        (losses,) = yield from score_split(backbone, [rows], pack, 40)
+        nats = list(losses.nats)
+    return nats
 
 
 def main() -> None:
@@ -58,6 +85,15 @@ def main() -> None:
                     f"{name}/{one.user_key}/{member}/{key}": values.contiguous()
                     for key, values in tensors.items()
                 }
+    for name, (method, champion) in CHAMPIONS.items():
+        machine: Any = (
+            train_pack(backbone, method, CONFIG, share(0))
+            if dist.get_rank() == 0
+            else champion_nats(backbone, champion)
+        )
+        result = LockstepDriver(backbone, method).run(machine)
+        if dist.get_rank() == 1:
+            trained[f"champion/{name}"] = torch.tensor(result, dtype=torch.float64)
     save_file(trained, f"{target}.{os.environ['RANK']}")
 
 

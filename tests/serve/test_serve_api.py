@@ -40,7 +40,7 @@ class World:
         self.backbone = backbone
         self.registry = MemoryRegistry()
         self.files = Files(self.registry, directory)
-        self.config = ServeConfig(max_length=64, max_tokens_limit=100, **settings)
+        self.config = ServeConfig(**{"max_length": 64, "max_tokens_limit": 100, **settings})
         self.service = Local(self.config, backbone, self.registry)
         app = make_app(self.config, MODEL, self.service, keys)
         self.client = httpx.AsyncClient(
@@ -322,12 +322,14 @@ def test_a_cancelled_call_frees_its_row(play: Play) -> None:
 
 def test_the_models_own_positions_bound_prefix_prompt_and_answer(play: Play) -> None:
     async def story(world: World) -> None:
-        world.files.promote(prefix_file(world.backbone, "alice", length=450))
-        assert (await world.post(user="alice", max_tokens=40)).status_code == 200
-        response = await world.post(user="alice", max_tokens=61)
+        world.files.promote(prefix_file(world.backbone, "alice", length=200))
+        long = "h" * 255
+        fine = await world.post(user="alice", prompt=long, max_tokens=40)
+        assert fine.status_code == 200, fine.text
+        response = await world.post(user="alice", prompt=long, max_tokens=61)
         check_error(response, 400, "context_length_exceeded", "max_tokens")
 
-    play(story)
+    play(story, max_length=300)
 
 
 def test_keys_decide_who_may_ask_as_whom(play: Play, tmp_path: Path) -> None:

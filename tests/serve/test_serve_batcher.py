@@ -108,8 +108,11 @@ class AnyOrder(RuleBasedStateMachine):
     def submit(self, tokens: int, rows: int) -> None:
         self.count += 1
         name = f"r{self.count}"
-        waiting = sum(count for _, _, count in self.queue)
-        if len(self.slots) + waiting + rows > self.ROWS + self.QUEUE:
+        free, beyond = self.ROWS - len(self.slots), 0
+        for _, _, count in [*self.queue, ("", 0, rows)]:
+            beyond += beyond > 0 or count > free
+            free -= count
+        if beyond > self.QUEUE:
             with pytest.raises(QueueFull):
                 self.batcher.submit(name, tokens, rows)
             return

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from serving import Heard, make_engine, started_of, text_of
-from tiny_backbones import FAMILIES, SEQ2SEQ, build
+from tiny_backbones import FAMILIES, SEQ2SEQ, build, random_prefix
 
-from ptuning.artifact import Prefix, PrefixMeta, make_prefix
-from ptuning.attention import EMBEDDINGS
+from ptuning.artifact import Prefix
 from ptuning.backbone import Backbone
 from ptuning.generate import generate
 from ptuning.methods.base import Method
@@ -19,7 +17,6 @@ from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.ready import make_ready
-from ptuning.types import user_key
 from serve.engine import HeldPrefix, Request
 from serve.events import PrefixInfo, Started
 
@@ -52,27 +49,6 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "mistral": lambda: small_window("mistral"),
     "gemma3": lambda: small_window("gemma3"),
 }
-
-
-def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
-    """A prefix of the method, far enough from zero to be heard."""
-    generator = torch.Generator().manual_seed(seed)
-    members = [
-        {
-            name: (2.0 if name == EMBEDDINGS else 1.0) * torch.randn(shape, generator=generator)
-            for name, shape in method.shapes(backbone.facts).items()
-        }
-        for _ in range(method.members)
-    ]
-    meta = PrefixMeta(
-        method=method.model_dump(),
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
-        user_key=user_key(f"user {seed}"),
-        layout="" if method.layout is None else method.layout.text,
-    )
-    return make_prefix(members, meta)
 
 
 def served(

@@ -272,19 +272,22 @@ def test_concurrent_requests_of_one_user_load_once_and_one_that_leaves_stops_nob
 
 def test_the_least_recently_used_prefix_goes_first(backbone: Backbone, tmp_path: Path) -> None:
     world = World(backbone, tmp_path, prefix_cache_mb=1)
-    size = prefix_file(backbone, "a", length=1500).kv[DECODER].numel() * 4
-    assert 2 * size <= 1_000_000 < 3 * size
-    users = ("a", "b", "c")
+    size = prefix_file(backbone, "a", length=200).kv[DECODER].numel() * 4
+    room = 1_000_000 // size
+    users = [f"user {number}" for number in range(room + 1)]
     for number, user in enumerate(users):
-        world.promote(user, length=1500, seed=number)
+        world.promote(user, length=200, seed=number)
+    *fitting, last = users
+    first, second = fitting[:2]
 
     async def story() -> None:
-        for user in ("a", "b", "a", "c", "a", "b"):
+        for user in (*fitting, first, last, first, second):
             await world.cache.get(user_key(user), "default")
 
     run(story())
-    assert [Path(uri).parent.name for uri in world.reads] == [user_key(u) for u in "abcb"]
-    assert world.cache.nbytes == 2 * size
+    read = [Path(uri).parent.name for uri in world.reads]
+    assert read == [user_key(user) for user in (*fitting, last, second)]
+    assert world.cache.nbytes == room * size
 
 
 def test_a_prefix_larger_than_the_cache_is_served_and_not_kept(

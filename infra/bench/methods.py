@@ -1,0 +1,522 @@
+"""How well do the tuning methods do, at how many parameters per user and how many seconds?
+
+    python -m infra.bench.methods --quick              one seed of five settings
+    python -m infra.bench.methods                      the grid: hours; start it again to resume
+    python -m infra.bench.methods --list               its cells and which are done
+    python -m infra.bench.methods --table              the Markdown table of the results file
+    python -m infra.bench.methods --learning-rates prompt ptuning-none    choose the defaults
+
+SmolLM2 on E2E (table to text, BLEU) and on LAMA's triples as a cloze (exact match), from few
+rows. Settings vary one thing at a time from Prefix Tuning with 10 virtual tokens. A cell is a
+task, a setting and a seed; its line is appended to the results file when it is finished, and
+cells whose line is there, with the same settings, are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import ptuning
+from infra.bench import records, tasks
+from infra.bench.records import Record, Results
+from ptuning.artifact import make_prefix, pack_prefix, training_digest
+from ptuning.backbone import Facts
+from ptuning.data.examples import arrange
+from ptuning.evaluate import score_split
+from ptuning.methods import AnyMethod
+from ptuning.methods.base import Method
+from ptuning.train.config import SPEED_ONLY, Trained
+from ptuning.train.packed import train_pack
+from ptuning.train.step import LocalDriver
+from ptuning.types import Example, user_key
+from ptuning.users import Recipe, meta_of, prepare
+
+BACKBONE = "smollm2"
+VERSION = 1  # of what a cell measures: another one makes every cell new
+RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
+RATES_RESULTS = Path(__file__).parent / "results" / "learning-rates.jsonl"
+# In a folder that git ignores.
+QUICK_RESULTS = Path(__file__).parents[2] / ".cache" / "bench" / "methods-quick.jsonl"
+
+EPOCHS, QUICK_EPOCHS = 5, 3
+QUICK = ("base", "prefix", "prefix-mlp", "prompt", "ptuning-mlp")
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+ENCODER_RATES = tuple(rate / 10 for rate in RATES)
+GENERATED_ROWS = 64  # that are generated in one batch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to tune; without a method: the base model. `only`: the task it makes sense on."""
+
+    name: str
+    label: str
+    method: AnyMethod | None = None
+    only: str | None = None
+
+    @property
+    def encoder(self) -> bool:
+        """Whether a network makes the prefix: its learning rates are smaller ones."""
+        if isinstance(self.method, ptuning.PTuning):
+            return self.method.encoder != "none"
+        return getattr(self.method, "encoder_hidden_size", None) is not None
+
+
+def _prefix(**changes: Any) -> ptuning.PrefixTuning:
+    return ptuning.PrefixTuning(**{"num_virtual_tokens": 10, **changes})
+
+
+def _prompt(**changes: Any) -> ptuning.PromptTuning:
+    return ptuning.PromptTuning(**{"num_virtual_tokens": 10, **changes})
+
+
+def _ptuning(encoder: str, template: str = "{p:5}{prompt}{p:5}{completion}") -> ptuning.PTuning:
+    return ptuning.PTuning(encoder=encoder, template=template)
+
+
+SETTINGS = (
+    Setting("base", "base model, no prefix"),
+    Setting("prefix", "prefix: 10 virtual tokens, direct, words", _prefix()),
+    Setting("prefix-p1", "prefix: 1 virtual token", _prefix(num_virtual_tokens=1)),
+    Setting("prefix-p20", "prefix: 20 virtual tokens", _prefix(num_virtual_tokens=20)),
+    Setting("prefix-random", "prefix: random init", _prefix(init="random")),
+    Setting("prefix-mlp", "prefix: MLP 512, words", _prefix(encoder_hidden_size=512)),
+    Setting(
+        "prefix-mlp-random",
+        "prefix: MLP 512, random init",
+        _prefix(encoder_hidden_size=512, init="random"),
+    ),
+    Setting("prefix-top", "prefix: top third of the layers (10 of 30)", _prefix(layers=10)),
+    Setting("prefix-embedding", "prefix: embedding only", _prefix(layers="embedding")),
+    Setting(
+        "prefix-embedding-infix",
+        "prefix: embedding only, infix",
+        _prefix(layers="embedding", placement="infix"),
+    ),
+    Setting("prefix-infix", "prefix: infix", _prefix(placement="infix")),
+    Setting("prompt", "prompt: 10 virtual tokens, text init", _prompt()),
+    Setting("prompt-p20", "prompt: 20 virtual tokens", _prompt(num_virtual_tokens=20)),
+    Setting("prompt-vocab", "prompt: vocabulary init", _prompt(init="vocab")),
+    # Completions of E2E are sentences, no labels.
+    Setting("prompt-labels", "prompt: answers as init", _prompt(init="labels"), only="lama"),
+    Setting("prompt-random", "prompt: random init", _prompt(init="random")),
+    Setting("prompt-ensemble", "prompt: ensemble of 5", _prompt(ensemble=5)),
+    Setting("ptuning-mlp", "p-tuning: MLP, 5 before and 5 after the prompt", _ptuning("mlp")),
+    Setting("ptuning-lstm", "p-tuning: LSTM", _ptuning("lstm")),
+    Setting("ptuning-none", "p-tuning: no encoder", _ptuning("none")),
+    Setting(
+        "ptuning-front",
+        "p-tuning: MLP, 10 before the prompt",
+        _ptuning("mlp", "{p:10}{prompt}{completion}"),
+    ),
+    Setting(
+        "ptuning-anchor",
+        "p-tuning: no encoder, anchor 'Answer:'",
+        _ptuning("none", "{p:5}{prompt}{p:5} Answer:{completion}"),
+        only="lama",
+    ),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement. `asks`: also on test rows, loss and answers."""
+
+    task: str
+    setting: Setting
+    seed: int
+    sizes: tasks.Sizes
+    epochs: int
+    learning_rate: float | None = None  # None: the method's default
+    asks: bool = True
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.learning_rate is None else f"@{self.learning_rate:g}"
+        return f"{self.task}/{self.setting.name}{rate}/{self.seed}"
+
+    @cached_property
+    def train(self) -> ptuning.TrainConfig | None:
+        if self.setting.method is None:
+            return None
+        return ptuning.TrainConfig(
+            epochs=self.epochs,
+            batch_size=8,
+            learning_rate=self.learning_rate or self.setting.method.default_learning_rate,
+            patience=None,
+            seed=self.seed,
+            pack_users=len(tasks.RELATIONS),
+        )
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """All that decides the result, the seed apart."""
+        method, train = self.setting.method, self.train
+        return self._measured | {
+            "method": method.model_dump(mode="json") if method else None,
+            "train": (
+                train.model_dump(mode="json", exclude={*SPEED_ONLY, "seed"}) if train else None
+            ),
+        }
+
+    @property
+    def _measured(self) -> dict[str, Any]:
+        sizes = vars(self.sizes)
+        if self.setting.method is None:  # nothing is learned from train rows
+            sizes = {**sizes, "train": 0}
+        return {
+            "version": VERSION,
+            "backbone": BACKBONE,
+            "task": self.task,
+            "template": tasks.SPECS[self.task].template,
+            "max_new_tokens": tasks.SPECS[self.task].max_new_tokens,
+            "users": list(tasks.RELATIONS) if self.task == "lama" else ["e2e"],
+            "rows": sizes,
+            "asks": self.asks,
+        }
+
+    @cached_property
+    def group(self) -> str:
+        """The digest of what is set here, the seed apart. Not of the library's defaults: a field
+        that it gains must not make hours of cells new. `is_done` looks at the defaults."""
+        own: list[dict[str, Any]] = [
+            {} if one is None else one.model_dump(mode="json", exclude_unset=True)
+            for one in (self.setting.method, self.train)
+        ]
+        own[1] = {
+            name: value for name, value in own[1].items() if name not in {*SPEED_ONLY, "seed"}
+        }
+        kind = self.setting.method.type if self.setting.method else None
+        return training_digest(self._measured, kind, *own)
+
+    @cached_property
+    def digest(self) -> str:
+        return training_digest(self.group, self.seed)
+
+    def is_done(self, found: Sequence[Record]) -> bool:
+        return any(
+            one["digest"] == self.digest and records.agree(one, self.config) for one in found
+        )
+
+
+def grid(chosen: Sequence[str], seeds: int) -> Iterator[Cell]:
+    """All cells; a seed of everything before the next one, so that early figures are whole."""
+    for seed in range(seeds):
+        for task in chosen:
+            for setting in SETTINGS:
+                # Nothing of the base model is drawn: it has one cell.
+                if setting.only in (None, task) and (setting.method or seed == 0):
+                    yield Cell(task, setting, seed, tasks.SPECS[task].full, EPOCHS)
+
+
+def quick_grid(chosen: Sequence[str]) -> Iterator[Cell]:
+    for task in chosen:
+        for name in QUICK:
+            yield Cell(task, BY_NAME[name], 0, tasks.SPECS[task].quick, QUICK_EPOCHS)
+
+
+def sweep(chosen: Sequence[str], names: Sequence[str]) -> Iterator[Cell]:
+    """Every learning rate of the named settings: one seed, validation only, so that the test
+    rows choose nothing."""
+    for task in chosen:
+        for setting in (BY_NAME[name] for name in names):
+            if setting.method is None or setting.only not in (None, task):
+                continue
+            for rate in ENCODER_RATES if setting.encoder else RATES:
+                sizes = tasks.SPECS[task].full
+                yield Cell(task, setting, 0, sizes, EPOCHS, learning_rate=rate, asks=False)
+
+
+@dataclass
+class Bench:
+    """What cells share: the models (one per template) and the tasks' rows, read when needed."""
+
+    data: Path
+    dtype: str
+    threads: int
+    _backbones: dict[str, ptuning.Backbone] = field(default_factory=dict)
+    _pools: dict[str, tasks.Pool] = field(default_factory=dict)
+
+    def backbone(self, task: str) -> ptuning.Backbone:
+        template = tasks.SPECS[task].template
+        if template not in self._backbones:
+            one = ptuning.load_backbone(BACKBONE, dtype=self.dtype, template=template)
+            self._backbones[template] = one
+            self.dtype = str(one.dtype).removeprefix("torch.")  # one for all cells
+        return self._backbones[template]
+
+    def rows(self, cell: Cell) -> tasks.Rows:
+        if cell.task not in self._pools:
+            self._pools[cell.task] = tasks.read_pool(cell.task, self.data)
+        return tasks.draw_rows(self._pools[cell.task], cell.sizes, cell.seed)
+
+    def measure(self, cell: Cell) -> Record:
+        """Run one cell: train its users in one pack, score, answer."""
+        begin = time.monotonic()
+        backbone, rows = self.backbone(cell.task), self.rows(cell)
+        start, start_cpu = time.monotonic(), time.process_time()
+        trained, prefixes = train(backbone, cell, rows)
+        seconds = {
+            "train": time.monotonic() - start,
+            # With one thread this hardly depends on what else the machine is doing.
+            "train_cpu": time.process_time() - start_cpu,
+        }
+        failed = {one.user_key: one.error for one in trained if one.error}
+        start = time.monotonic()
+        loss: dict[str, float | None] = {"valid": None, "test": None}
+        answered: dict[str, float] = {}
+        if not failed:
+            loss["valid"] = mean_nll(backbone, valid_rows(rows), prefixes)
+            if cell.asks:
+                asked = {user: tasks.scored_rows(own) for user, own in rows.test.items()}
+                loss["test"] = mean_nll(backbone, asked, prefixes)
+                answered = answer(backbone, cell, rows, prefixes)
+        seconds["evaluate"] = time.monotonic() - start
+        seconds["total"] = time.monotonic() - begin
+        tokens = sum(one.tokens for one in trained)
+        method = cell.setting.method
+        return {
+            "name": cell.name,
+            "task": cell.task,
+            "setting": cell.setting.name,
+            "label": cell.setting.label,
+            "seed": cell.seed,
+            "loss": loss,
+            **answered,
+            **({"failed": failed} if failed else {}),
+            "parameters": parameters_of(method, backbone.facts) if method else 0,
+            "values_kept": values_of(method, backbone.facts) if method else 0,
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "tokens_trained": tokens,
+            "tokens_per_second": round(tokens / seconds["train"], 1) if tokens else None,
+            "resets": sum(one.resets for one in trained),
+            "history": [one.history for one in trained],
+            **cell.config,
+            "fingerprint": backbone.fingerprint,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "machine": records.machine(self.threads),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "ptuning": ptuning.__version__,
+            },
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "group": cell.group,
+            "digest": cell.digest,
+        }
+
+
+Prefixes = dict[str, ptuning.Prefix | None]
+
+
+def train(
+    backbone: ptuning.Backbone, cell: Cell, rows: tasks.Rows
+) -> tuple[list[Trained], Prefixes]:
+    """What `ptuning.tune` does, keeping the counts of steps, tokens and new starts, and choosing
+    the best epoch whatever the number of validation tokens."""
+    method, config = cell.setting.method, cell.train
+    if method is None or config is None:
+        return [], dict.fromkeys(rows.examples)
+    recipe = Recipe(method, config, min_valid_tokens=0)
+    examples = {user: arrange(own) for user, own in rows.examples.items()}
+    ready = [
+        prepare(backbone.template, recipe, user_key(user), own) for user, own in examples.items()
+    ]
+    trained = LocalDriver(backbone).run(train_pack(backbone, method, config, ready))
+    prefixes: Prefixes = {}
+    for (user, own), one in zip(examples.items(), trained, strict=True):
+        meta = meta_of(backbone, recipe, user_key(user), own)
+        prefixes[user] = make_prefix(one.members, meta) if one.members else None
+    return trained, prefixes
+
+
+def valid_rows(rows: tasks.Rows) -> dict[str, list[Example]]:
+    return {
+        user: [one for one in own if one.split == "valid"] for user, own in rows.examples.items()
+    }
+
+
+def mean_nll(
+    backbone: ptuning.Backbone, rows: dict[str, list[Example]], prefixes: Prefixes
+) -> float:
+    """Nats per completion token over the tokens of all users' rows, each under its prefix."""
+    held = [one for one in prefixes.values() if one is not None]
+    encoded = [[ptuning.encode(backbone, one) for one in own] for own in rows.values()]
+    members = 1
+    if held:
+        around = held[0].arrangement(backbone.template)
+        encoded = [[around.row(row) for row in own] for own in encoded]
+        members = len(held[0].members)
+    pack = pack_prefix(held, backbone) if held else None
+    losses = LocalDriver(backbone).run(score_split(backbone, encoded, pack, 1024, members))
+    nats = sum(sum(own.nats) for own in losses)
+    return nats / sum(sum(own.tokens) for own in losses)
+
+
+def answer(
+    backbone: ptuning.Backbone, cell: Cell, rows: tasks.Rows, prefixes: Prefixes
+) -> dict[str, float]:
+    """Greedy answers to the test questions, scored."""
+    spec = tasks.SPECS[cell.task]
+    asked = [(prefixes[user], one) for user, own in rows.test.items() for one in own]
+    members = cell.setting.method.members if cell.setting.method else 1
+    size = max(1, GENERATED_ROWS // members)
+    given: list[str] = []
+    for at in range(0, len(asked), size):
+        part = asked[at : at + size]
+        given += ptuning.generate(
+            backbone,
+            [one.prompt for _, one in part],
+            [prefix for prefix, _ in part],
+            max_new_tokens=spec.max_new_tokens,
+        )
+    scores = tasks.scores(spec.metric, given, [one.answers for _, one in asked])
+    if spec.metric == "exact_match" and cell.setting.method is None:
+        scores["commonest_match"] = round(tasks.commonest_match(rows), 4)
+    return scores
+
+
+def parameters_of(method: Method, facts: Facts) -> int:
+    """Trained parameters of one user."""
+    start = {name: torch.zeros(shape) for name, shape in method.shapes(facts).items()}
+    initial = method.initial(facts, start if method.start_ids != "none" else None, seed=0)
+    return method.members * sum(values.numel() for values in initial.trained.values())
+
+
+def values_of(method: Method, facts: Facts) -> int:
+    """Values in one user's prefix file."""
+    sizes = [torch.Size(shape).numel() for shape in method.shapes(facts).values()]
+    return method.members * sum(sizes)
+
+
+def run(cells: Sequence[Cell], results: Results, bench: Bench) -> None:
+    """Measure the cells that the results file does not have."""
+    todo = [cell for cell in cells if not cell.is_done(results.records)]
+    print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done", flush=True)
+    # A bar on a terminal; elsewhere the lines are enough.
+    bar = tqdm(todo, unit="cell", disable=None, file=sys.stdout)
+    for at, cell in enumerate(bar):
+        bar.set_description(cell.name)
+        record = bench.measure(cell)
+        results.append(record)
+        rest = [(one.task, one.setting.name) for one in todo[at + 1 :]]
+        left = records.seconds_left(rest, results.records)
+        about = "" if left is None or not rest else f"; {len(rest)} left, about {left / 60:.0f} min"
+        bar.write(f"{records.cell_line(record)}{about}", file=sys.stdout)
+        sys.stdout.flush()
+
+
+def list_cells(cells: Sequence[Cell], found: Sequence[Record]) -> str:
+    done = [cell.is_done(found) for cell in cells]
+    lines = [f"{'done' if ok else '-':5s}{cell.name}" for cell, ok in zip(cells, done, strict=True)]
+    return "\n".join([*lines, f"{sum(done)} of {len(cells)} done"])
+
+
+def chosen_cells(options: argparse.Namespace) -> list[Cell]:
+    if options.learning_rates:
+        cells = list(sweep(options.tasks, options.learning_rates))
+    elif options.quick:
+        cells = list(quick_grid(options.tasks))
+    else:
+        cells = list(grid(options.tasks, options.seeds))
+    rows = {"train": options.train_rows, "valid": options.valid_rows}
+    changed = {split: count for split, count in rows.items() if count}
+    cells = [replace(cell, sizes=replace(cell.sizes, **changed)) for cell in cells]
+    if options.epochs:
+        cells = [replace(cell, epochs=options.epochs) for cell in cells]
+    return [cell for cell in cells if re.search(options.only, cell.name)]
+
+
+def results_path(options: argparse.Namespace) -> Path:
+    given: Path | None = options.results
+    if given:
+        return given
+    if options.learning_rates:
+        return RATES_RESULTS
+    return QUICK_RESULTS if options.quick else RESULTS
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=tasks.shared_data(), help="the data's folder")
+    parser.add_argument("--results", type=Path, help="results file (JSON lines)")
+    parser.add_argument("--tasks", nargs="+", choices=[*tasks.SPECS], default=[*tasks.SPECS])
+    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose name matches")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train-rows", type=int, help="instead of the task's number")
+    parser.add_argument("--valid-rows", type=int, help="instead of the task's number")
+    parser.add_argument("--epochs", type=int, help="instead of the grid's number")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the backbone; auto: the results file's, else measured"
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="one seed of five settings, few rows")
+    mode.add_argument(
+        "--learning-rates", nargs="+", choices=[*BY_NAME], metavar="SETTING", help="sweep these"
+    )
+    parser.add_argument("--list", action="store_true", help="list the cells and stop")
+    parser.add_argument("--table", action="store_true", help="print the results' table and stop")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results and stop")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    path = results_path(options)
+    cells = chosen_cells(options)
+    if options.list or options.table or options.plot:
+        found, message = records.read_records(path)
+        if message:
+            print(message, file=sys.stderr)
+        if options.list:
+            print(list_cells(cells, found))
+        if options.table:
+            print(tables(options, found), end="")
+        if options.plot:
+            records.plot(found, options.plot)
+        return 0
+    if reason := tasks.absent(options.data, options.tasks):
+        print(f"skipped: {reason}")
+        return 0
+    torch.set_num_threads(options.threads)
+    try:
+        results = Results(path)
+    except BlockingIOError:
+        print(f"another process is writing to {path}", file=sys.stderr)
+        return 1
+    try:
+        if results.message:
+            print(results.message, flush=True)
+        measured = results.records[-1]["dtype"] if results.records else "auto"
+        dtype = measured if options.dtype == "auto" else options.dtype
+        run(cells, results, Bench(options.data, dtype, options.threads))
+        print(tables(options, results.records), end="")
+    finally:
+        results.close()
+    return 0
+
+
+def tables(options: argparse.Namespace, found: Sequence[Record]) -> str:
+    if options.learning_rates:
+        return records.rates_table(found)
+    return records.table(found, [*BY_NAME])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""A user's examples made ready: the words that a prefix starts from, and what may start one."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_backbones import FAMILIES, build, random_prefix
+
+from ptuning.data.examples import arrange
+from ptuning.errors import DataError, WrongMethod
+from ptuning.methods.base import Method
+from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.prompt import PromptTuning
+from ptuning.methods.ptuning import PTuning
+from ptuning.train.config import TrainConfig
+from ptuning.types import Example
+from ptuning.users import Recipe, identity, prepare, warm_start
+
+BACKBONE = build(FAMILIES["llama"]())
+TEMPLATE = BACKBONE.template
+
+
+def rows(answers: list[str], **more: str) -> list[Example]:
+    examples = [
+        Example(prompt=f"q {n}", completion=answers[n % len(answers)], **more) for n in range(10)
+    ]
+    return arrange(examples)
+
+
+def words_of(method: Method, examples: list[Example]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ready = prepare(TEMPLATE, Recipe(method, TrainConfig()), "u", examples)
+    return ready.words, ready.spans
+
+
+def test_every_member_starts_from_the_labels_and_draws_the_rest_for_itself() -> None:
+    method = PromptTuning(num_virtual_tokens=4, init="labels", ensemble=3)
+    words, spans = words_of(method, rows(["yes sir", "no"]))
+    assert len(spans) == 12
+    pieces, at = [], 0
+    for span in spans:
+        pieces.append(words[at : at + span])
+        at += span
+    members = [pieces[n : n + 4] for n in (0, 4, 8)]
+    labels = {tuple(TEMPLATE.ids("yes sir")), tuple(TEMPLATE.ids("no"))}
+    for member in members:
+        assert set(member[:2]) == labels
+        assert all(len(drawn) == 1 for drawn in member[2:])
+    assert len({tuple(member[2:]) for member in members}) == 3, "each draws its own"
+
+
+def test_drawn_tokens_are_no_special_ones_and_depend_on_the_user_alone() -> None:
+    method = PromptTuning(num_virtual_tokens=50, init="vocab")
+    first, _ = words_of(method, rows(["yes"]))
+    assert first == words_of(method, rows(["no"]))[0], "rows do not matter"
+    assert not set(first) & set(TEMPLATE.tokenizer.all_special_ids)
+    other = prepare(TEMPLATE, Recipe(method, TrainConfig()), "v", rows(["yes"]))
+    assert other.words != first
+
+
+def test_words_come_from_the_rows_then_the_configuration_then_the_answers() -> None:
+    def first(method: Method, examples: list[Example]) -> str:
+        return TEMPLATE.decode(words_of(method, examples)[0][:2])
+
+    told = PrefixTuning(num_virtual_tokens=2, init_text="over there")
+    plain = PrefixTuning(num_virtual_tokens=2)
+    assert first(told, rows(["yes"], init_words="hello you")) == TEMPLATE.decode(
+        TEMPLATE.ids("hello you")[:2]
+    )
+    assert first(told, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("over there")[:2])
+    assert first(plain, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("yes")[:2])
+    with pytest.raises(DataError, match="no tokens"):
+        words_of(PrefixTuning(init_text=""), rows(["yes"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "other"),
+    [
+        (PromptTuning(num_virtual_tokens=4), PTuning(template="{p:4}{prompt} so", encoder="none")),
+        (PrefixTuning(num_virtual_tokens=4), PrefixTuning(num_virtual_tokens=4, placement="infix")),
+        (PrefixTuning(num_virtual_tokens=4), PrefixTuning(num_virtual_tokens=4, layers=1)),
+        (PromptTuning(num_virtual_tokens=4), PromptTuning(num_virtual_tokens=4, ensemble=2)),
+    ],
+    ids=["template", "placement", "layers", "members"],
+)
+def test_only_a_prefix_of_the_same_kind_starts_a_training(method: Method, other: Method) -> None:
+    recipe = Recipe(method, TrainConfig())
+    own = random_prefix(BACKBONE, method, seed=1)
+    assert len(warm_start(recipe, BACKBONE, own)) == method.members
+    with pytest.raises(WrongMethod, match="not of the kind"):
+        warm_start(recipe, BACKBONE, random_prefix(BACKBONE, other, seed=1))
+
+
+def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(PromptTuning(), TrainConfig())
+    before = identity(recipe, "f", "t", "u", "d")
+    assert before == identity(recipe, "f", "t", "u", "d")
+    monkeypatch.setattr(PromptTuning, "default_learning_rate", 0.123)
+    assert identity(recipe, "f", "t", "u", "d") != before
