@@ -98,8 +98,15 @@ def load_config(
     if file is not None:
         _merge(tree, _read_yaml(file))
     for name, value in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(_ENVIRONMENT) and "__" in name and name not in _NOT_CONFIG:
+        if name.startswith(_ENVIRONMENT) and name not in _NOT_CONFIG:
             path = name.removeprefix(_ENVIRONMENT).lower().split("__")
+            if len(path) == 1:
+                raise ConfigError(
+                    "an environment variable that sets nothing",
+                    seen=name,
+                    expected=f"{_ENVIRONMENT}SECTION__KEY, with two underscores",
+                    fix="correct its name, or unset it",
+                )
             _put(tree, path, _parse(path, value), name)
     for setting in settings:
         key, equals, value = setting.partition("=")

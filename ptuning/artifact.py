@@ -233,6 +233,7 @@ class Prefix:
                     "the prefix's stacks, layers or sizes do not fit the backbone and its method",
                     seen=seen,
                     expected=expected,
+                    fix="load the backbone it was trained on, or train the user on this one",
                 )
             for name, values in member.items():
                 if not bool(torch.isfinite(values).all()):
@@ -267,6 +268,7 @@ class Prefix:
                 "the prefix is not what its method makes",
                 seen=f"layout {self.meta.layout!r}, {len(self.members)} members",
                 expected=f"layout {layout!r}, {method.members} members",
+                fix="restore the file from a backup or train the user again",
             )
 
     def _expected_shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:

@@ -302,6 +302,7 @@ class Backbone:
             seen=f"{type(self.model).__name__}, shapes (H, D): {sorted(shapes)}",
             expected="one shape in all layers of a stack, for instance Llama, Qwen, Mistral, "
             "Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5",
+            fix="use another backbone",
         )
 
     def _decoder_start(self) -> int:

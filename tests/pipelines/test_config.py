@@ -120,3 +120,9 @@ def test_method_errors_are_configuration_errors_that_name_the_key(
     with pytest.raises(ConfigError) as caught:
         load_config(None, sets, {})
     assert told in str(caught.value)
+
+
+def test_an_environment_variable_with_one_underscore_too_few_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="two underscores"):
+        load_config(None, [], {"PTUNING_TRAIN_EPOCHS": "9"})
+    load_config(None, [], {"PTUNING_CACHE": "/somewhere", "PATH": "/bin"})

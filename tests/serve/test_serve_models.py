@@ -156,8 +156,9 @@ def test_the_engine_says_what_the_library_generates_with_a_real_model() -> None:
         if text is None:
             prefixes.append(None)
             continue
-        kv, _ = backbone.capture(torch.tensor([backbone.template.ids(text)]))
-        meta = prefix_file(backbone, f"u{number}").meta
+        ids = backbone.template.ids(text)
+        kv, _ = backbone.capture(torch.tensor([ids]))
+        meta = prefix_file(backbone, f"u{number}", length=len(ids)).meta
         prefixes.append(Prefix({DECODER: kv[DECODER][0]}, meta))
     wanted = generate(backbone, prompts, prefixes, max_new_tokens=24)
     assert through_engine(backbone, prompts, prefixes, 24) == wanted
