@@ -32,6 +32,7 @@ from ptuning.registry import RegistryConfig, registry_uri
 from ptuning.store import Store
 from serve.auth import Keys, check_exposure
 from serve.config import ServeConfig
+from serve.ports import free_port
 from serve.replica import EngineReplica, HttpReplica
 
 log = logging.getLogger("ptuning.serve")
@@ -183,17 +184,19 @@ def run(
 def _free_port(config: ServeConfig) -> int:
     """The configured port if it is free, any free one for 0. Raises ServeError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        if not config.port:
+            return free_port(config.host)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ServeError(
-                "the service cannot listen there",
-                seen=f"{config.host}:{config.port}: {error.strerror}",
-                fix="stop what uses that port, or set serve.port",
-            ) from error
-        return int(probe.getsockname()[1])
+            return config.port
+    except OSError as error:
+        raise ServeError(
+            "the service cannot listen there",
+            seen=f"{config.host}:{config.port}: {error.strerror}",
+            fix="stop what uses that port, or set serve.port",
+        ) from error
 
 
 def _deploy(config: ServeConfig, application: ray.serve.Application) -> None:

