@@ -224,8 +224,7 @@ class Prefix:
                 expected=backbone.template.digest[:12],
                 fix="load the backbone with the template of the training (data.template)",
             )
-        self._check_method(backbone.facts)
-        expected = self._expected_shapes(backbone.facts)
+        expected = self._checked_method(backbone.facts).shapes(backbone.facts)
         for member in self.members:
             seen = {name: tuple(values.shape) for name, values in member.items()}
             if seen != expected:
@@ -251,7 +250,8 @@ class Prefix:
                 expected="settings of " + ", ".join(_METHODS),
             ) from error
 
-    def _check_method(self, facts: Facts) -> None:
+    def _checked_method(self, facts: Facts) -> Method:
+        """The method, which this backbone can do and which makes prefixes like this one."""
         method = self._method()
         try:
             method.check(facts)
@@ -270,9 +270,7 @@ class Prefix:
                 expected=f"layout {layout!r}, {method.members} members",
                 fix="restore the file from a backup or train the user again",
             )
-
-    def _expected_shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
-        return self._method().shapes(facts)
+        return method
 
 
 def write_file(target: Path, data: bytes) -> Path:

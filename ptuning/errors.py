@@ -105,10 +105,6 @@ class WrongMethod(ArtifactError):
     """The prefix was made by a method or format this version cannot apply."""
 
 
-class TrainingError(PTuningError):
-    """One user's training failed; neighbours are unaffected."""
-
-
 class RegistryError(PTuningError):
     """The model registry refused, cannot be reached, or holds something unexpected."""
 

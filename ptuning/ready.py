@@ -54,12 +54,6 @@ class ReadyPrefix:
         return self.members[0].length
 
     @property
-    def virtual_tokens(self) -> int:
-        """Positions that the prefix takes beside real tokens, wherever they are."""
-        at_input = sum(token < 0 for token in (*self.around.before, *self.around.after))
-        return self.length + at_input
-
-    @property
     def nbytes(self) -> int:
         return sum(member.nbytes for member in self.members)
 

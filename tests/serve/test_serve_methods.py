@@ -90,12 +90,12 @@ def served(
     return [text_of(own) for own in events]
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-@pytest.mark.parametrize("kind", ["eager", "sdpa"])
-def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -> None:
-    backbone = build(CAUSAL[family](), kind)
+def asked_alone(
+    backbone: Backbone, methods: dict[str, Method]
+) -> tuple[list[str], list[Prefix | None], list[str]]:
+    """Prompts, a prefix of each method (and none), and what each prompt alone is answered."""
     prefixes: list[Prefix | None] = [
-        random_prefix(backbone, method, seed) for seed, method in enumerate(METHODS.values())
+        random_prefix(backbone, method, seed) for seed, method in enumerate(methods.values())
     ]
     prefixes.append(None)
     prompts = [f"what is number {n} " * (1 + n % 3) for n in range(len(prefixes))]
@@ -104,9 +104,17 @@ def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
     assert generate(backbone, prompts, prefixes, max_new_tokens=8) == alone
+    assert len(set(alone)) > len(alone) // 2, "the prefixes make a difference"
+    return prompts, prefixes, alone
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -> None:
+    backbone = build(CAUSAL[family](), kind)
+    prompts, prefixes, alone = asked_alone(backbone, METHODS)
     assert served(backbone, prompts, prefixes, 8, max_rows=24, prefill_tokens=10_000) == alone
     assert served(backbone, prompts, prefixes, 8, max_rows=5) == alone  # in and out all the time
-    assert len(set(alone)) > len(alone) // 2, "the prefixes make a difference"
 
 
 TO_SEQ2SEQ: dict[str, Method] = {
@@ -124,15 +132,5 @@ def test_an_encoder_decoder_model_answers_many_users_at_once(family: str) -> Non
     config: Any = SEQ2SEQ[family]()
     config.decoder_start_token_id = 5  # from its end token a random model says nothing more
     backbone = build(config, "eager")
-    prefixes: list[Prefix | None] = [
-        random_prefix(backbone, method, seed) for seed, method in enumerate(TO_SEQ2SEQ.values())
-    ]
-    prefixes.append(None)
-    prompts = [f"what is number {n} " * (1 + n % 3) for n in range(len(prefixes))]
-    alone = [
-        generate(backbone, [prompt], [prefix], max_new_tokens=8)[0]
-        for prompt, prefix in zip(prompts, prefixes, strict=True)
-    ]
-    assert generate(backbone, prompts, prefixes, max_new_tokens=8) == alone
+    prompts, prefixes, alone = asked_alone(backbone, TO_SEQ2SEQ)
     assert served(backbone, prompts, prefixes, 8, max_rows=3) == alone
-    assert len(set(alone)) > len(alone) // 2, "the prefixes make a difference"
