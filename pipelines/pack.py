@@ -231,9 +231,8 @@ def _leave_out_too_long(backbone: Backbone, member: _Member, other: Prefix | Non
 
     def fits(row: Encoded, prefix: Prefix | None) -> bool:
         around = Arrangement() if prefix is None else prefix.arrangement(backbone.template)
-        inside = bool(prefix and prefix.kv) and backbone.facts.decoder_start_id is None
-        own = prefix.num_virtual_tokens if prefix and inside else 0
-        return own + positions_of(around.row(row), backbone.facts) <= limit
+        shapes = {} if prefix is None else {stack: kv.shape for stack, kv in prefix.kv.items()}
+        return positions_of(around.row(row), backbone.facts, shapes) <= limit
 
     if member.champion and not all(fits(row, member.champion) for row in rows.valid):
         member.champion = None

@@ -169,11 +169,16 @@ class AttentionCall:
 
 
 class Place(NamedTuple):
-    """Where an attention module stands: its stack, its layer there, and how many there are."""
+    """Where an attention module stands: its stack, its layer there, and how many there are.
+
+    `before`, `[heads, N]`, is what a head adds to the score of a virtual token n places before
+    the one that looks (from N-1 on it stays the same); None: nothing.
+    """
 
     stack: str
     layer: int
     layers: int
+    before: Tensor | None = None
 
     @property
     def below_top(self) -> int:
@@ -187,12 +192,14 @@ class AttentionContext:
 
     `index`, Long `[R, T]`, is each token's number among its row's real tokens (None: its column,
     as in an encoder-decoder model, whose stacks have rows of their own lengths); `after`, Long
-    `[R]`, the first of them that sees the prefix (None: all do). `cached`: prefixes that lie in
-    the cache's first columns already.
+    `[R]`, the first of them that sees the prefix (None: all do). `answer_positions`, Long
+    `[R, S]`: where an encoder-decoder model's answer stands. `cached`: prefixes that lie in the
+    cache's first columns already.
     """
 
     prefix: RowPrefix | None = None
     index: Tensor | None = None
+    answer_positions: Tensor | None = None
     after: Tensor | None = None
     cached: CachedPrefix | None = None
     capture: bool = False
@@ -216,7 +223,7 @@ class AttentionContext:
 
     def widened(self, mask: Tensor, prefix: RowPrefix, window: int | None, place: Place) -> Tensor:
         """The layer's mask `[R, 1, T, S]` widened by P columns; made once per mask, not layer."""
-        key = (id(mask), (window, place) if place.stack in prefix.depths else window)
+        key = (id(mask), (window, place[:2]) if place.stack in prefix.depths else window)
         made = self._masks.get(key)
         if made is not None and made[0] is mask:
             return made[1]
@@ -290,9 +297,15 @@ def _hidden(mask: Tensor) -> float | bool:
     return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
 
 
-def layer_of(module: nn.Module) -> Place:
-    """The place that `mark_layer` gave this attention module."""
+def place_of(module: nn.Module) -> Place | None:
+    """The place that `mark_layer` gave a module, if it gave one."""
     place: Place | None = getattr(module, _LAYER, None)
+    return place
+
+
+def layer_of(module: nn.Module) -> Place:
+    """The place of an attention module."""
+    place = place_of(module)
     if place is None:
         raise UnsupportedModel(
             "an attention module was called that was not seen when the backbone was loaded",
@@ -301,9 +314,9 @@ def layer_of(module: nn.Module) -> Place:
     return place
 
 
-def mark_layer(module: nn.Module, stack: str, layer: int, layers: int) -> None:
+def mark_layer(module: nn.Module, place: Place) -> None:
     """Give an attention module its place: encoder and decoder layers share layer indices."""
-    setattr(module, _LAYER, Place(stack, layer, layers))
+    setattr(module, _LAYER, place)
 
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -367,13 +380,26 @@ def _prepend(
         )
     kv = layers[len(layers) - 1 - place.below_top]  # [R, 2, H, P, D]
     context.used.add(place[:2])
-    if kwargs.get("position_bias") is not None:  # virtual tokens have no place: no bias
-        kwargs["position_bias"] = functional.pad(kwargs["position_bias"], (prefix.length, 0))
+    bias = kwargs.get("position_bias")  # [1, heads, T, S]
+    if bias is not None:
+        kwargs["position_bias"] = _biased_before(bias, prefix.length, place.before)
     return (
         torch.cat([kv[:, 0], key], dim=2),
         torch.cat([kv[:, 1], value], dim=2),
         context.widened(attention_mask, prefix, kwargs.get("sliding_window"), place),
     )
+
+
+def _biased_before(bias: Tensor, length: int, before: Tensor | None) -> Tensor:
+    """A bias by relative position `[1, heads, T, S]`, widened by P virtual tokens that end where
+    the real ones begin. Shorter prefixes are padded on the left, so a column is as far from a
+    token in every row."""
+    if before is None:
+        return functional.pad(bias, (length, 0))
+    tokens = torch.arange(bias.shape[-2], device=bias.device)[:, None]
+    columns = torch.arange(length, device=bias.device) - length
+    distances = (tokens - columns).clamp_max(before.shape[-1] - 1)  # [T, P]
+    return torch.cat([before[:, distances][None], bias], dim=-1)
 
 
 def _full_sdpa_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -1,14 +1,13 @@
 """The frozen language model: loaded once, never changed, called through one seam.
 
 `Backbone` is what everything else talks to. Its three calls (`token_nll`, `capture`,
-`step`) all go through `FrozenPass`, one module whose forward DeepSpeed can shard.
+`step`) all go through one module, frozen_pass.py's, which DeepSpeed can shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +29,12 @@ from ptuning.attention import (
     AttentionContext,
     CachedPrefix,
     PackPrefix,
+    Place,
     RowPrefix,
 )
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import BackboneChanged, UnsupportedModel
+from ptuning.frozen_pass import FrozenPass
 from ptuning.types import Config
 
 # The stacks of attention layers. A causal model has the decoder alone.
@@ -90,6 +91,15 @@ class Facts:
         facts = self.stacks[stack]
         return (layers or facts.layers, 2, facts.heads, num_virtual_tokens, facts.head_dim)
 
+    def positions(self, prompt: int, answer: int, kv: Mapping[str, Sequence[int]]) -> int:
+        """How many positions a prompt and its answer take behind a prefix, whose keys and values
+        have these shapes `(K, 2, H, P, D)` by stack: real tokens of the decoder come after its
+        virtual ones. An encoder-decoder model has positions for each half."""
+        inside = kv[DECODER][3] if DECODER in kv else 0
+        if self.decoder_start_id is None:
+            return inside + prompt + answer
+        return max(prompt, inside + answer)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -116,84 +126,6 @@ class Batch:
             if (value := getattr(self, name)) is not None
         }
         return Batch(**moved)
-
-
-class FrozenPass(nn.Module):
-    """One forward pass of the frozen model: the only module that is ever called or sharded.
-
-    Logits are computed where they are asked for and nowhere else: a hook on the output
-    embedding picks the hidden states, so whatever a model does after it (scaling, soft caps)
-    still happens.
-    """
-
-    def __init__(self, model: nn.Module, *, always_embed: bool = False) -> None:
-        """`always_embed`: look embeddings up here in every call, so that the ranks of a sharded
-        model visit its modules in one order whatever each of them computes."""
-        super().__init__()
-        self._always_embed = always_embed
-        self.model = model
-        self.takes_embeddings = "inputs_embeds" in inspect.signature(model.forward).parameters
-        # Each thread its own: a service compiles a prefix while its engine takes a step.
-        self._local = threading.local()
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None:
-            raise UnsupportedModel(
-                "the model has no output embedding, so it cannot predict tokens",
-                seen=type(model).__name__,
-                expected="a causal language model",
-            )
-        head.register_forward_pre_hook(self._pick)
-
-    def _pick(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        select = getattr(self._local, "select", None)
-        if select is None:
-            return args
-        rows, cols = select
-        return (args[0][rows, cols].unsqueeze(0), *args[1:])
-
-    def forward(
-        self,
-        context: AttentionContext,
-        select: tuple[Tensor, Tensor] | None,
-        targets: Tensor | None,
-        **inputs: Any,
-    ) -> Tensor:
-        """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`."""
-        virtual = None if context.prefix is None else context.prefix.embeddings
-        ids = inputs["input_ids"]  # None where the encoder has read them already
-        here = context.capture or self._always_embed
-        wanted = virtual is not None or (here and self.takes_embeddings)
-        if ids is not None and wanted:
-            # The ids themselves stay away from the model: sharded ranks must all look their
-            # embeddings up equally often.
-            inputs["input_ids"] = None
-            inputs["inputs_embeds"] = context.embedded = self.embed(ids, virtual)
-        self._local.select = select
-        try:
-            output = self.model(**inputs, **{CONTEXT: context})
-        finally:
-            self._local.select = None
-        logits: Tensor = output.logits if select is None else output.logits[0]
-        if targets is None:
-            return logits
-        return functional.cross_entropy(logits.float(), targets, reduction="none")
-
-    @property
-    def table(self) -> nn.Module:
-        """The input embedding. An encoder's own, which need not be shared with the decoder's."""
-        model: Any = self.model
-        reader = model.get_encoder() if model.config.is_encoder_decoder else model
-        table: nn.Module = reader.get_input_embeddings()
-        return table
-
-    def embed(self, ids: Tensor, virtual: Tensor | None) -> Tensor:
-        """Input embeddings `[R, T, E]`; id -1-k is row r's `virtual[r, k]`."""
-        real: Tensor = self.table(ids.clamp_min(0))
-        if virtual is None:
-            return real
-        index = (-1 - ids).clamp_min(0)[..., None].expand(-1, -1, virtual.shape[-1])
-        own = virtual.gather(1, index).to(real.dtype)
-        return torch.where((ids < 0)[..., None], own, real)
 
 
 class Backbone:
@@ -229,10 +161,23 @@ class Backbone:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        arguments = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in arguments
+        self._takes_answer_positions = "decoder_position_ids" in arguments
         if gradient_checkpointing:
             self._checkpoint_layers()
         self.facts = self._discover()
+
+    @property
+    def moves_answers(self) -> bool:
+        """Whether real tokens of the decoder stand behind its virtual ones. A decoder that counts
+        its tokens in a way of its own (M2M100's) does not hear of them."""
+        if not self._is_encoder_decoder or self._takes_answer_positions:
+            return True
+        places = (attention.place_of(module) for module in self.model.modules())
+        return self._whole.moves_decoder or any(
+            place.before is not None for place in places if place and place.stack == DECODER
+        )
 
     def _checkpoint_layers(self) -> None:
         """Checkpointing is active in training mode only; dropout must stay off, so the mode is
@@ -288,8 +233,13 @@ class Backbone:
         shapes = {shape for call in calls for shape in (call.key_shape, call.value_shape)}
         if len(shapes) != 1:
             raise self._unsupported(shapes)
+        before = None
         for layer, call in enumerate(calls):
-            attention.mark_layer(call.module, stack, layer, len(calls))
+            # The first layer's is all layers', unless they have their own. In an encoder virtual
+            # tokens stand nowhere: its rows may be padded on either side.
+            if stack == DECODER and getattr(call.module, "has_relative_attention_bias", False):
+                before = _bias_before(call.module)
+            attention.mark_layer(call.module, Place(stack, layer, len(calls), before))
         heads, head_dim = shapes.pop()
         return StackFacts(layers=len(calls), heads=heads, head_dim=head_dim)
 
@@ -354,6 +304,11 @@ class Backbone:
                 inputs["position_ids"] = context.positions()
         if decoder_input_ids is not None:
             inputs["decoder_input_ids"] = decoder_input_ids
+            if context.prefix is not None and DECODER in context.prefix.layers:
+                positions = self._answer_positions(context.prefix, decoder_input_ids)
+                context.answer_positions = positions
+                if self._takes_answer_positions:
+                    inputs["decoder_position_ids"] = positions
         if encoder_outputs is not None:
             inputs["encoder_outputs"] = encoder_outputs
         if cache is not None:
@@ -363,6 +318,18 @@ class Backbone:
         stacks = (DECODER, CROSS) if encoder_outputs is not None else (DECODER, ENCODER, CROSS)
         self._check_prefix_entered(context, stacks)
         return output
+
+    def _answer_positions(self, prefix: RowPrefix, answers: Tensor) -> Tensor:
+        """Long `[R, S]`: an encoder-decoder model's answer begins where its decoder's prefix
+        ends, as behind a cache of P keys."""
+        rows, length = answers.shape
+        moved = prefix.offsets(rows).to(self.device)
+        if DECODER in prefix.depths:
+            moved = moved * (prefix.depths[DECODER] > 0)
+        positions = torch.arange(length, device=self.device) + moved[:, None]
+        # What pads a short answer may stand anywhere.
+        limit = self.facts.max_positions
+        return positions if limit is None else positions.clamp_max(limit - 1)
 
     def _check_prefix_entered(self, context: AttentionContext, stacks: tuple[str, ...]) -> None:
         if context.prefix is None:
@@ -557,6 +524,14 @@ class Backbone:
                 expected=before,
                 fix="discard this run's prefixes and report a bug",
             )
+
+
+def _bias_before(module: Any) -> Tensor:
+    """`Place.before` of a layer's biases, which stay the same from its maximal distance on."""
+    count = int(module.relative_attention_max_distance) + 1
+    with torch.no_grad():
+        bias = module.compute_bias(1, count, past_seen_tokens=count - 1)  # [1, heads, 1, N]
+    return bias[0, :, 0].flip(-1).detach()
 
 
 def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

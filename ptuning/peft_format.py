@@ -6,13 +6,12 @@ keys and values, layer by layer, keys before values) and hands them to the model
 the same numbers. H are key-value heads (PEFT calls them `num_attention_heads`) and `token_dim`
 is H * D. With a sliding window PEFT's prefix leaves the window, which ours does only with
 `visibility: window`: one that PEFT made is read as such, one of ours that stays visible gives
-other logits there once a text is longer than the window.
+other logits there once a text is longer than the window. Of an encoder-decoder model PEFT gives
+a prefix to the decoder's self-attention alone (`stacks: [decoder]`), in an order of its own.
 
 Prompt Tuning and P-Tuning: `prompt_embeddings` `[P, E]`, of P-Tuning the encoder's output, put
 before everything else at the input (the encoder's, of an encoder-decoder model). What stands
-elsewhere, in some layers only, or answers as an ensemble has no place in PEFT's files. Nor
-have keys and values of an encoder-decoder model: PEFT gives a prefix to the decoder alone and
-moves its tokens' positions by P, which ours does not.
+elsewhere, in some layers only, or answers as an ensemble has no place in PEFT's files.
 
 A PEFT adapter does not say whose it is or what it was trained on, so ours has one file more,
 which PEFT ignores; with it the way there and back loses nothing, the digest included.
@@ -40,6 +39,7 @@ from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape, WrongUser
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptuning_prefix.json"
 TENSOR = "prompt_embeddings"
 PREFIX, PROMPT, PTUNING = "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"
+CAUSAL_TASK, PAIR_TASK = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 _PICKLE = "adapter_model.bin"
 
 
@@ -51,18 +51,21 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
     """
     prefix.check(backbone)
     _check_expressible(prefix, backbone)
+    task = _task(backbone)
     if prefix.kv:
-        tensor, own = flattened(prefix.kv[DECODER]), _kv_config(prefix.kv[DECODER])
+        kv = prefix.kv[DECODER] if task == CAUSAL_TASK else _for_pairs(prefix.kv[DECODER])
+        tensor, own = flattened(kv), _kv_config(kv)
     else:
         tensor, own = prefix.embeddings[0].detach().cpu().contiguous(), _embedding_config(prefix)
     config = {
-        "task_type": _task(backbone),
+        "task_type": task,
         "base_model_name_or_path": prefix.meta.backbone,
         # Without it PEFT builds the encoder that was dropped, and sends the values through it.
         "inference_mode": True,
         "num_virtual_tokens": prefix.num_virtual_tokens,
-        # An encoder-decoder model too: PEFT's second half would be read by nothing.
-        "num_transformer_submodules": 1,
+        # 2 where PEFT must make an encoder-decoder model's cache; virtual tokens at the input are
+        # the encoder's alone, and a second half of them would be read by nothing.
+        "num_transformer_submodules": 2 if prefix.kv and task == PAIR_TASK else 1,
         **own,
     }
     target = Path(directory)
@@ -125,22 +128,41 @@ def flattened(kv_L2HPD: Tensor) -> Tensor:
     return kv.permute(3, 0, 1, 2, 4).reshape(kv.shape[3], -1).contiguous()
 
 
-def unflattened(flat: Tensor, backbone: Backbone) -> Tensor:
-    """The backbone's `[L, 2, H, P, D]` of PEFT's tensor. Raises WrongShape."""
+def unflattened(flat: Tensor, backbone: Backbone, layers: int | None = None) -> Tensor:
+    """The decoder's `[L, 2, H, P, D]` of PEFT's tensor, which has `layers` (default: L). Raises
+    WrongShape."""
     facts = backbone.facts.stacks[DECODER]
-    width = facts.layers * 2 * facts.heads * facts.head_dim
-    if flat.ndim != 2 or flat.shape[1] != width or not len(flat):
+    layers = facts.layers if layers is None else layers
+    width = layers * 2 * facts.heads * facts.head_dim
+    if flat.ndim != 2 or flat.shape[1] != width or not len(flat) or layers < facts.layers:
         raise _does_not_fit(
             flat,
-            f"[P, {width}] = [P, {facts.layers} layers x 2 x {facts.heads} key-value heads x "
-            f"{facts.head_dim}]",
+            f"[P, {width}] = [P, {layers} layers x 2 x {facts.heads} key-value heads x "
+            f"{facts.head_dim}], of at least {facts.layers} layers",
         )
-    parts = flat.view(len(flat), facts.layers, 2, facts.heads, facts.head_dim)
+    parts = flat.view(len(flat), layers, 2, facts.heads, facts.head_dim)
     return parts.permute(1, 2, 3, 0, 4).contiguous()
 
 
+def _read_by_pairs(layers: int, count: int) -> list[int]:
+    """The layers of PEFT's tensor (it has `count`) that it hands to each layer of an
+    encoder-decoder model's decoder: it lists them twice, takes two for each and drops the second
+    (PEFT 0.21)."""
+    return [2 * layer % count for layer in range(layers)]
+
+
+def _for_pairs(kv_L2HPD: Tensor) -> Tensor:
+    """The layers in the order from which PEFT picks them again. Of an even number it would read
+    half of them twice and the rest never, so that a layer more is written, which nothing reads."""
+    layers = len(kv_L2HPD)
+    count = layers + 1 - layers % 2
+    spread = torch.zeros((count, *kv_L2HPD.shape[1:]), dtype=kv_L2HPD.dtype)
+    spread[_read_by_pairs(layers, count)] = kv_L2HPD.detach().cpu()
+    return spread
+
+
 def _task(backbone: Backbone) -> str:
-    return "CAUSAL_LM" if backbone.facts.decoder_start_id is None else "SEQ_2_SEQ_LM"
+    return CAUSAL_TASK if backbone.facts.decoder_start_id is None else PAIR_TASK
 
 
 def _check_expressible(prefix: Prefix, backbone: Backbone) -> None:
@@ -161,15 +183,24 @@ _Limit = tuple[bool, str, object, object, str]  # refused, what, seen, expected,
 
 
 def _kv_limits(prefix: Prefix, backbone: Backbone) -> list[_Limit]:
-    task, stacks = _task(backbone), ", ".join(sorted(prefix.kv))
-    what = "keys and values of an encoder-decoder model"
+    stacks = ", ".join(sorted(prefix.kv))
+    beyond, only = "a prefix beyond a decoder's self-attention", f"stacks {DECODER}"
     layers, every = len(next(iter(prefix.kv.values()))), backbone.facts.stacks[DECODER].layers
     some, infix = "a prefix on some layers only", "virtual tokens that the prompt does not see"
+    decoder = "method.stacks=[decoder]"
     return [
-        (task != "CAUSAL_LM", what, f"stacks {stacks}", "a causal model", "method.type=prompt"),
+        (stacks != DECODER, beyond, f"stacks {stacks}", only, decoder),
+        _unmoved(backbone),
         (layers != every, some, f"method.layers={layers}", f"all {every}", "method.layers=all"),
         (prefix.seen.infix, infix, "method.placement=infix", "prefix", "method.placement=prefix"),
     ]
+
+
+def _unmoved(backbone: Backbone) -> _Limit:
+    """An answer begins at position P in PEFT; a few decoders cannot be told so."""
+    what = "keys and values for this model, whose decoder counts its positions itself"
+    moved = backbone.moves_answers
+    return (not moved, what, type(backbone.model).__name__, "BART or T5", "method.type=prompt")
 
 
 def _embedding_limits(prefix: Prefix, backbone: Backbone) -> list[_Limit]:
@@ -211,7 +242,12 @@ def _embedding_config(prefix: Prefix) -> dict[str, Any]:
 
 def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: PrefixMeta) -> Prefix:
     if config["peft_type"] == PREFIX:
-        return Prefix({DECODER: unflattened(tensor, backbone)}, meta)
+        if _task(backbone) == CAUSAL_TASK:
+            return Prefix({DECODER: unflattened(tensor, backbone)}, meta)
+        layers = config.get("num_layers")
+        kv = unflattened(tensor, backbone, layers if isinstance(layers, int) else None)
+        read = _read_by_pairs(backbone.facts.stacks[DECODER].layers, len(kv))
+        return Prefix({DECODER: kv[read]}, meta)
     width = backbone.facts.hidden_size
     if tensor.ndim != 2 or tensor.shape[1] != width or not len(tensor):
         raise _does_not_fit(tensor, f"[P, {width}]")
@@ -222,7 +258,12 @@ def _adopted(kind: str, length: int, backbone: Backbone) -> dict[str, Any]:
     """What there is to say of an adapter that says nothing of its origin."""
     layout = "" if kind == PREFIX else front(length).text
     methods: dict[str, dict[str, Any]] = {
-        PREFIX: {"type": "prefix", "num_virtual_tokens": length, "visibility": "window"},
+        PREFIX: {
+            "type": "prefix",
+            "num_virtual_tokens": length,
+            "visibility": "window",
+            **({} if backbone.facts.decoder_start_id is None else {"stacks": [DECODER]}),
+        },
         PROMPT: {"type": "prompt", "num_virtual_tokens": length},
         PTUNING: {"type": "ptuning", "template": layout},
     }
@@ -259,13 +300,13 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             expected=task,
             fix="load the backbone that the adapter was trained on",
         )
-    if kind == PREFIX and task != "CAUSAL_LM":
+    if kind == PREFIX and not backbone.moves_answers:
         raise WrongMethod(
-            "PEFT's Prefix Tuning of an encoder-decoder model computes what ours does not",
-            seen=f"{kind} of a {task} model",
-            expected=f"{PROMPT} or {PTUNING}, or a causal model",
+            "PEFT's Prefix Tuning moves an answer's positions, which this model counts itself",
+            seen=f"{kind} of {type(backbone.model).__name__}",
+            expected=f"{PROMPT} or {PTUNING}, or another model",
         )
-    if _copies(config) not in ((1,) if task == "CAUSAL_LM" else (1, 2)):
+    if _copies(config) not in ((1,) if task == CAUSAL_TASK else (1, 2)):
         raise WrongMethod(
             "the PEFT adapter is of an encoder-decoder model",
             seen=f"num_transformer_submodules {_copies(config)}",
@@ -274,8 +315,16 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
 
 
 def _copies(config: dict[str, Any]) -> Any:
-    """How often the tensor holds P rows. PEFT reads the first P and leaves the rest unused."""
+    """How many stacks PEFT means the adapter for."""
     return config.get("num_transformer_submodules") or 1
+
+
+def _rows(config: dict[str, Any]) -> Any:
+    """How many rows the tensor has. Of virtual tokens at the input PEFT keeps P for each stack,
+    and reads the first P."""
+    length = config.get("num_virtual_tokens")
+    once = config["peft_type"] == PREFIX or not isinstance(length, int)
+    return length if once else length * _copies(config)
 
 
 def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None) -> None:
@@ -311,7 +360,7 @@ def _read_tensor(source: Path, config: dict[str, Any]) -> Tensor:
         )
     tensor, length = tensors[TENSOR], config.get("num_virtual_tokens")
     rows = tensor.shape[0] if tensor.ndim else 0
-    if not isinstance(length, int) or length < 1 or rows != length * _copies(config):
+    if not isinstance(length, int) or length < 1 or rows != _rows(config):
         raise WrongShape(
             "the PEFT adapter's weights have another length than its configuration says",
             seen=f"{TENSOR} {tuple(tensor.shape)}",

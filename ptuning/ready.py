@@ -64,15 +64,14 @@ def check_positions(
     """Raise DataError unless a prompt (its virtual tokens included) and `answer` more tokens fit
     the backbone's positions."""
     limit = backbone.facts.max_positions
-    inside = ready.length if ready is not None else 0
-    needed = inside + len(prompt) + answer
-    if backbone.facts.decoder_start_id is not None:  # two stacks, each with its own positions
-        needed = max(len(prompt), answer)
+    kv = {} if ready is None else ready.members[0].kv
+    shapes = {stack: values.shape for stack, values in kv.items()}
+    needed = backbone.facts.positions(len(prompt), answer, shapes)
     if limit is not None and needed > limit:
         raise DataError(
             "the backbone has too few positions",
-            seen=f"{len(prompt)} tokens of prompt, {inside} virtual ones before them, {answer} of "
-            "answer",
+            seen=f"{needed}: {len(prompt)} tokens of prompt, {answer} of answer, and "
+            f"{ready.length if ready else 0} virtual ones",
             expected=f"at most {limit} positions",
             fix="shorten the prompt or ask for fewer tokens",
         )

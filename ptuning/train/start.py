@@ -5,7 +5,7 @@ Shared by the plain and the packed trainer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,30 +68,21 @@ def mean_of_spans(embedded: Tensor, spans: Sequence[int]) -> dict[str, Tensor]:
     return {EMBEDDINGS: embedded}
 
 
-def room(facts: Facts, method: Method) -> int | None:
-    """The longest row, virtual tokens at the input counted, that fits the backbone's positions."""
-    limit = facts.max_positions
-    inside = method.layout is None and facts.decoder_start_id is None
-    return None if limit is None else limit - (method.num_virtual_tokens if inside else 0)
-
-
-def positions_of(row: Encoded, facts: Facts) -> int:
-    """How many positions a row takes: an encoder-decoder model has them for each half."""
-    if facts.decoder_start_id is None:
-        return len(row.input_ids)
-    return max(row.prompt_length, len(row.input_ids) - row.prompt_length)
+def positions_of(row: Encoded, facts: Facts, kv: Mapping[str, Sequence[int]]) -> int:
+    """How many positions a row takes behind a prefix of these shapes; see `Facts.positions`."""
+    return facts.positions(row.prompt_length, len(row.input_ids) - row.prompt_length, kv)
 
 
 def too_long(rows: UserRows, facts: Facts, method: Method) -> str | None:
     """Why the rows cannot be trained, if they cannot."""
     if not rows.train:
         return "the user has no train rows"
-    limit = room(facts, method)
-    longest = max(positions_of(row, facts) for row in (*rows.train, *rows.valid))
+    limit, shapes = facts.max_positions, method.shapes(facts)
+    longest = max(positions_of(row, facts, shapes) for row in (*rows.train, *rows.valid))
     if limit is not None and longest > limit:
         return (
-            f"a row has {longest} tokens, but the backbone has positions for {limit} beside the "
-            "prefix; lower data.max_length or method.num_virtual_tokens"
+            f"a row and its virtual tokens take {longest} positions, but the backbone has {limit}; "
+            "lower data.max_length or method.num_virtual_tokens"
         )
     return None
 

@@ -97,7 +97,8 @@ def gpt2_by_hand(
 def bart_by_hand(
     model: Any, source: Sequence[int], answer: Sequence[int], prefix: dict[str, Tensor]
 ) -> Tensor:
-    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. Positions are the text's own."""
+    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. The answer stands behind the
+    decoder's virtual tokens, the prompt where it would without them."""
     heads = model.config.encoder_attention_heads
 
     def product(x: Tensor, module: Any) -> Tensor:
@@ -109,8 +110,8 @@ def bart_by_hand(
         every = torch.ones(len(x), dtype=torch.bool)
         return product(joined(attention(q, *with_prefix(own, k, v, seen, every))), module.out_proj)
 
-    def embedded(ids: Sequence[int], body: Any) -> Tensor:
-        places = body.embed_positions.weight.double()[2 : 2 + len(ids)]
+    def embedded(ids: Sequence[int], body: Any, at: int = 0) -> Tensor:
+        places = body.embed_positions.weight.double()[2 + at : 2 + at + len(ids)]
         return norm(body.embed_tokens.weight.double()[list(ids)] + places, body.layernorm_embedding)
 
     def layer_of(stack: str, number: int) -> Tensor | None:
@@ -129,7 +130,7 @@ def bart_by_hand(
         x = feed_forward(norm(x + out, layer.self_attn_layer_norm), layer)
     causal = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
     across = torch.ones(len(answer), len(source), dtype=torch.bool)
-    y = embedded(answer, decoder)
+    y = embedded(answer, decoder, prefix[DECODER].shape[-2] if DECODER in prefix else 0)
     for number, layer in enumerate(decoder.layers):
         out = attend(y, y, layer.self_attn, layer_of(DECODER, number), causal)
         y = norm(y + out, layer.self_attn_layer_norm)

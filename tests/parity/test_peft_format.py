@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_backbones import SEQ2SEQ, build, build_model, prefix_rows
+from tiny_backbones import SEQ2SEQ, build, build_model, prefix_rows, random_ids
 from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -252,6 +253,33 @@ def test_beyond_a_sliding_window_what_peft_made_is_computed_as_peft_does(
         assert (there[-1] - here[-1]).abs().max() > 1e-2
 
 
+# T5's distances end before its answer does; BART's encoder has more layers than its decoder, and
+# PEFT keeps keys and values for as many.
+_PAIR: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_position_embeddings": 64, "pad_token_id": 0,
+    "eos_token_id": 1, "bos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": None,
+}  # fmt: skip
+
+
+def m2m100() -> PreTrainedConfig:
+    return transformers.M2M100Config(**_PAIR)
+
+
+def short(family: str) -> PreTrainedConfig:
+    config = tied(family)
+    if hasattr(config, "relative_attention_max_distance"):
+        config.relative_attention_num_buckets, config.relative_attention_max_distance = 6, 7
+    return config
+
+
+PEFT_PAIRS: dict[str, Callable[[], PreTrainedConfig]] = {
+    **{family: partial(short, family) for family in ("t5", "t5_gated", "bart")},
+    "marian": lambda: transformers.MarianConfig(**_PAIR),
+}
+
+
 def tied(family: str) -> PreTrainedConfig:
     """PEFT looks tokens up in the first table it finds. Where the encoder has another (BART
     with `tie_word_embeddings=False`) PEFT's model is not the model that was loaded."""
@@ -303,15 +331,77 @@ def test_an_encoder_decoder_models_prompt_goes_both_ways(
     torch.testing.assert_close(here(adopted), there(tmp_path / "theirs"), atol=1e-5, rtol=1e-5)
 
 
-def test_pefts_prefix_tuning_of_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "bart", "marian"])
+@pytest.mark.parametrize("projection", [False, True], ids=["direct", "mlp"])
+def test_an_encoder_decoder_models_keys_and_values_go_both_ways(
+    family: str, projection: bool, tmp_path: Path
+) -> None:
+    """PEFT hands them to the decoder's self-attention as a cache, behind which answers begin; the
+    answer is longer than T5's distances."""
+    from peft import PeftModel, get_peft_model
+
+    backbone = build(PEFT_PAIRS[family]())
+    prompt, answer = random_ids(11, 1), torch.tensor([[0, *random_ids(8, 2)]])
+    ids = torch.tensor([prompt])
+
+    def here(prefix: Prefix) -> Tensor:
+        """`[S, V]`, in a batch with a row that has another length and no prefix."""
+        rows, mask = torch.cat([ids, ids]), torch.ones_like(ids).repeat(2, 1)
+        own = prefix_rows(backbone, [prefix, None])
+        states = backbone.encode_source(rows, mask, own)
+        logits = [
+            backbone.answer_step(states, mask, answer.repeat(2, 1), own, torch.tensor([n, 0]))[0]
+            for n in range(answer.shape[1])
+        ]
+        return torch.stack(logits)
+
+    def there(model: Any) -> Tensor:
+        with torch.no_grad():
+            mask = torch.ones_like(ids)
+            output = model(input_ids=ids, attention_mask=mask, decoder_input_ids=answer)
+            return output.logits[0]
+
+    def loaded(directory: Path) -> Any:
+        return PeftModel.from_pretrained(build_model(PEFT_PAIRS[family](), "eager"), str(directory))
+
+    prefix = prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=("decoder",)))
+    save_peft(prefix, tmp_path / "ours", backbone)
+    expected = here(prefix)
+    torch.testing.assert_close(there(loaded(tmp_path / "ours")), expected, atol=1e-5, rtol=1e-5)
+    plain = there(build_model(PEFT_PAIRS[family](), "eager"))
+    assert (plain - expected).abs().max() > 1e-2, "the prefix changed nothing"
+    assert load_peft(tmp_path / "ours", backbone).digest == prefix.digest
+
+    config = peft_config(
+        "PREFIX_TUNING",
+        task_type="SEQ_2_SEQ_LM",
+        prefix_projection=projection,
+        **({"encoder_hidden_size": 12} if projection else {}),
+    )
+    model = get_peft_model(build_model(PEFT_PAIRS[family](), "eager"), config)
+    randomly_saved(model, tmp_path / "theirs")
+    adopted = load_peft(tmp_path / "theirs", backbone)
+    assert list(adopted.kv) == [DECODER]
+    assert adopted.num_virtual_tokens == P
+    for theirs in (model.eval(), loaded(tmp_path / "theirs")):
+        torch.testing.assert_close(here(adopted), there(theirs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_that_cannot_be_told_where_it_stands_is_refused(tmp_path: Path) -> None:
     from peft import get_peft_model
 
-    backbone = build(SEQ2SEQ["t5"]())
+    backbone, model = build(m2m100()), build_model(m2m100(), "eager")
     config = peft_config("PREFIX_TUNING", task_type="SEQ_2_SEQ_LM")
-    randomly_saved(get_peft_model(build_model(SEQ2SEQ["t5"](), "eager"), config), tmp_path)
+    randomly_saved(get_peft_model(model, config), tmp_path)
     with pytest.raises(WrongMethod) as caught:
         load_peft(tmp_path, backbone)
     assert "PROMPT_TUNING" in str(caught.value.expected)
+    with pytest.raises(WrongMethod, match="counts its positions itself"):
+        save_peft(
+            prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=("decoder",))),
+            tmp_path / "x",
+            backbone,
+        )
 
 
 # What PEFT has no place for, and the setting that the error names.
@@ -343,13 +433,17 @@ def test_what_peft_has_no_place_for_is_refused(case: str, tmp_path: Path) -> Non
     assert not (tmp_path / "x").exists()
 
 
-def test_keys_and_values_of_an_encoder_decoder_model_are_refused(tmp_path: Path) -> None:
+def test_a_prefix_beyond_a_decoders_self_attention_is_refused(tmp_path: Path) -> None:
     backbone = build(SEQ2SEQ["bart"]())
-    for stacks in (None, ("decoder",)):
-        prefix = prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=stacks))
+    for method in (
+        PrefixTuning(num_virtual_tokens=P),
+        PrefixTuning(num_virtual_tokens=P, stacks=("encoder",)),
+        PrefixTuning(num_virtual_tokens=P, stacks=("decoder", "cross")),
+    ):
+        prefix = prefix_for(backbone, method)
         with pytest.raises(WrongMethod) as caught:
             save_peft(prefix, tmp_path / "x", backbone)
-        assert "decoder" in str(caught.value.seen)
+        assert "method.stacks=[decoder]" in (caught.value.fix or "")
         assert not (tmp_path / "x").exists()
 
 

@@ -34,12 +34,14 @@ from ptuning.attention import (
     EMBEDDINGS,
     AttentionContext,
     PackPrefix,
+    Place,
     RowPrefix,
     implementation,
     mark_layer,
 )
 from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded
+from ptuning.errors import DataError
 from ptuning.generate import _answer_steps, _causal_steps, generate
 from ptuning.methods.base import Method, Parameters
 from ptuning.methods.prefix import PrefixTuning
@@ -49,7 +51,7 @@ from ptuning.ready import make_ready, rows_of
 from ptuning.train.config import TrainConfig, Trained, UserRows
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
-from ptuning.train.start import members_of
+from ptuning.train.start import members_of, too_long
 from ptuning.train.step import LocalDriver, collate
 
 P = 3
@@ -506,30 +508,25 @@ def answer_logits(
     return backbone._call(context, ids, mask, decoder_input_ids=torch.tensor(answers))
 
 
-@with_kinds(["t5", "t5_gated", "bart"])
-def test_a_decoders_prefix_is_what_past_key_values_are_where_positions_count_nothing(
-    family: str, kind: str
-) -> None:
-    """With position tables of zeros. With others they differ on purpose: a cache moves the
-    decoder's tokens by P and gives virtual tokens a place (a relative-position bias, T5); ours
-    leaves real tokens where they are trained to be, and virtual ones have no place. (Rotary
-    positions cannot be zeroed, so T5Gemma is left out.)"""
+@with_kinds([*PAIRS])
+def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -> None:
+    """Behind a cache of P keys an answer begins at position P, whether positions are learned
+    (BART), rotary (T5Gemma, within windows) or distances (T5): rows of different P in one batch,
+    beside one whose prefix is not the decoder's and one without."""
     backbone, plain = build(PAIRS[family](), kind), build_model(PAIRS[family](), kind)
-    for model in (backbone.model, plain):
-        found = 0
-        for name, weight in model.named_parameters():
-            if "decoder" in name and ("embed_positions" in name or "relative_" in name):
-                weight.data.zero_()
-                found += 1
-        assert found == 1
+    settings: dict[str, Any] = {"stacks": ("decoder",), "visibility": "window"}
     prefixes = [
-        random_prefix(backbone, PrefixTuning(num_virtual_tokens=n, stacks=("decoder",)), n)
-        for n in (5, 2)
+        random_prefix(backbone, PrefixTuning(num_virtual_tokens=n, **settings), n) for n in (5, 2)
     ]
-    sources, answers = [random_ids(8, 1), random_ids(5, 2)], [random_ids(6, 3), random_ids(6, 4)]
+    of_encoder = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4, stacks=("encoder",)), 1)
+    sources = [random_ids(n, n) for n in (8, 5, 7, 6)]
+    answers = [random_ids(6, 10 + n) for n in range(4)]
     with torch.no_grad():
-        ours = answer_logits(backbone, sources, answers, prefixes)
-        base = answer_logits(backbone, sources, answers, [None, None])
+        ours = answer_logits(backbone, sources, answers, [*prefixes, of_encoder, None])
+        base = answer_logits(backbone, sources, answers, [None] * 4)
+        alone = answer_logits(backbone, sources[2:3], answers[2:3], [of_encoder])
+        close(ours[2], alone[0])
+        close(ours[3], base[3])
         for row, prefix in enumerate(prefixes):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             for layer, kv in enumerate(prefix.kv[DECODER]):
@@ -566,6 +563,27 @@ def test_where_positions_are_relative_padding_on_the_left_is_no_matter(
         )
     close(results[1], results[0])
     close(results[2], results[0])
+
+
+def test_a_long_answer_beside_a_long_prefix_moves_nobody_beyond_the_positions() -> None:
+    """BART has 128: what pads the short answer behind 120 virtual tokens would stand at 240."""
+    backbone = build(PAIRS["bart"]())
+    long = random_prefix(backbone, PrefixTuning(num_virtual_tokens=120, stacks=("decoder",)), 1)
+    sources, answers = [random_ids(6, 1), random_ids(6, 2)], [random_ids(5, 3), random_ids(120, 4)]
+    padded = [[*answers[0], *[0] * 115], answers[1]]
+    with torch.no_grad():
+        both = answer_logits(backbone, sources, padded, [long, None])
+        close(both[0, :5], answer_logits(backbone, sources[:1], answers[:1], [long])[0])
+        close(both[1], answer_logits(backbone, sources[1:], answers[1:], [None])[0])
+    assert generate(backbone, ["hi"], [long], max_new_tokens=8)
+    with pytest.raises(DataError, match="too few positions"):
+        generate(backbone, ["hi"], [long], max_new_tokens=9)
+    of_encoder = random_prefix(backbone, PrefixTuning(num_virtual_tokens=120, stacks=("cross",)), 1)
+    assert generate(backbone, ["hi"], [of_encoder], max_new_tokens=9)
+    method = PrefixTuning(num_virtual_tokens=120, init="random")
+    rows = UserRows(user_key="any", seed=0, train=(encoded(15, 9, 1),))
+    assert "take 129 positions" in (too_long(rows, backbone.facts, method) or "")
+    assert too_long(replace(rows, train=(encoded(14, 8, 1),)), backbone.facts, method) is None
 
 
 # Generation
@@ -736,7 +754,7 @@ def bert_by_hand(ids: Tensor, kv_LPHD: Tensor) -> Tensor:
 def test_on_bert_the_attention_is_the_formulas_with_its_gradients(kind: str, padding: int) -> None:
     model = bert(implementation(kind))
     for layer, block in enumerate(model.encoder.layer):
-        mark_layer(block.attention.self, ENCODER, layer, 2)
+        mark_layer(block.attention.self, Place(ENCODER, layer, 2))
     kv = torch.randn((2, 2, 2, 4, 5, 8), generator=torch.Generator().manual_seed(1))
     ours, by_hand = kv.clone().requires_grad_(), kv.clone().requires_grad_()
     rows = torch.tensor([random_ids(7, 1), random_ids(7, 2)])

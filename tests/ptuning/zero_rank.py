@@ -1,4 +1,5 @@
-"""One rank of a sharded gang: trains its users with every method, writes what it trained."""
+"""One rank of a sharded gang: trains its users with every method on each model, writes what it
+trained."""
 
 from __future__ import annotations
 
@@ -51,6 +52,22 @@ CHAMPIONS: dict[str, tuple[Method, Method]] = {
 }
 
 
+# Of encoder-decoder models: three stacks, and positions that the rank tells the decoder.
+PAIR_METHODS: dict[str, Method] = {
+    "prefix": PrefixTuning(num_virtual_tokens=P),
+    "top layer": PrefixTuning(num_virtual_tokens=P, layers=1, stacks=("decoder", "cross")),
+    "ptuning": METHODS["ptuning"],
+}
+PAIR_CHAMPIONS: dict[str, tuple[Method, Method]] = {
+    "of the encoder": (
+        PAIR_METHODS["top layer"],
+        PrefixTuning(num_virtual_tokens=P, stacks=("encoder",)),
+    ),
+    "prompt": CHAMPIONS["prompt"],
+}
+KINDS = {"causal": (METHODS, CHAMPIONS), "pair": (PAIR_METHODS, PAIR_CHAMPIONS)}
+
+
 def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
     """Nats of each row under a champion, scored several times over."""
     prefix = random_prefix(backbone, method, seed=1)
@@ -65,16 +82,24 @@ def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
 
 
 def main() -> None:
-    directory, target = sys.argv[1:]
+    """Arguments: where to write, then for each model its kind and its directory."""
+    target, *models = sys.argv[1:]
     faulthandler.dump_traceback_later(120, exit=True)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    for kind, directory in zip(models[::2], models[1::2], strict=True):
+        name = os.path.basename(directory)
+        save_file(train_and_score(kind, directory), f"{target}.{name}.{os.environ['RANK']}")
+
+
+def train_and_score(kind: str, directory: str) -> dict[str, torch.Tensor]:
     from ptuning.train.packed import train_pack
     from ptuning.train.zero import LockstepDriver, load_sharded
 
+    methods, champions = KINDS[kind]
     backbone = load_sharded(directory, dtype="float32")
     trained = {}
-    for name, method in METHODS.items():
+    for name, method in methods.items():
         users = share(dist.get_rank())
         for one in LockstepDriver(backbone, method).run(
             train_pack(backbone, method, CONFIG, users)
@@ -85,7 +110,7 @@ def main() -> None:
                     f"{name}/{one.user_key}/{member}/{key}": values.contiguous()
                     for key, values in tensors.items()
                 }
-    for name, (method, champion) in CHAMPIONS.items():
+    for name, (method, champion) in champions.items():
         machine: Any = (
             train_pack(backbone, method, CONFIG, share(0))
             if dist.get_rank() == 0
@@ -94,7 +119,7 @@ def main() -> None:
         result = LockstepDriver(backbone, method).run(machine)
         if dist.get_rank() == 1:
             trained[f"champion/{name}"] = torch.tensor(result, dtype=torch.float64)
-    save_file(trained, f"{target}.{os.environ['RANK']}")
+    return trained
 
 
 if __name__ == "__main__":
