@@ -279,6 +279,7 @@ class Backbone:
         encoder_outputs: Any = None,
         select: tuple[Tensor, Tensor] | None = None,
         targets: Tensor | None = None,
+        members: int = 1,
         cache: Any = None,
     ) -> Tensor:
         """The seam: every call of the backbone is this line, whatever it is for (but for
@@ -313,7 +314,7 @@ class Backbone:
             inputs["encoder_outputs"] = encoder_outputs
         if cache is not None:
             inputs["past_key_values"] = cache
-        output: Tensor = self.runner(context, select, targets, **inputs)
+        output: Tensor = self.runner(context, select, targets, members, **inputs)
         # With the encoder's states at hand only the decoder's two stacks were called.
         stacks = (DECODER, CROSS) if encoder_outputs is not None else (DECODER, ENCODER, CROSS)
         self._check_prefix_entered(context, stacks)
@@ -347,8 +348,9 @@ class Backbone:
                 expected=f"{len(expected)} layers",
             )
 
-    def token_nll(self, batch: Batch, prefix: RowPrefix | None) -> Tensor:
-        """Negative log-likelihood of each supervised token in nats, fp32 `[N]`.
+    def token_nll(self, batch: Batch, prefix: RowPrefix | None, members: int = 1) -> Tensor:
+        """Negative log-likelihood of each supervised token in nats, fp32 `[N]`; of `[N / members]`
+        where the batch holds the rows of an ensemble (see `Score`).
 
         Differentiable with respect to the prefix; the weights never take a gradient.
         """
@@ -360,6 +362,7 @@ class Backbone:
             decoder_input_ids=batch.decoder_input_ids,
             select=(batch.rows, batch.cols),
             targets=batch.targets,
+            members=members,
         )
 
     def capture(

@@ -214,22 +214,16 @@ def score_split(
 ) -> Machine[list[SplitLosses]]:
     """Losses of each user's rows under that user's slots of `prefix`: `members` after another.
 
-    An ensemble's loss is the mean of its members': never below the loss of the normalised mean
-    of their log-probabilities, which is how it answers (Jensen's inequality).
+    An ensemble's loss is that of the normalised mean of its members' log-probabilities, which is
+    how it answers; one that votes is judged by it too, since a vote has no likelihood.
     """
-    rows = [row for user in users for _ in range(members) for row in user]
-    slots = [
-        slot * members + member
-        for slot, user in enumerate(users)
-        for member in range(members)
-        for _ in user
+    rows = [row for user in users for row in user]
+    slots = [slot * members for slot, user in enumerate(users) for _ in user]
+    sums = yield from score_rows(backbone, rows, slots, prefix, budget, members)
+    left = iter(sums)
+    return [
+        SplitLosses(
+            nats=tuple(next(left) for _ in user), tokens=tuple(predicted(row) for row in user)
+        )
+        for user in users
     ]
-    sums = yield from score_rows(backbone, rows, slots, prefix, budget)
-    result, at = [], 0
-    for user in users:
-        count = len(user)
-        own = sums[at : at + count * members]
-        nats = tuple(sum(own[row::count]) / members for row in range(count))
-        result.append(SplitLosses(nats=nats, tokens=tuple(predicted(row) for row in user)))
-        at += count * members
-    return result

@@ -73,9 +73,14 @@ class FrozenPass(nn.Module):
         context: AttentionContext,
         select: tuple[Tensor, Tensor] | None,
         targets: Tensor | None,
+        members: int,
         **inputs: Any,
     ) -> Tensor:
-        """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`."""
+        """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`.
+
+        With `members` the rows are an ensemble's, all of one member after all of another, and
+        its nll is `[N / members]`.
+        """
         virtual = None if context.prefix is None else context.prefix.embeddings
         ids = inputs["input_ids"]  # None where the encoder has read them already
         here = context.capture or self._always_embed
@@ -93,6 +98,8 @@ class FrozenPass(nn.Module):
         logits: Tensor = output.logits if select is None else output.logits[0]
         if targets is None:
             return logits
+        if members > 1:
+            return _ensemble_nll(logits, targets, members)
         return functional.cross_entropy(logits.float(), targets, reduction="none")
 
     @property
@@ -126,3 +133,10 @@ def _decoder_positions(model: Any) -> list[nn.Module]:
         and module not in encoder
         and "position_ids" in inspect.signature(module.forward).parameters
     ]
+
+
+def _ensemble_nll(logits_NV: Tensor, targets: Tensor, members: int) -> Tensor:
+    """-log of the normalised mean (geometric) of the members' probabilities, `[N / members]`."""
+    log_p = functional.log_softmax(logits_NV.float(), dim=-1).unflatten(0, (members, -1)).mean(0)
+    wanted = targets[: len(log_p), None]
+    return log_p.logsumexp(-1) - log_p.gather(-1, wanted)[:, 0]

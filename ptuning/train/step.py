@@ -37,11 +37,16 @@ class Train:
 
 @dataclass(frozen=True)
 class Score:
-    """The result is nll `[N]`; no gradient. Without `prefix` the base model is scored."""
+    """The result is nll `[N]`; no gradient. Without `prefix` the base model is scored.
+
+    `members`: the batch holds its rows once for each of an ensemble's prefixes, one after
+    another; the result, `[N / members]`, is the ensemble's.
+    """
 
     batch: Batch
     prefix: PackPrefix | None
     slots: Tensor
+    members: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class LocalDriver:
                 return self.backbone.capture(work.input_ids)[0]
         if isinstance(work, Score):
             with torch.no_grad():
-                return self.backbone.token_nll(work.batch, prefix_of(work, self.backbone))
+                prefix = prefix_of(work, self.backbone)
+                return self.backbone.token_nll(work.batch, prefix, work.members)
         nll = self.backbone.token_nll(work.batch, prefix_of(work, self.backbone))
         (work.weights * nll).sum().backward()
         return nll.detach()
@@ -158,18 +164,22 @@ def score_rows(
     slots: Sequence[int],
     prefix: PackPrefix | None,
     budget: int,
+    members: int = 1,
 ) -> Machine[list[float]]:
-    """Summed nats of each row under its slot's prefix (None: the base model)."""
+    """Summed nats of each row under its slot's prefix (None: the base model), or under the
+    ensemble of `members` slots that begins there."""
     sums = [0.0] * len(rows)
-    for group in microbatches([len(row.input_ids) for row in rows], budget):
-        batch = collate([rows[r] for r in group], backbone.device, backbone.facts.decoder_start_id)
+    for group in microbatches([len(row.input_ids) for row in rows], max(1, budget // members)):
+        repeated = [rows[r] for r in group] * members
+        batch = collate(repeated, backbone.device, backbone.facts.decoder_start_id)
         if not len(batch.targets):
             continue
-        picked = torch.tensor([slots[r] for r in group], device=backbone.device)
-        nll = yield Score(batch, prefix, picked)
+        own = [slots[r] + member for member in range(members) for r in group]
+        picked = torch.tensor(own, device=backbone.device)
+        nll = yield Score(batch, prefix, picked, members)
         assert isinstance(nll, Tensor)
         per_row = torch.zeros(len(group), dtype=torch.float64, device=backbone.device)
-        per_row.index_add_(0, batch.rows, nll.double())
+        per_row.index_add_(0, batch.rows[: len(nll)], nll.double())
         for r, nats in zip(group, per_row.tolist(), strict=True):
             sums[r] = nats
     return sums

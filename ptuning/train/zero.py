@@ -140,7 +140,7 @@ class LockstepDriver:
             nll = backbone.token_nll(work.batch, prefix_of(work, backbone))
             return nll.detach(), (work.weights * nll).sum()
         if isinstance(work, Score):
-            nll = backbone.token_nll(work.batch, self._scored(work, backward))
+            nll = backbone.token_nll(work.batch, self._scored(work, backward), work.members)
             return nll.detach(), 0.0 * nll.sum()
         ids = (
             work.input_ids

@@ -42,12 +42,13 @@ from ptuning.attention import (
 from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.errors import DataError
+from ptuning.evaluate import score_split
 from ptuning.generate import _answer_steps, _causal_steps, generate
 from ptuning.methods.base import Method, Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
-from ptuning.ready import make_ready, rows_of
+from ptuning.ready import combined, make_ready, rows_of
 from ptuning.train.config import TrainConfig, Trained, UserRows
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
@@ -584,6 +585,54 @@ def test_a_long_answer_beside_a_long_prefix_moves_nobody_beyond_the_positions() 
     rows = UserRows(user_key="any", seed=0, train=(encoded(15, 9, 1),))
     assert "take 129 positions" in (too_long(rows, backbone.facts, method) or "")
     assert too_long(replace(rows, train=(encoded(14, 8, 1),)), backbone.facts, method) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("combine", ["mean", "vote"])
+def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
+    family: str, combine: Any
+) -> None:
+    """Its members' logits combined as for an answer, whatever the microbatches; a vote, which has
+    no likelihood, is judged likewise. Two users of one kind, rows of several lengths."""
+    backbone = build(ALL[family]())
+    method = PromptTuning(num_virtual_tokens=P, ensemble=3, combine=combine)
+    prefixes = [random_prefix(backbone, method, seed) for seed in (1, 2)]
+    around = prefixes[0].arrangement(backbone.template)
+    users = [
+        [around.judged_row(encoded(length, 3, length)) for length in lengths]
+        for lengths in ((6, 11, 8), (9, 7))
+    ]
+    expected = []
+    for prefix, rows in zip(prefixes, users, strict=True):
+        ready = make_ready(prefix, backbone)
+        for row in rows:
+            batch = collate([row], backbone.device, backbone.facts.decoder_start_id)
+            members = []
+            for member in range(3):
+                only = replace(prefix, embeddings=prefix.embeddings[member : member + 1])
+                rows_prefix = pack_prefix([only], backbone).of_rows(
+                    torch.tensor([0]), backbone.dtype
+                )
+                with torch.no_grad():
+                    members.append(
+                        backbone._call(
+                            AttentionContext(prefix=rows_prefix),
+                            batch.input_ids,
+                            batch.attention_mask,
+                            prompt_lengths=batch.prompt_lengths,
+                            decoder_input_ids=batch.decoder_input_ids,
+                            select=(batch.rows, batch.cols),
+                        )
+                    )
+            assert ready.combine == combine
+            at_each = torch.stack(members, dim=1)  # [N, members, V]
+            log_p = torch.stack([combined(one, "mean") for one in at_each]).log_softmax(-1)
+            expected.append(float(-log_p[range(3), batch.targets].sum()))
+    for budget in (1, 40, 4096):
+        machine = score_split(backbone, users, pack_prefix(prefixes, backbone), budget, 3)
+        losses = LocalDriver(backbone).run(machine)
+        assert [nats for one in losses for nats in one.nats] == pytest.approx(expected, rel=1e-4)
+        assert [one.tokens for one in losses] == [(3, 3, 3), (3, 3)]
 
 
 # Generation
