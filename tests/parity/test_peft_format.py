@@ -253,8 +253,6 @@ def test_beyond_a_sliding_window_what_peft_made_is_computed_as_peft_does(
         assert (there[-1] - here[-1]).abs().max() > 1e-2
 
 
-# T5's distances end before its answer does; BART's encoder has more layers than its decoder, and
-# PEFT keeps keys and values for as many.
 _PAIR: dict[str, Any] = {
     "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
@@ -268,12 +266,14 @@ def m2m100() -> PreTrainedConfig:
 
 
 def short(family: str) -> PreTrainedConfig:
+    """T5's distances end before its answer does."""
     config = tied(family)
     if hasattr(config, "relative_attention_max_distance"):
         config.relative_attention_num_buckets, config.relative_attention_max_distance = 6, 7
     return config
 
 
+# BART's encoder has more layers than its decoder, and PEFT keeps keys and values for as many.
 PEFT_PAIRS: dict[str, Callable[[], PreTrainedConfig]] = {
     **{family: partial(short, family) for family in ("t5", "t5_gated", "bart")},
     "marian": lambda: transformers.MarianConfig(**_PAIR),

@@ -84,7 +84,7 @@ def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
 def main() -> None:
     """Arguments: where to write, then for each model its kind and its directory."""
     target, *models = sys.argv[1:]
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(280, exit=True)  # before the test gives up
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for kind, directory in zip(models[::2], models[1::2], strict=True):
