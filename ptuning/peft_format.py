@@ -92,7 +92,7 @@ def load_peft(
     source = Path(directory)
     config = _read_json(source / CONFIG)
     _check_config(config, backbone)
-    tensor = _read_tensor(source, config)
+    tensor = _read_tensor(source, config, backbone)
     if not (source / OURS).is_file():
         meta = _adopted(config["peft_type"], len(tensor), backbone)
         owner = {"user_key": user_key or "", "prefix_name": prefix_name or "default"}
@@ -306,25 +306,30 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             seen=f"{kind} of {type(backbone.model).__name__}",
             expected=f"{PROMPT} or {PTUNING}, or another model",
         )
-    if _copies(config) not in ((1,) if task == CAUSAL_TASK else (1, 2)):
+    # At the input PEFT keeps one copy or two of an encoder-decoder model; as a cache always two.
+    counts = (1,) if task == CAUSAL_TASK else (2,) if kind == PREFIX else (1, 2)
+    if _copies(config, backbone) not in counts:
         raise WrongMethod(
-            "the PEFT adapter is of an encoder-decoder model",
-            seen=f"num_transformer_submodules {_copies(config)}",
-            expected=1,
+            "the PEFT adapter is of an encoder-decoder model"
+            if task == CAUSAL_TASK
+            else "the PEFT adapter is not one that PEFT makes for this kind of model",
+            seen=f"num_transformer_submodules {_copies(config, backbone)}",
+            expected=" or ".join(map(str, counts)),
+            fix="load the backbone that the adapter was trained on",
         )
 
 
-def _copies(config: dict[str, Any]) -> Any:
-    """How many stacks PEFT means the adapter for."""
-    return config.get("num_transformer_submodules") or 1
+def _copies(config: dict[str, Any], backbone: Backbone) -> Any:
+    """How many stacks PEFT means the adapter for; unsaid: all that the model has."""
+    return config.get("num_transformer_submodules") or (1 if _task(backbone) == CAUSAL_TASK else 2)
 
 
-def _rows(config: dict[str, Any]) -> Any:
+def _rows(config: dict[str, Any], backbone: Backbone) -> Any:
     """How many rows the tensor has. Of virtual tokens at the input PEFT keeps P for each stack,
     and reads the first P."""
     length = config.get("num_virtual_tokens")
     once = config["peft_type"] == PREFIX or not isinstance(length, int)
-    return length if once else length * _copies(config)
+    return length if once else length * _copies(config, backbone)
 
 
 def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None) -> None:
@@ -336,7 +341,7 @@ def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None
         raise WrongUser("the adapter has another name", seen=meta.prefix_name, expected=prefix_name)
 
 
-def _read_tensor(source: Path, config: dict[str, Any]) -> Tensor:
+def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Tensor:
     if not (source / WEIGHTS).is_file() and (source / _PICKLE).is_file():
         raise CorruptArtifact(
             "the PEFT adapter is a pickle, which can run code when it is read",
@@ -360,7 +365,7 @@ def _read_tensor(source: Path, config: dict[str, Any]) -> Tensor:
         )
     tensor, length = tensors[TENSOR], config.get("num_virtual_tokens")
     rows = tensor.shape[0] if tensor.ndim else 0
-    if not isinstance(length, int) or length < 1 or rows != _rows(config):
+    if not isinstance(length, int) or length < 1 or rows != _rows(config, backbone):
         raise WrongShape(
             "the PEFT adapter's weights have another length than its configuration says",
             seen=f"{TENSOR} {tuple(tensor.shape)}",

@@ -164,11 +164,8 @@ def _continue(one: _Progress, state: TrainState, config: TrainConfig) -> None:
 
 
 def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, reason: str) -> None:
-    """A user whose loss is not finite starts anew at a lower rate, once; then it fails alone."""
-    if one.user.states:
-        one.result.error = f"{reason}, in a training that went on; train the user from the start"
-        one.done = True
-        return
+    """A user whose loss is not finite starts anew at a lower rate, once; then it fails alone. A
+    training that went on starts from where it did: what was before is not in its state."""
     if one.result.resets >= MAX_RESETS:
         one.result.error = (
             f"{reason}, after {one.result.resets} new start at {one.scale:g} times the learning "
@@ -177,10 +174,16 @@ def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, r
         one.done = True
         return
     slots.reset(slot)
-    resets = one.result.resets + 1
-    one.result = Trained(user_key=one.user.user_key, resets=resets)
-    one.best, one.scale, one.epoch = BestEpoch(config.patience), one.scale * RESET_SCALE, 0
-    one.begin_epoch(config.batch_size)
+    resets, scale = one.result.resets + 1, one.scale * RESET_SCALE
+    one.result, one.best = Trained(user_key=one.user.user_key), BestEpoch(config.patience)
+    if one.user.states:
+        (state,) = one.user.states
+        slots.load(slot, state)
+        _continue(one, state, config)
+    else:
+        one.epoch = 0
+        one.begin_epoch(config.batch_size)
+    one.result.resets, one.scale = resets, scale
 
 
 def _initial_slots(

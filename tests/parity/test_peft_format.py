@@ -387,6 +387,24 @@ def test_an_encoder_decoder_models_keys_and_values_go_both_ways(
         torch.testing.assert_close(here(adopted), there(theirs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("copies", "refused"), [(None, False), (2, False), (1, True), (3, True)])
+def test_half_a_cache_of_an_encoder_decoder_model_is_refused(
+    copies: int | None, refused: bool, tmp_path: Path
+) -> None:
+    """From such a configuration PEFT itself makes another cache; unsaid, it takes both stacks."""
+    backbone = build(PEFT_PAIRS["bart"]())
+    prefix = prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=("decoder",)))
+    save_peft(prefix, tmp_path, backbone)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_transformer_submodules": copies}))
+    if refused:
+        with pytest.raises(WrongMethod, match=f"num_transformer_submodules {copies}"):
+            load_peft(tmp_path, backbone)
+    else:
+        assert load_peft(tmp_path, backbone).digest == prefix.digest
+
+
 def test_a_decoder_that_cannot_be_told_where_it_stands_is_refused(tmp_path: Path) -> None:
     from peft import get_peft_model
 

@@ -408,27 +408,40 @@ def test_a_training_that_goes_on_equals_one_that_never_stopped(
             torch.testing.assert_close(ours.second[name], moment, atol=1e-6, rtol=1e-3)
 
 
-def test_a_training_that_goes_on_and_blows_up_fails_with_that_reason(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_training_that_goes_on_and_blows_up_goes_back_to_where_it_went_on(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    """What it began from is not in the state, so it cannot begin again."""
-    method, user = METHODS["direct-words"], users()[3]
-    settings = config(epochs=1, keep_resume=True)
-    states = packed(backbone, method, settings, [user])["dave"].states
-    steps = states[0].steps
-    update = Slots.update
+    """Once, at a lower rate, as a training that begins; its neighbour notices nothing."""
+    method, pack = METHODS["mlp-words"], users()[2:4]
+
+    def settings(epochs: int, rate: float) -> TrainConfig:
+        return config(epochs=epochs, learning_rate=rate, schedule="constant", keep_resume=True)
+
+    first = packed(backbone, method, settings(1, 1e-2), pack)
+    going_on = [replace(user, words=(), states=first[user.user_key].states) for user in pack]
+    undisturbed = packed(backbone, method, settings(3, 1e-2), going_on)
+    gentle = packed(backbone, method, settings(3, 1e-3), going_on)
+    update, second, left = Slots.update, first["dave"].steps + 2, [times]
 
     def blown(slots: Slots, *args: Any) -> None:
         update(slots, *args)
-        if slots.steps[0] == steps + 1:
-            slots.trained["kv.decoder"][0] = float("nan")
+        if left[0] and slots.steps[1] == second:
+            left[0] -= 1
+            for parameter in slots.trained.values():
+                parameter[1] = float("nan")
 
     monkeypatch.setattr(Slots, "update", blown)
-    going_on = replace(user, words=(), states=states)
-    result = packed(backbone, method, config(epochs=2), [going_on])["dave"]
-    assert result.members is None
-    assert result.error is not None
-    assert "a training that went on" in result.error
+    results = packed(backbone, method, settings(3, 1e-2), going_on)
+    sick = results["dave"]
+    assert sick.resets == 1
+    if times == 1:
+        assert_same(sick, gentle["dave"])
+        assert sick.states[0].scale == pytest.approx(0.1)
+    else:
+        assert sick.members is None
+        assert "0.1 times the learning rate" in str(sick.error)
+    assert_same(results["carol"], undisturbed["carol"])
 
 
 def test_many_long_labels_need_not_fit_the_models_positions() -> None:
