@@ -8,6 +8,7 @@ equal.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ptuning.ready import (
     ReadyPrefix,
     check_positions,
     combined,
+    elected,
+    log_probability,
     make_ready,
     rows_of,
 )
@@ -69,8 +72,7 @@ def generate(
     ]
     for prompt, own in zip(around, ready, strict=True):
         check_positions(backbone, own, prompt, max_new_tokens)
-    ids = _generate_ids(backbone, around, ready, max_new_tokens, temperature, seed)
-    return [backbone.template.decode(row) for row in ids]
+    return _generate(backbone, around, ready, max_new_tokens, temperature, seed)
 
 
 def stop_ids(backbone: Backbone) -> set[int]:
@@ -83,44 +85,78 @@ def stop_ids(backbone: Backbone) -> set[int]:
     return ends
 
 
-def _generate_ids(
+@dataclass
+class _Voice:
+    """One answer in the making, by `rows` rows that choose its tokens together."""
+
+    prompt: int
+    rows: int
+    generator: torch.Generator
+    ids: list[int] = field(default_factory=list)
+    log_p: float = 0.0
+    done: bool = False
+
+    def take(self, logits_RV: Tensor, temperature: float, stops: set[int]) -> int:
+        """The next token."""
+        logits = combined(logits_RV)
+        token = _choose(logits, temperature, self.generator)
+        if not self.done:
+            self.log_p += log_probability(logits, token)
+            self.done = token in stops
+            if not self.done:
+                self.ids.append(token)
+        return token
+
+    @property
+    def score(self) -> float:
+        return self.log_p / (len(self.ids) + self.done)
+
+
+def _generate(
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
     prefixes: Sequence[ReadyPrefix | None],
     max_new_tokens: int,
     temperature: float,
     seed: int,
-) -> list[list[int]]:
-    """Each prompt's answer. An ensemble is as many rows as it has members; every row of it gets
-    the token that they chose together."""
+) -> list[str]:
+    """Each prompt's answer. An ensemble is as many rows as it has members. They speak with one
+    voice, or, where they vote, each with its own; then one of the answers is given."""
     members: list[tuple[Member | None, ...]] = [
         (None,) if prefix is None else prefix.members for prefix in prefixes
     ]
-    owners = [prompt for prompt, own in enumerate(members) for _ in own]
+    rows = [prompts[n] for n, own in enumerate(members) for _ in own]
     prefix = rows_of(backbone, [member for own in members for member in own])
-    rows = [prompts[owner] for owner in owners]
     steps = (_answer_steps if backbone.facts.decoder_start_id is not None else _causal_steps)(
         backbone, rows, prefix
     )
-    generators = [
-        torch.Generator().manual_seed(seed_of(seed, "row", n)) for n in range(len(prompts))
-    ]
-    stops, done = stop_ids(backbone), [False] * len(prompts)
-    output: list[list[int]] = [[] for _ in prompts]
+    stops, voices = stop_ids(backbone), _voices(prefixes, seed)
     logits = next(steps)
     for _ in range(max_new_tokens):
-        by_prompt = logits.cpu().split([len(own) for own in members])
-        chosen = []
-        for n, own in enumerate(by_prompt):
-            how = "mean" if (ready := prefixes[n]) is None else ready.combine
-            chosen.append(_choose(combined(own, how), temperature, generators[n]))
-            done[n] = done[n] or chosen[n] in stops
-            if not done[n]:
-                output[n].append(chosen[n])
-        if all(done):
+        by_voice = logits.cpu().split([voice.rows for voice in voices])
+        chosen = [
+            voice.take(own, temperature, stops) for voice, own in zip(voices, by_voice, strict=True)
+        ]
+        if all(voice.done for voice in voices):
             break
-        logits = steps.send([chosen[owner] for owner in owners])
-    return output
+        logits = steps.send(
+            [token for voice, token in zip(voices, chosen, strict=True) for _ in range(voice.rows)]
+        )
+    given: list[list[tuple[str, float]]] = [[] for _ in prompts]
+    for voice in voices:
+        given[voice.prompt].append((backbone.template.decode(voice.ids), voice.score))
+    return [own[elected(own)][0] for own in given]
+
+
+def _voices(prefixes: Sequence[ReadyPrefix | None], seed: int) -> list[_Voice]:
+    """In the order of their rows. Those of one prompt draw alike: what differs is their members."""
+    voices = []
+    for n, prefix in enumerate(prefixes):
+        rows, count = (1, 1) if prefix is None else (len(prefix.members), prefix.voices)
+        for _ in range(count):
+            generator = torch.Generator().manual_seed(seed_of(seed, "row", n))
+            voices.append(_Voice(n, rows // count, generator))
+    return voices
 
 
 Steps = Generator[Tensor, list[int], None]  # logits [R, V]; is sent each row's next token

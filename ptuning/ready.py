@@ -6,6 +6,7 @@ values that they are in every layer; others stay embeddings and travel with the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,11 @@ class ReadyPrefix:
     members: tuple[Member, ...]
     around: Arrangement = field(default_factory=Arrangement)
     combine: str = "mean"
+
+    @property
+    def voices(self) -> int:
+        """How many answers are made, of which one is given: each member's where they vote."""
+        return len(self.members) if self.combine == "vote" else 1
 
     @property
     def length(self) -> int:
@@ -164,17 +170,21 @@ def _embeddings(backbone: Backbone, members: Sequence[Member | None]) -> Tensor 
     return rows
 
 
-def combined(logits_MV: Tensor, combine: str) -> Tensor:
-    """One row of logits `[V]` of an ensemble's, fp32.
-
-    `mean`: the mean of the log-probabilities. `vote`: each member votes for its likeliest
-    token; the logarithm of the votes, ties told by the mean.
-    """
+def combined(logits_MV: Tensor) -> Tensor:
+    """One row of logits `[V]` of what speaks with one voice, fp32: the mean of the members'
+    log-probabilities."""
     if len(logits_MV) == 1:
         return logits_MV[0]
-    mean = torch.log_softmax(logits_MV.float(), dim=-1).mean(0)
-    if combine != "vote":
-        return mean
-    votes = torch.bincount(logits_MV.argmax(-1), minlength=logits_MV.shape[-1])
-    # Far less than one vote of sixteen, whatever the log-probabilities are.
-    return votes.log() + 1e-3 * torch.softmax(mean, dim=-1)
+    return torch.log_softmax(logits_MV.float(), dim=-1).mean(0)
+
+
+def elected(answers: Sequence[tuple[str, float]]) -> int:
+    """Which of an ensemble's answers (text, log-probability per token by who gave it) is given:
+    the commonest (Lester et al. 2021, section 6), among equally common ones the likeliest."""
+    votes = Counter(text for text, _ in answers)
+    return max(range(len(answers)), key=lambda n: (votes[answers[n][0]], answers[n][1], -n))
+
+
+def log_probability(logits_V: Tensor, token: int) -> float:
+    """Of `token`, in nats."""
+    return float(torch.log_softmax(logits_V.float(), dim=-1)[token])

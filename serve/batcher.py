@@ -45,12 +45,21 @@ class Batcher:
     def __init__(self, max_rows: int, max_queue: int, prefill_tokens: int) -> None:
         self.max_rows, self.max_queue, self.prefill_tokens = max_rows, max_queue, prefill_tokens
         self._waiting: dict[str, tuple[int, int]] = {}  # id -> prompt tokens, rows; by arrival
-        self._rows: list[str] = []
+        self._rows: list[tuple[str, int]] = []  # id, place among the request's rows
 
     @property
     def rows(self) -> tuple[str, ...]:
         """The running request of each slot; one with several rows stands in several."""
-        return tuple(self._rows)
+        return tuple(request for request, _ in self._rows)
+
+    @property
+    def slots(self) -> dict[str, list[int]]:
+        """The slots of each running request's first, second, ... row, which moves may mix; in
+        the order of `rows`."""
+        slots: dict[str, list[int]] = {request: [] for request in self.rows}
+        for slot in sorted(range(len(self._rows)), key=lambda slot: self._rows[slot][1]):
+            slots[self._rows[slot][0]].append(slot)
+        return slots
 
     @property
     def waiting(self) -> tuple[str, ...]:
@@ -64,7 +73,7 @@ class Batcher:
         """None where the request was never submitted or is gone."""
         if request in self._waiting:
             return State.WAITING
-        return State.RUNNING if request in self._rows else None
+        return State.RUNNING if request in self.rows else None
 
     def submit(self, request: str, prompt_tokens: int, rows: int = 1) -> None:
         """A new request waits. Raises QueueFull, or ServeError for an id that is in use or a
@@ -100,7 +109,7 @@ class Batcher:
     def admit(self) -> tuple[str, ...]:
         """Move waiting requests into free slots, appended to `rows`; returns the new slots'."""
         admitted: list[str] = []
-        added: list[str] = []
+        added: list[tuple[str, int]] = []
         longest = 0
         for request, (tokens, rows) in self._waiting.items():
             longest = max(longest, tokens)
@@ -108,17 +117,17 @@ class Batcher:
             if len(self._rows) + len(added) + rows > self.max_rows or (admitted and too_long):
                 break
             admitted.append(request)
-            added += [request] * rows
+            added += [(request, place) for place in range(rows)]
         for request in admitted:
             del self._waiting[request]
         self._rows.extend(added)
-        return tuple(added)
+        return tuple(request for request, _ in added)
 
     def release(self, request: str) -> tuple[Move, ...]:
         """A running request leaves its slots. The moves are to be done in their order: the last
         row goes where one left; where `source` is `target` the slot only becomes empty."""
         moves = []
-        for slot in reversed([n for n, row in enumerate(self._rows) if row == request]):
+        for slot in reversed([n for n, row in enumerate(self.rows) if row == request]):
             last = len(self._rows) - 1
             self._rows[slot] = self._rows[last]
             self._rows.pop()

@@ -21,7 +21,7 @@ from torch import Tensor
 from ptuning.backbone import Backbone
 from ptuning.errors import ServeError
 from ptuning.generate import stop_ids
-from ptuning.ready import Member, ReadyPrefix, combined
+from ptuning.ready import Member, ReadyPrefix, combined, elected, log_probability
 from serve.batcher import Batcher, State
 from serve.events import Delta, Event, Failed, Finished, FinishReason, PrefixInfo, Problem, Started
 from serve.metrics import Metrics
@@ -72,15 +72,35 @@ class Request:
 
 
 @dataclass
-class _Row:
-    """A running request: where its next token goes, and what it has said."""
+class _Voice:
+    """One answer in the making: what it has said, and the token that it said last."""
 
-    request: Request
     text: TextStream
     generator: torch.Generator | None
-    column: int  # of the next token: P + prompt + generated tokens before it
     last: int = 0
     count: int = 0
+    said: str = ""
+    log_p: float = 0.0  # of its tokens; counted where voices are compared
+    reason: FinishReason | None = None  # why it ended
+
+
+@dataclass
+class _Running:
+    """A request in the batch: one voice, or one for each member of an ensemble that votes; and
+    where the next tokens go."""
+
+    request: Request
+    voices: list[_Voice]
+    column: int  # P + prompt + generated tokens before it
+
+    def voice(self, place: int) -> _Voice:
+        """Whose tokens the request's row at `place` reads."""
+        return self.voices[place if len(self.voices) > 1 else 0]
+
+    def logits(self, logits_MV: Tensor) -> list[Tensor]:
+        """`[V]` for each voice."""
+        size = len(logits_MV) // len(self.voices)
+        return [combined(own) for own in logits_MV.split(size)]
 
 
 class Engine:
@@ -100,7 +120,7 @@ class Engine:
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(max_rows, max_queue, prefill_tokens)
         self._requests: dict[str, Request] = {}
-        self._rows: dict[str, _Row] = {}  # touched by the engine's thread only
+        self._running: dict[str, _Running] = {}  # touched by the engine's thread only
         self._cancelled: set[str] = set()
         self._ends = stop_ids(backbone)
         self._wake = threading.Condition()  # guards the batcher, requests and cancellations
@@ -167,7 +187,7 @@ class Engine:
         with self._wake:
             gone, self._cancelled = self._cancelled, set()
         for request_id in gone:
-            if request_id in self._rows:
+            if request_id in self._running:
                 self._leave(request_id)
         with self._wake:
             newcomers = self._batcher.admit()
@@ -190,84 +210,85 @@ class Engine:
         requests = [self._requests[request_id] for request_id in dict.fromkeys(newcomers)]
         first = slot = len(self._batcher.rows) - len(newcomers)
         for request in requests:
-            self._rows[request.id] = self._row(request)
+            self._running[request.id] = self._begin(request)
             for member in request.members:
                 self.runner.enter(slot, member)
                 slot += 1
         prompts = [request.prompt for request in requests for _ in request.members]
-        logits = self.runner.prefill(first, prompts)
-        for request, logits_V in zip(requests, self._by_request(newcomers, logits), strict=True):
+        logits = self.runner.prefill(first, prompts).cpu()
+        # Before the first is taken: one that ends moves others.
+        slots = self._batcher.slots
+        own = [logits[[slot - first for slot in slots[request.id]]] for request in requests]
+        for request, logits_MV in zip(requests, own, strict=True):
             now = time.monotonic()
             self.metrics.observe("ptuning_time_to_first_token_seconds", now - request.arrived)
             self.metrics.add("ptuning_prompt_tokens_total", request.prompt_tokens)
             info = request.prefix.info if request.prefix else None
             _emit(request, Started(prefix=info, prompt_tokens=request.prompt_tokens))
-            self._take(request.id, logits_V)
+            self._take(request.id, logits_MV)
 
     def _decode(self, ids: Sequence[str]) -> None:
-        rows = [self._rows[request_id] for request_id in ids]
-        logits = self.runner.decode([row.last for row in rows], [row.column for row in rows])
-        self.metrics.observe("ptuning_step_rows", len(rows))
-        for request_id, logits_V in zip(
-            dict.fromkeys(ids), self._by_request(ids, logits), strict=True
-        ):
-            self._rows[request_id].column += 1
-            self._take(request_id, logits_V)
-
-    def _by_request(self, ids: Sequence[str], logits: Tensor) -> list[Tensor]:
-        """Logits `[V]` of each request in `ids`, in order of its first row; an ensemble's rows are
-        combined."""
-        slots: dict[str, list[int]] = {}
-        for slot, request_id in enumerate(ids):
-            slots.setdefault(request_id, []).append(slot)
-        on_cpu, result = logits.cpu(), []
+        slots = self._batcher.slots
+        tokens, columns = [0] * len(ids), [0] * len(ids)
         for request_id, own in slots.items():
-            prefix = self._requests[request_id].prefix
-            result.append(combined(on_cpu[own], prefix.ready.combine if prefix else "mean"))
-        return result
+            running = self._running[request_id]
+            for place, slot in enumerate(own):
+                tokens[slot], columns[slot] = running.voice(place).last, running.column
+        logits = self.runner.decode(tokens, columns).cpu()
+        self.metrics.observe("ptuning_step_rows", len(ids))
+        for request_id, own in slots.items():
+            self._running[request_id].column += 1
+            self._take(request_id, logits[own])
 
-    def _row(self, request: Request) -> _Row:
-        offset = request.prefix.ready.length if request.prefix else 0
-        return _Row(
-            request=request,
-            text=TextStream(self.backbone.template.decode, request.stop),
-            generator=generator_of(request.seed) if request.temperature > 0 else None,
-            column=offset + len(request.prompt),
-        )
+    def _begin(self, request: Request) -> _Running:
+        ready = None if request.prefix is None else request.prefix.ready
+        # Of one seed: what differs between voices is their members.
+        voices = [
+            _Voice(
+                text=TextStream(self.backbone.template.decode, request.stop),
+                generator=generator_of(request.seed) if request.temperature > 0 else None,
+            )
+            for _ in range(1 if ready is None else ready.voices)
+        ]
+        column = len(request.prompt) + (0 if ready is None else ready.length)
+        return _Running(request, voices, column)
 
-    def _take(self, request_id: str, logits_V: Tensor) -> None:
-        """Choose the row's next token and say what it adds; the row may end here."""
+    def _take(self, request_id: str, logits_MV: Tensor) -> None:
+        """Choose the next token of each voice; the request ends with its last voice."""
+        running = self._running[request_id]
         try:
-            reason = self._advance(self._rows[request_id], logits_V)
+            for voice, logits_V in zip(running.voices, running.logits(logits_MV), strict=True):
+                if voice.reason is None:
+                    self._advance(running, voice, logits_V)
         except Exception:
             log.exception("a row failed")
             self._fail(request_id, "this answer could not be decoded")
             return
-        if reason is not None:
-            row = self._rows[request_id]
+        if all(voice.reason is not None for voice in running.voices):
             self._leave(request_id)
-            _emit(row.request, Finished(reason=reason, completion_tokens=row.count))
+            _finish(running)
 
-    def _advance(self, row: _Row, logits_V: Tensor) -> FinishReason | None:
-        request = row.request
+    def _advance(self, running: _Running, voice: _Voice, logits_V: Tensor) -> None:
+        """One token more; an only voice is heard as it speaks."""
+        request, alone = running.request, len(running.voices) == 1
         if not math.isfinite(float(logits_V.max())):  # NaN wins a maximum
             raise ServeError("the model's logits are not finite", seen=float(logits_V.max()))
-        token = choose(logits_V, request.temperature, request.top_p, row.generator)
-        row.last, row.count = token, row.count + 1
+        token = choose(logits_V, request.temperature, request.top_p, voice.generator)
+        voice.last, voice.count = token, voice.count + 1
+        voice.log_p += 0.0 if alone else log_probability(logits_V, token)
         self.metrics.add("ptuning_tokens_generated_total")
         ended = token in self._ends
-        fresh = "" if ended else row.text.push(token)
-        reason: FinishReason | None = None
-        if ended or row.text.stopped:
-            reason = "stop"
-        elif row.count >= request.max_tokens:
-            reason = "length"
-        if reason is not None:
-            fresh += row.text.finish()
-            reason = "stop" if row.text.stopped else reason
-        if fresh:
+        fresh = "" if ended else voice.text.push(token)
+        if ended or voice.text.stopped:
+            voice.reason = "stop"
+        elif voice.count >= request.max_tokens:
+            voice.reason = "length"
+        if voice.reason is not None:
+            fresh += voice.text.finish()
+            voice.reason = "stop" if voice.text.stopped else voice.reason
+        voice.said += fresh
+        if fresh and alone:
             _emit(request, Delta(text=fresh))
-        return reason
 
     def _fail(self, request_id: str, message: str) -> None:
         request = self._requests.get(request_id)
@@ -284,12 +305,23 @@ class Engine:
             moves = self._batcher.release(request_id)
             del self._requests[request_id]
             self._cancelled.discard(request_id)
-        self._rows.pop(request_id, None)
+        self._running.pop(request_id, None)
         for move in moves:
             if move.source == move.target:
                 self.runner.leave(move.target)
             else:
                 self.runner.move(move.source, move.target)
+
+
+def _finish(running: _Running) -> None:
+    """Say how the answer ended; of several the one that is given, whole, since only now it is
+    known which."""
+    voices = running.voices
+    given = voices[elected([(voice.said, voice.log_p / voice.count) for voice in voices])]
+    if len(voices) > 1 and given.said:
+        _emit(running.request, Delta(text=given.said))
+    assert given.reason is not None
+    _emit(running.request, Finished(reason=given.reason, completion_tokens=given.count))
 
 
 def _emit(request: Request, event: Event) -> None:

@@ -49,8 +49,8 @@ class PromptTuning(Tuning):
     )
     combine: Combine = Field(
         "mean",
-        description="how an ensemble answers: mean of the log-probabilities, or a vote on each "
-        "token",
+        description="how an ensemble answers: by the mean of the log-probabilities at each token, "
+        "or by a vote: each member answers alone, and the commonest answer is given",
     )
 
     @property

@@ -626,7 +626,7 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
                     )
             assert ready.combine == combine
             at_each = torch.stack(members, dim=1)  # [N, members, V]
-            log_p = torch.stack([combined(one, "mean") for one in at_each]).log_softmax(-1)
+            log_p = torch.stack([combined(one) for one in at_each]).log_softmax(-1)
             expected.append(float(-log_p[range(3), batch.targets].sum()))
     for budget in (1, 40, 4096):
         machine = score_split(backbone, users, pack_prefix(prefixes, backbone), budget, 3)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import FAMILIES, build, logits_of, prefix_rows, random_kv
+from tiny_backbones import FAMILIES, build, logits_of, prefix_rows, random_kv, random_prefix
 from tiny_model import make_tokenizer
 from tokenizers import processors
 
 from ptuning.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.attention import EMBEDDINGS
 from ptuning.backbone import DECODER, Backbone
 from ptuning.errors import ConfigError, DataError, WrongBackbone
 from ptuning.generate import generate, stop_ids
+from ptuning.methods.prompt import PromptTuning
+from ptuning.ready import elected, make_ready, rows_of
 
 PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
 
@@ -28,6 +32,16 @@ def prefix_for(backbone: Backbone, length: int, seed: int) -> Prefix:
         user_key=f"user-{seed}",
     )
     return make_prefix([{DECODER: random_kv(backbone, length, seed)[0]}], meta)
+
+
+def greedy_ids(backbone: Backbone, prompt: list[int], prefix: Prefix, count: int) -> list[int]:
+    (member,) = make_ready(prefix, backbone).members
+    ids = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            (logits,) = logits_of(backbone, [ids], rows_of(backbone, [member]))
+        ids.append(int(logits[-1].argmax()))
+    return ids[len(prompt) :]
 
 
 def prefixes_for(backbone: Backbone) -> list[Prefix | None]:
@@ -215,3 +229,61 @@ def test_the_templates_end_and_the_models_own_ends_both_stop(backbone: Backbone)
     strong = build(FAMILIES["llama"]())
     strong.model.generation_config.eos_token_id = [5, 9]  # type: ignore[union-attr]
     assert stop_ids(strong) == {5, 9, tokenizer.eos_token_id}
+
+
+def one_member(prefix: Prefix, member: int) -> Prefix:
+    """An ensemble's member as a prefix of its own."""
+    method = {**prefix.meta.method, "ensemble": 1}
+    return make_prefix([prefix.members[member]], replace(prefix.meta, method=method))
+
+
+def spoken(backbone: Backbone, prompt: str, prefix: Prefix, stops: set[int]) -> tuple[str, float]:
+    """The greedy answer of at most 8 tokens, and its mean log-probability, from whole passes."""
+    (member,) = make_ready(prefix, backbone).members
+    ids, answer, log_p = backbone.template.encode_prompt(prompt), [], []
+    rows = rows_of(backbone, [member])
+    while len(log_p) < 8:
+        with torch.no_grad():
+            (logits,) = logits_of(backbone, [[*ids, *answer]], rows)
+        best = logits[-1].log_softmax(-1).max(-1)
+        log_p.append(float(best.values))
+        if int(best.indices) in stops:
+            break
+        answer.append(int(best.indices))
+    return backbone.template.decode(answer), sum(log_p) / len(log_p)
+
+
+@pytest.mark.parametrize("winner", ["the commonest", "the likeliest"])
+def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each member answers as if alone, some for longer than others; beside other rows."""
+    backbone = build(FAMILIES["llama"]())
+    method = PromptTuning(num_virtual_tokens=3, ensemble=4, combine="vote")
+    prefix = random_prefix(backbone, method, 5)
+    first, second, third, _ = prefix.embeddings
+    order = (first, second, third, third)
+    if winner == "the likeliest":
+        order = (first, second, third, random_prefix(backbone, method, 6).embeddings[0])
+    prefix = make_prefix([{EMBEDDINGS: values} for values in order], prefix.meta)
+    alone = [one_member(prefix, member) for member in range(4)]
+    # The first member's answer ends after two tokens.
+    begun = backbone.template.encode_prompt(PROMPTS[0])
+    stops = {greedy_ids(backbone, begun, alone[0], 3)[2]}
+    monkeypatch.setattr(sys.modules["ptuning.generate"], "stop_ids", lambda _: stops)
+    answers = [spoken(backbone, PROMPTS[0], one, stops) for one in alone]
+    texts = [text for text, _ in answers]
+    assert len(set(texts)) == (3 if winner == "the commonest" else 4)
+    best = max(answers, key=lambda one: one[1])[0]
+    expected = texts[2] if winner == "the commonest" else best
+    others = prefixes_for(backbone)
+    prompts = [PROMPTS[0], *PROMPTS]
+    together = generate(backbone, prompts, [prefix, *others], max_new_tokens=8)
+    assert together[0] == expected
+    assert together[1:] == generate(backbone, PROMPTS, others, max_new_tokens=8)
+    assert [generate(backbone, PROMPTS[:1], [one], max_new_tokens=8)[0] for one in alone] == texts
+
+
+def test_an_election_is_won_by_votes_then_by_likelihood_then_by_place() -> None:
+    assert elected([("a", -0.1), ("b", -2.0), ("b", -3.0)]) == 1
+    assert elected([("a", -2.0), ("b", -1.0), ("c", -3.0)]) == 1
+    assert elected([("a", -3.0), ("b", -2.0), ("a", -1.0), ("b", -2.5)]) == 2
+    assert elected([("a", -1.0), ("b", -1.0)]) == 0

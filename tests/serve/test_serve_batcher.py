@@ -41,9 +41,12 @@ def test_a_request_of_several_rows_is_admitted_whole_and_leaves_whole() -> None:
     assert batcher.admit() == ()
     assert batcher.release("a") == (Move(source=2, target=0),)
     assert batcher.rows == ("b", "b")
+    assert batcher.slots == {"b": [1, 0]}, "its second row went where a was"
     assert batcher.admit() == ("c", "c")
+    assert batcher.slots == {"b": [1, 0], "c": [2, 3]}
     assert batcher.release("b") == (Move(source=3, target=1), Move(source=2, target=0))
     assert batcher.rows == ("c", "c")
+    assert batcher.slots == {"c": [0, 1]}
     with pytest.raises(ServeError, match="more rows"):
         batcher.submit("e", 1, rows=5)
 
@@ -100,7 +103,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.batcher = Batcher(self.ROWS, self.QUEUE, self.TOKENS)
-        self.slots: dict[int, str] = {}  # what a cache would hold
+        self.slots: dict[int, tuple[str, int]] = {}  # the row that a cache would hold
         self.queue: list[tuple[str, int, int]] = []
         self.count = 0
 
@@ -129,17 +132,18 @@ class AnyOrder(RuleBasedStateMachine):
         if count > 1:
             assert len(newcomers) * max(tokens for _, tokens, _ in taken) <= self.TOKENS
         assert newcomers or not self.queue or first + self.queue[0][2] > self.ROWS
-        self.slots.update(enumerate(newcomers, first))
+        rows = [(name, place) for name, _, count in taken for place in range(count)]
+        self.slots.update(enumerate(rows, first))
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.slots)))
-        name = self.slots[slot]
+        name, _ = self.slots[slot]
         moves = self.batcher.release(name)
-        assert len(moves) == sum(own == name for own in self.slots.values())
+        assert len(moves) == sum(own == name for own, _ in self.slots.values())
         for move in moves:
-            assert self.slots.pop(move.target) == name
+            assert self.slots.pop(move.target)[0] == name
             if move.source != move.target:
                 self.slots[move.target] = self.slots.pop(move.source)
 
@@ -152,7 +156,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def slots_are_dense_and_agree(self) -> None:
-        assert dict(enumerate(self.batcher.rows)) == self.slots
+        assert dict(enumerate(self.batcher.rows)) == {
+            n: name for n, (name, _) in self.slots.items()
+        }
+        where = {row: slot for slot, row in self.slots.items()}
+        for name, slots in self.batcher.slots.items():
+            assert slots == [where[name, place] for place in range(len(slots))]
+        assert sum(map(len, self.batcher.slots.values())) == len(self.slots)
         assert self.batcher.waiting == tuple(name for name, _, _ in self.queue)
         assert self.batcher.busy == bool(self.slots or self.queue)
 
