@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.attention import Seen
+from ptuning.attention import EMBEDDINGS, Seen
 from ptuning.backbone import Facts
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
@@ -124,6 +124,21 @@ class Tuning(Config):
     @property
     def members(self) -> int:
         return 1
+
+
+class InputTuning(Tuning):
+    """What methods share whose virtual tokens stand at the input only."""
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(windowed=True)  # they are tokens like others
+
+    def check(self: Method, facts: Facts) -> None:
+        check_virtual_tokens(self.num_virtual_tokens, facts)
+        check_embeddings(facts)
+
+    def shapes(self: Method, facts: Facts) -> dict[str, tuple[int, ...]]:
+        return {EMBEDDINGS: (self.num_virtual_tokens, facts.hidden_size)}
 
 
 def check_start(method: Method, start: dict[str, Tensor] | None) -> None:

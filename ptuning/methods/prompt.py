@@ -12,23 +12,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, Seen
+from ptuning.attention import EMBEDDINGS
 from ptuning.backbone import Facts
 from ptuning.data.layout import Layout, front
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
+    InputTuning,
     Parameters,
     StartIds,
-    Tuning,
-    check_embeddings,
     check_start,
-    check_virtual_tokens,
 )
 
 Combine = Literal["mean", "vote"]
 
 
-class PromptTuning(Tuning):
+class PromptTuning(InputTuning):
     """Settings of Prompt Tuning, and the method itself."""
 
     type: Literal["prompt"] = Field(
@@ -68,23 +66,12 @@ class PromptTuning(Tuning):
         return front(self.num_virtual_tokens)
 
     @property
-    def seen(self) -> Seen:
-        return Seen(windowed=True)  # they are tokens like others
-
-    @property
     def members(self) -> int:
         return self.ensemble
 
     @property
     def default_learning_rate(self) -> float:
         return 3e-2
-
-    def check(self, facts: Facts) -> None:
-        check_virtual_tokens(self.num_virtual_tokens, facts)
-        check_embeddings(facts)
-
-    def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
-        return {EMBEDDINGS: (self.num_virtual_tokens, facts.hidden_size)}
 
     def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
         """See `Method.initial`. Random values are uniform in [-0.5, 0.5] (paper, section 3)."""

@@ -14,23 +14,21 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, Seen
+from ptuning.attention import EMBEDDINGS
 from ptuning.backbone import Facts
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
+    InputTuning,
     Parameters,
     StartIds,
-    Tuning,
-    check_embeddings,
     check_start,
-    check_virtual_tokens,
 )
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
 
 
-class PTuning(Tuning):
+class PTuning(InputTuning):
     """Settings of P-Tuning, and the method itself."""
 
     type: Literal["ptuning"] = Field(
@@ -78,23 +76,12 @@ class PTuning(Tuning):
         return Layout.parse(self.template)
 
     @property
-    def seen(self) -> Seen:
-        return Seen(windowed=True)  # they are tokens like others
-
-    @property
     def start_ids(self) -> StartIds:
         return "words" if self.init == "words" else "none"
 
     @property
     def default_learning_rate(self) -> float:
         return {"none": 3e-2, "mlp": 1e-2, "lstm": 3e-3}[self.encoder]
-
-    def check(self, facts: Facts) -> None:
-        check_virtual_tokens(self.num_virtual_tokens, facts)
-        check_embeddings(facts)
-
-    def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
-        return {EMBEDDINGS: (self.num_virtual_tokens, facts.hidden_size)}
 
     def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
         """See `Method.initial`."""
