@@ -343,24 +343,29 @@ class _Blown:
 def test_a_user_whose_loss_blows_up_begins_again_once_at_a_lower_rate_then_fails_alone(
     backbone: Backbone, method: Any, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    if method.members > 1:
-        pytest.skip("slots of an ensemble are numbered otherwise")
     pack = users()[3:]
-    gentle = packed(backbone, method, config(learning_rate=2e-3), pack[:1])
-    _Blown(monkeypatch, slot=0, times=times)
+    gentle = packed(backbone, method, config(learning_rate=2e-3), pack[:1])["dave"]
+    same_rate = packed(backbone, method, config(learning_rate=2e-2), pack)
+    _Blown(monkeypatch, slot=0, times=times)  # the user, or the first member of its ensemble
     results = packed(backbone, method, config(learning_rate=2e-2), pack)
     sick = results["dave"]
     assert sick.resets == 1
     if times == 1:
         assert sick.error is None
-        assert_same(sick, gentle["dave"])  # as if it had begun at a tenth of the rate
+        assert sick.members is not None
+        # As if it had begun at a tenth of the rate; other members of an ensemble go on.
+        for member, ours in enumerate(sick.members):
+            expected = (gentle if member == 0 else same_rate["dave"]).members
+            assert expected is not None
+            for name, values in expected[member].items():
+                torch.testing.assert_close(ours[name], values, atol=1e-4, rtol=0)
+        if method.members == 1:
+            assert_same(sick, gentle)
     else:
         assert sick.members is None
         assert sick.error is not None
         assert "not finite" in sick.error
         assert "0.1 times the learning rate" in sick.error
-    monkeypatch.undo()
-    same_rate = packed(backbone, method, config(learning_rate=2e-2), pack)
     assert_same(results["erin"], same_rate["erin"])
 
 
