@@ -297,6 +297,30 @@ def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
     assert table([]) == "No results.\n"
 
 
+def test_the_overview_has_the_tasks_side_by_side() -> None:
+    found = [
+        *(record_of(cell_of(seed=seed), bleu=40.0 + seed) for seed in range(3)),
+        record_of(cell_of(task="lama"), exact_match=0.45),
+        record_of(cell_of("prompt-labels", task="lama"), exact_match=0.5),
+    ]
+    for one in found[3:]:
+        del one["bleu"]
+    head, _, both, one_task = records.overview(found, [*methods.BY_NAME]).splitlines()
+    assert head.startswith("| setting | parameters per user | E2E loss | BLEU | LAMA loss | exact")
+    assert "| 41.0 ± 1.0 |" in both
+    assert "| 45.0 | 3 / 1 |" in both
+    assert "| - | - |" in one_task
+    assert "| 50.0 | 0 / 1 |" in one_task
+
+
+def test_the_readme_has_the_results_files_table() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0]
+    found, message = records.read_records(methods.RESULTS)
+    assert message is None
+    assert shown == records.overview(found, [*methods.BY_NAME]), "see --overview"
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     found = [
         record_of(cell_of("base"), method=None),

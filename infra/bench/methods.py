@@ -3,7 +3,8 @@
     python -m infra.bench.methods --quick              one seed of five settings
     python -m infra.bench.methods                      the grid: hours; start it again to resume
     python -m infra.bench.methods --list               its cells and which are done
-    python -m infra.bench.methods --table              the Markdown table of the results file
+    python -m infra.bench.methods --table              the results file as Markdown tables
+    python -m infra.bench.methods --overview           the README's table of both tasks
     python -m infra.bench.methods --learning-rates prompt ptuning-none    choose the defaults
 
 SmolLM2 on E2E (table to text, BLEU) and on LAMA's triples as a cloze (exact match), from few
@@ -471,7 +472,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--learning-rates", nargs="+", choices=[*BY_NAME], metavar="SETTING", help="sweep these"
     )
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
-    parser.add_argument("--table", action="store_true", help="print the results' table and stop")
+    parser.add_argument("--table", action="store_true", help="print the results' tables and stop")
+    parser.add_argument(
+        "--overview", action="store_true", help="print one table with the tasks side by side"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results and stop")
     return parser.parse_args(arguments)
 
@@ -480,7 +484,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     path = results_path(options)
     cells = chosen_cells(options)
-    if options.list or options.table or options.plot:
+    if options.list or options.table or options.overview or options.plot:
         found, message = records.read_records(path)
         if message:
             print(message, file=sys.stderr)
@@ -488,6 +492,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(list_cells(cells, found))
         if options.table:
             print(tables(options, found), end="")
+        if options.overview:
+            print(records.overview(found, [*BY_NAME]), end="")
         if options.plot:
             records.plot(found, options.plot)
         return 0

@@ -128,6 +128,43 @@ def table(records: Sequence[Record], order: Sequence[str] = ()) -> str:
     return "\n\n".join(parts) + "\n" if parts else "No results.\n"
 
 
+def overview(records: Sequence[Record], order: Sequence[str]) -> str:
+    """Markdown: one table with the tasks side by side, as the README has it."""
+    chosen = newest(records)
+    tasks = sorted({task for task, _ in chosen})
+    metric = {
+        task: next(name for name in METRICS if name in own[0]) for (task, _), own in chosen.items()
+    }
+    head = ["setting", "parameters per user"]
+    for task in tasks:
+        head += [f"{task.upper()} loss", METRICS[metric[task]]]
+    lines = [[*head, "seeds", "CPU s"], ["---", *["---:"] * (len(head) + 1)]]
+    for setting in order:
+        cells = {task: chosen[task, setting] for task in tasks if (task, setting) in chosen}
+        if not cells:
+            continue
+        first = next(iter(cells.values()))[0]
+        line = [first["label"], f"{first['parameters']:,}"]
+        for task in tasks:
+            own = cells.get(task, [])
+            line += [
+                _mean([one["loss"]["test"] for one in own], 3),
+                _mean([one.get(metric[task]) for one in own], 1, _percent(metric[task])),
+            ]
+        seeds = [str(len(cells.get(task, [])) if first["method"] else "-") for task in tasks]
+        cpu = [
+            _mean([one["seconds"]["train_cpu"] for one in cells.get(task, [])], 0, spread=False)
+            for task in tasks
+        ]
+        lines.append([*line, " / ".join(seeds), " / ".join(cpu)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _percent(metric: str) -> float:
+    """BLEU is in percent as it is."""
+    return 1.0 if metric == "bleu" else 100.0
+
+
 def _task_table(settings: Sequence[Sequence[Record]]) -> str:
     metrics = [name for name in METRICS if any(name in own[0] for own in settings)]
     head = ["setting", "seeds", "parameters per user", "values kept", "test loss"]
@@ -141,11 +178,7 @@ def _task_table(settings: Sequence[Sequence[Record]]) -> str:
                 f"{own[0]['parameters']:,}",
                 f"{own[0]['values_kept']:,}",
                 _mean([one["loss"]["test"] for one in own], 3),
-                *(
-                    # BLEU is in percent as it is.
-                    _mean([one.get(name) for one in own], 1, 1 if name == "bleu" else 100)
-                    for name in metrics
-                ),
+                *(_mean([one.get(name) for one in own], 1, _percent(name)) for name in metrics),
                 _mean([one["seconds"]["train"] for one in own], 0, spread=False),
                 _mean([one["seconds"]["train_cpu"] for one in own], 0, spread=False),
                 _mean([one["tokens_per_second"] for one in own], 0, spread=False),
@@ -161,6 +194,8 @@ def _mean(
     known = [value * scale for value in values if value is not None]
     if len(known) < len(values):
         return f"failed ({len(values) - len(known)} of {len(values)})" if known else "-"
+    if not known:
+        return "-"
     text = f"{mean(known):.{digits}f}"
     return f"{text} ± {stdev(known):.{digits}f}" if spread and len(known) > 1 else text
 
