@@ -28,7 +28,7 @@ from ptuning.train.resume import Resume
 from ptuning.train.start import positions_of
 from ptuning.train.step import Machine
 from ptuning.types import Example, Split, SplitLosses, UserReport, seed_of, user_key
-from ptuning.users import Recipe, belongs, meta_of, prepare, warm_start
+from ptuning.users import Recipe, belongs, check_resume, meta_of, prepare, warm_start
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class _Member:
     rows: UserRows | None = None
     prefix: Prefix | None = None
     champion: Prefix | None = None
+    started_from: str = ""  # digest of the prefix that the training began as
 
     def fail(self, stage: str, error: object) -> None:
         self.report.status, self.report.stage = "failed", stage
@@ -156,16 +157,18 @@ def _begun(backbone: Backbone, job: PackJob, member: _Member) -> UserRows:
             member.report.details["start_ignored"] = str(error)
             return rows
         member.report.details["started_from"] = planned.champion_digest
+        member.started_from = member.champion.digest
         return replace(rows, start=begun)
     if start == "resume" and planned.candidate_digest is not None:
         path = resume_path(planned.user_key, planned.candidate_digest)
         try:
             kept = Resume.from_bytes(job.store.read(path))
-            kept.check(belongs(backbone, job.recipe, planned.user_key, planned.data_digest))
+            check_resume(backbone, job.recipe, kept, planned.user_key, planned.data_digest)
         except (ArtifactError, FileNotFoundError) as error:
             member.report.details["start_ignored"] = str(error)
             return rows
         member.report.details["continued_from"] = planned.candidate_digest
+        member.started_from = kept.belongs.started_from
         return replace(rows, states=kept.states)
     return rows
 
@@ -185,7 +188,13 @@ def _keep(backbone: Backbone, job: PackJob, member: _Member, outcome: Trained) -
     path = prefix_path(member.planned.user_key, member.prefix.digest)
     job.store.write(path, member.prefix.to_bytes())
     if outcome.states:
-        own = belongs(backbone, job.recipe, report.user_key, member.planned.data_digest)
+        own = belongs(
+            backbone,
+            job.recipe,
+            report.user_key,
+            member.planned.data_digest,
+            member.started_from,
+        )
         resume = Resume(outcome.states, own)
         job.store.write(resume_path(report.user_key, member.prefix.digest), resume.to_bytes())
     report.digest = member.prefix.digest

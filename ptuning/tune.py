@@ -9,7 +9,7 @@ from typing import Literal
 from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
 from ptuning.backbone import Backbone
 from ptuning.data.examples import DataConfig, arrange, data_digest, too_few
-from ptuning.errors import PTuningError, WrongUser
+from ptuning.errors import ConfigError, PTuningError, WrongUser
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.train.config import TrainConfig, Trained, UserRows
@@ -17,7 +17,7 @@ from ptuning.train.packed import train_pack
 from ptuning.train.resume import Resume
 from ptuning.train.step import LocalDriver
 from ptuning.types import EpochLoss, Example, user_key
-from ptuning.users import Recipe, belongs, meta_of, prepare, warm_start
+from ptuning.users import Recipe, belongs, check_resume, meta_of, prepare, warm_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,8 @@ def tune(
         for (user_id, rows, _), trained in zip(
             pack, LocalDriver(backbone).run(machine), strict=True
         ):
-            begun = (start or {}).get(user_id)
-            results[user_id] = _result(
-                backbone, recipe, artifact, user_id, rows, trained, begun.digest if begun else ""
-            )
+            origin = _origin((start or {}).get(user_id), (resume or {}).get(user_id))
+            results[user_id] = _result(backbone, recipe, artifact, user_id, rows, trained, origin)
     backbone.verify_unchanged(before)
     return {user_id: results[user_id] for user_id in users}
 
@@ -133,10 +131,19 @@ def _result(
         steps=trained.steps,
         tokens=trained.tokens,
         resets=trained.resets,
-        resume=Resume(trained.states, belongs(backbone, recipe, key, meta.data_digest))
+        resume=Resume(
+            trained.states, belongs(backbone, recipe, key, meta.data_digest, started_from)
+        )
         if trained.states
         else None,
     )
+
+
+def _origin(start: Prefix | None, resume: Resume | None) -> str:
+    """The digest of the prefix that a training began as, however often it went on; "": none."""
+    if resume is not None:
+        return resume.belongs.started_from
+    return "" if start is None else start.digest
 
 
 def _begun(
@@ -148,8 +155,14 @@ def _begun(
     resume: Resume | None,
 ) -> UserRows:
     """The user's rows with what their training begins from."""
+    if start is not None and resume is not None:
+        raise ConfigError(
+            "a training begins from a prefix or goes on from a state, not both",
+            seen="the user in start and in resume",
+            fix="leave the user out of one of them",
+        )
     if resume is not None:
-        resume.check(belongs(backbone, recipe, rows.user_key, data_digest(examples)))
+        check_resume(backbone, recipe, resume, rows.user_key, data_digest(examples))
         return replace(rows, states=resume.states)
     if start is None:
         return rows

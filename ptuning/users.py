@@ -19,7 +19,7 @@ from ptuning.data.packing import fill_words
 from ptuning.errors import DataError, WrongMethod
 from ptuning.methods.base import Method
 from ptuning.train.config import SPEED_ONLY, TrainConfig, UserRows
-from ptuning.train.resume import Belongs
+from ptuning.train.resume import Belongs, Resume
 from ptuning.types import Example, Split, seed_of
 
 
@@ -58,8 +58,11 @@ def identity(
     )
 
 
-def belongs(backbone: Backbone, recipe: Recipe, user_key: str, data: str) -> Belongs:
-    """What a user's training state belongs to; `data` is the digest of their rows."""
+def belongs(
+    backbone: Backbone, recipe: Recipe, user_key: str, data: str, started_from: str = ""
+) -> Belongs:
+    """What a user's training state belongs to; `data` is the digest of their rows, `started_from`
+    of a start that was given."""
     endless = recipe.train.model_dump(exclude={"epochs", "start", *SPEED_ONLY})
     settings = training_digest(
         recipe.method.model_dump(),
@@ -70,7 +73,19 @@ def belongs(backbone: Backbone, recipe: Recipe, user_key: str, data: str) -> Bel
         str(backbone.dtype),
         data,
     )
-    return Belongs(user_key, recipe.prefix_name, backbone.fingerprint, settings)
+    return Belongs(user_key, recipe.prefix_name, backbone.fingerprint, settings, started_from)
+
+
+def check_resume(
+    backbone: Backbone, recipe: Recipe, resume: Resume, user_key: str, data: str
+) -> None:
+    """Raise an ArtifactError unless the state continues this user's training on these rows."""
+    resume.check(
+        belongs(backbone, recipe, user_key, data),
+        recipe.method,
+        backbone.facts,
+        recipe.train.epochs,
+    )
 
 
 def warm_start(recipe: Recipe, backbone: Backbone, prefix: Prefix) -> tuple[dict[str, Tensor], ...]:

@@ -28,7 +28,8 @@ MAX_VIRTUAL_TOKENS = 200  # of one prefix
 
 @dataclass
 class Parameters:
-    """One user's parameters by name; `fixed` ones take no gradient."""
+    """One user's parameters by name. `fixed` ones take no gradient; zeros mean the same as none,
+    since users of one pack may differ in whether they begin from something."""
 
     trained: dict[str, Tensor]
     fixed: dict[str, Tensor] = field(default_factory=dict)

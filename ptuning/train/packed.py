@@ -164,8 +164,9 @@ def _continue(one: _Progress, state: TrainState, config: TrainConfig) -> None:
 
 
 def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, reason: str) -> None:
-    """A user whose loss is not finite starts anew at a lower rate, once; then it fails alone. A
-    training that went on starts from where it did: what was before is not in its state."""
+    """A user whose loss is not finite starts anew at a lower rate, once, however often its training
+    went on; then it fails alone. One that went on starts from where it did: what was before is not
+    in its state."""
     if one.result.resets >= MAX_RESETS:
         one.result.error = (
             f"{reason}, after {one.result.resets} new start at {one.scale:g} times the learning "
@@ -183,7 +184,7 @@ def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, r
     else:
         one.epoch = 0
         one.begin_epoch(config.batch_size)
-    one.result.resets, one.scale = resets, scale
+    one.result.resets, one.scale = resets, scale  # after _continue, which reads them from the state
 
 
 def _initial_slots(
@@ -315,6 +316,7 @@ def _result(one: _Progress, slots: Slots, slot: int, config: TrainConfig) -> Tra
                 TrainState(
                     **slots.saved(slot),
                     steps=one.result.steps,
+                    updates=slots.updates[slot],
                     epoch=one.epoch,
                     tokens=one.result.tokens,
                     best_loss=one.best.best,

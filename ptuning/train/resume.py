@@ -13,29 +13,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ptuning.artifact import write_file
+from ptuning.backbone import Facts
 from ptuning.errors import CorruptArtifact, WrongBackbone, WrongMethod, WrongUser
+from ptuning.methods.base import Method
 from ptuning.train.state import TrainState
+from ptuning.types import EpochLoss
 
-FORMAT = "1"
+FORMAT = "2"
 _GROUPS = ("trained", "fixed", "first", "second", "best")
-_NUMBERS = ("steps", "epoch", "tokens", "best_loss", "since", "scale", "resets", "history")
+_NUMBERS: dict[str, type | tuple[type, ...]] = {
+    "steps": int,
+    "updates": int,
+    "epoch": int,
+    "tokens": int,
+    "best_loss": (int, float, type(None)),
+    "since": int,
+    "scale": (int, float),
+    "resets": int,
+    "history": list,
+}
 
 
 @dataclass(frozen=True)
 class Belongs:
     """What a training state belongs to. `settings`: digest of all that decides the training
-    except the number of epochs."""
+    except the number of epochs and `started_from`, the digest of a prefix that it began as."""
 
     user_key: str
     prefix_name: str
     backbone_fingerprint: str
     settings: str
+    started_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ class Resume:
                 member, group, name = key.split(".", 2)
                 groups[int(member)][group][name] = values
             states = [
-                TrainState(**own, **{key: value[key] for key in _NUMBERS})
+                TrainState(**own, **_checked(value))
                 for own, value in zip(groups, numbers, strict=True)
             ]
             return cls(tuple(states), Belongs(**json.loads(texts["belongs"])))
@@ -91,8 +106,9 @@ class Resume:
                 "not a resume file, or cut short", seen=f"{len(data)} bytes: {error}"
             ) from error
 
-    def check(self, expected: Belongs) -> None:
-        """Raise unless this state continues the training that `expected` describes."""
+    def check(self, expected: Belongs, method: Method, facts: Facts, epochs: int) -> None:
+        """Raise an ArtifactError unless this state continues the training that `expected`
+        describes, with `method`, up to `epochs`."""
         own = self.belongs
         if (own.user_key, own.prefix_name) != (expected.user_key, expected.prefix_name):
             raise WrongUser(
@@ -114,3 +130,51 @@ class Resume:
                 fix="only train.epochs may change where a training goes on; "
                 "start from the prefix instead (a warm start)",
             )
+        trained = max((state.epoch for state in self.states), default=0)
+        if trained > epochs:
+            raise WrongMethod(
+                "the training state is beyond the epochs that are asked for",
+                seen=f"{trained} epochs",
+                expected=f"at most {epochs}",
+                fix="raise train.epochs, or train from the start",
+            )
+        if len(self.states) != method.members:
+            raise _incomplete(f"{len(self.states)} states, of {method.members} members")
+        for state in self.states:
+            _check_state(state, method, facts, bool(own.started_from))
+
+
+def _checked(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A state's numbers; raises KeyError, TypeError."""
+    for name, kind in _NUMBERS.items():
+        if not isinstance(numbers[name], kind):
+            raise TypeError(f"{name} is {numbers[name]!r}")
+    for line in numbers["history"]:
+        EpochLoss(epoch=line["epoch"], train=line["train"], valid=line["valid"])
+    return {name: numbers[name] for name in _NUMBERS}
+
+
+def _check_state(state: TrainState, method: Method, facts: Facts, begun: bool) -> None:
+    """Raise CorruptArtifact unless the state's tensors are those that the method trains. `begun`:
+    from a prefix, where the method itself starts at random."""
+    shapes = method.shapes(facts)
+    given = begun or method.start_ids != "none"
+    start = {name: torch.zeros(shape) for name, shape in shapes.items()} if given else None
+    initial = method.initial(facts, start, seed=0)
+    for group, wanted in (
+        ("trained", _shapes(initial.trained)),
+        ("first", _shapes(initial.trained)),
+        ("second", _shapes(initial.trained)),
+        ("fixed", _shapes(initial.fixed)),
+        ("best", shapes),
+    ):
+        if (seen := _shapes(getattr(state, group))) != wanted:
+            raise _incomplete(f"{group}: {seen}, expected {wanted}")
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(values.shape) for name, values in tensors.items()}
+
+
+def _incomplete(seen: str) -> CorruptArtifact:
+    return CorruptArtifact("the training state is not complete", seen=seen)

@@ -30,7 +30,7 @@ class Slots:
         self.fixed = _stack([user.fixed for user in users], device)
         self._first = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.trained.items()}
-        self.steps = [0] * len(users)
+        self.updates = [0] * len(users)
         self.best: list[dict[str, Tensor] | None] = [None] * len(users)
 
     def compiled(self) -> PackPrefix:
@@ -55,7 +55,7 @@ class Slots:
             self.trained[name][slot] = values.to(self.trained[name])
             self._first[name][slot] = 0
             self._second[name][slot] = 0
-        self.steps[slot], self.best[slot] = 0, None
+        self.updates[slot], self.best[slot] = 0, None
 
     def load(self, slot: int, state: TrainState) -> None:
         """The slot goes on from a saved state."""
@@ -66,7 +66,7 @@ class Slots:
         ):
             for name, tensor in values.items():
                 into[name][slot] = tensor.to(into[name])
-        self.steps[slot] = state.steps
+        self.updates[slot] = state.updates
         self.best[slot] = {name: p.to(self._device) for name, p in state.best.items()}
 
     def saved(self, slot: int) -> dict[str, dict[str, Tensor]]:
@@ -78,7 +78,7 @@ class Slots:
         best = {name: p.cpu() for name, p in (self.best[slot] or {}).items()}
         return {
             "trained": of(self.trained),
-            "fixed": of(self.fixed),
+            "fixed": of({name: self.fixed[name] for name in self._initial[slot].fixed}),
             "first": of(self._first),
             "second": of(self._second),
             "best": best,
@@ -103,11 +103,11 @@ class Slots:
         gradients = self._gradients(leaves)
         index = torch.tensor(slots, device=self._device)
         for slot in slots:
-            self.steps[slot] += 1
+            self.updates[slot] += 1
         taken = {name: g.index_select(0, index) for name, g in gradients.items()}
         if config.max_grad_norm is not None:
             _clip(taken, config.max_grad_norm)
-        step = torch.tensor([float(self.steps[slot]) for slot in slots], device=index.device)
+        step = torch.tensor([float(self.updates[slot]) for slot in slots], device=index.device)
         rate = torch.tensor(list(rates), device=index.device)
         for name, gradient in taken.items():
             self._adamw(name, gradient, index, rate, step, config.weight_decay)
@@ -148,7 +148,12 @@ class Slots:
 
 
 def _stack(users: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.stack([user[name] for user in users]).to(device) for name in users[0]}
+    """Each name that one of them has; zeros for those who lack it (a fixed start to add)."""
+    likes = {name: values for user in users for name, values in user.items()}
+    return {
+        name: torch.stack([user.get(name, torch.zeros_like(like)) for user in users]).to(device)
+        for name, like in likes.items()
+    }
 
 
 def _clip(gradients: dict[str, Tensor], limit: float) -> None:

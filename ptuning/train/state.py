@@ -13,7 +13,8 @@ from ptuning.types import EpochLoss
 class TrainState:
     """One member's training at the end of an epoch; all tensors fp32 on the CPU.
 
-    `first` and `second` are AdamW's moments of `trained`. `best` is the best epoch's prefix,
+    `first` and `second` are AdamW's moments of `trained` after `updates` updates; `steps` counts
+    batches, and one without labels is no update. `best` is the best epoch's prefix,
     `best_loss` its validation loss, `since` the epochs since then. `scale` is the share of the
     learning rate that is left after resets.
     """
@@ -24,6 +25,7 @@ class TrainState:
     second: dict[str, Tensor]
     best: dict[str, Tensor]
     steps: int
+    updates: int
     epoch: int
     tokens: int
     best_loss: float | None = None

@@ -332,7 +332,7 @@ class _Blown:
 
     def update(self, slots: Slots, leaves: Any, named: Sequence[int], *rest: Any) -> None:
         self._update(slots, leaves, named, *rest)
-        if self.times and self.slot in named and slots.steps[self.slot] == 2:
+        if self.times and self.slot in named and slots.updates[self.slot] == 2:
             self.times -= 1
             for parameter in slots.trained.values():
                 parameter[self.slot] = float("inf")
@@ -431,7 +431,7 @@ def test_a_training_that_goes_on_and_blows_up_goes_back_to_where_it_went_on(
 
     def blown(slots: Slots, *args: Any) -> None:
         update(slots, *args)
-        if left[0] and slots.steps[1] == second:
+        if left[0] and slots.updates[1] == second:
             left[0] -= 1
             for parameter in slots.trained.values():
                 parameter[1] = float("nan")
@@ -487,19 +487,31 @@ def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: 
             torch.testing.assert_close(ours[name], values, atol=1e-5, rtol=0)
     further = packed(backbone, method, config(), [warm])["alice"]
     assert_same(further, train_user(backbone, method, config(), warm))
+    # Beside a neighbour that begins from words or at random, whoever is first.
+    bob = users()[1]
+    alone = packed(backbone, method, config(), [bob])["bob"]
+    for pack in ([warm, bob], [bob, warm]):
+        results = packed(backbone, method, config(), pack)
+        assert_same(results["alice"], further)
+        assert_same(results["bob"], alone)
 
 
-def test_a_damaged_resume_file_is_refused(backbone: Backbone) -> None:
+@pytest.fixture(scope="module")
+def kept(backbone: Backbone) -> Resume:
     settings = config(epochs=1, keep_resume=True)
     states = packed(backbone, METHODS["mlp-words"], settings, users()[:1])["alice"].states
-    good = Belongs("u", "default", backbone.fingerprint, "s")
-    data = Resume(states, good).to_bytes()
-    assert Resume.from_bytes(data).belongs == good
-    for bad in (data[: len(data) // 2], b"", b"x" * 100, data.replace(b'"1"', b'"9"', 1)):
+    return Resume(states, Belongs("u", "default", backbone.fingerprint, "s"))
+
+
+def test_a_damaged_resume_file_is_refused(backbone: Backbone, kept: Resume) -> None:
+    data = kept.to_bytes()
+    assert Resume.from_bytes(data).belongs == kept.belongs
+    old = data.replace(b'"format":"2"', b'"format":"9"')
+    for bad in (data[: len(data) // 2], b"", b"x" * 100, old):
         with pytest.raises(CorruptArtifact):
             Resume.from_bytes(bad)
-    kept = Resume.from_bytes(data)
-    kept.check(good)
+    same, method = Resume.from_bytes(data), METHODS["mlp-words"]
+    same.check(kept.belongs, method, backbone.facts, epochs=1)
     for changes, error in (
         ({"user_key": "v"}, WrongUser),
         ({"prefix_name": "tone"}, WrongUser),
@@ -507,7 +519,52 @@ def test_a_damaged_resume_file_is_refused(backbone: Backbone) -> None:
         ({"settings": "t"}, WrongMethod),
     ):
         with pytest.raises(error):
-            kept.check(replace(good, **changes))
+            same.check(replace(kept.belongs, **changes), method, backbone.facts, epochs=1)
+    with pytest.raises(WrongMethod, match="beyond the epochs"):
+        same.check(kept.belongs, method, backbone.facts, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("epoch", "x"), ("updates", 1.5), ("scale", None), ("history", [1]), ("history", [{}])],
+)
+def test_a_resume_file_with_odd_numbers_is_refused(kept: Resume, field: str, value: Any) -> None:
+    odd = Resume((replace(kept.states[0], **{field: value}),), kept.belongs)
+    with pytest.raises(CorruptArtifact):
+        Resume.from_bytes(odd.to_bytes())
+
+
+@pytest.mark.parametrize("group", ["trained", "fixed", "first", "second", "best"])
+@pytest.mark.parametrize("how", ["missing", "other shape"])
+def test_an_incomplete_training_state_is_refused(
+    backbone: Backbone, kept: Resume, group: str, how: str
+) -> None:
+    """Before it meets a neighbour's in one tensor."""
+    state = kept.states[0]
+    tensors = dict(getattr(state, group))
+    name, values = tensors.popitem()
+    if how == "other shape":
+        tensors[name] = values[..., :-1]
+    bad = Resume((replace(state, **{group: tensors}),), kept.belongs)
+    read = Resume.from_bytes(bad.to_bytes())
+    with pytest.raises(CorruptArtifact, match="not complete"):
+        read.check(kept.belongs, METHODS["mlp-words"], backbone.facts, epochs=1)
+    with pytest.raises(CorruptArtifact, match="0 states, of 1"):
+        Resume((), kept.belongs).check(kept.belongs, METHODS["mlp-words"], backbone.facts, 1)
+
+
+def test_going_on_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> None:
+    """Such a batch is a step of the schedule, but no update of AdamW."""
+    method, user = METHODS["direct-words"], users()[0]
+    silent = Encoded(user.train[0].input_ids, [IGNORE] * len(user.train[0].labels))
+    user = replace(user, train=(silent, *user.train[1:]))
+    settings = {"schedule": "constant", "keep_resume": True, "batch_size": 1}
+    whole = packed(backbone, method, config(epochs=2, **settings), [user])["alice"]
+    half = packed(backbone, method, config(epochs=1, **settings), [user])["alice"]
+    assert half.states[0].updates == half.states[0].steps - 1
+    going_on = replace(user, words=(), states=half.states)
+    result = packed(backbone, method, config(epochs=2, **settings), [going_on])["alice"]
+    assert_same(result, whole, atol=1e-6)
 
 
 def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:

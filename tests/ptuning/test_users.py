@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 from tiny_backbones import FAMILIES, build, random_prefix
 
 from ptuning.data.examples import arrange
@@ -12,6 +16,7 @@ from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.train.config import TrainConfig
+from ptuning.tune import TuneResult, tune
 from ptuning.types import Example
 from ptuning.users import Recipe, identity, prepare, warm_start
 
@@ -95,3 +100,65 @@ def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.Monk
     assert before == identity(recipe, "f", "t", "u", "d")
     monkeypatch.setattr(PromptTuning, "default_learning_rate", 0.123)
     assert identity(recipe, "f", "t", "u", "d") != before
+
+
+def test_tune_begins_from_a_prefix_and_goes_on_and_says_so_in_the_digest() -> None:
+    """Beside a neighbour who begins at random; equal digests mean equal prefixes."""
+    method = PTuning(template="{p:3}{prompt}", encoder="mlp", encoder_hidden_size=8, init="random")
+    users = {name: [row(f"say {name}", name, n) for n in range(8)] for name in ("ann", "bob")}
+
+    def tuned(epochs: int, users: dict[str, list[Example]], **begun: Any) -> dict[str, TuneResult]:
+        settings = TrainConfig(
+            epochs=epochs, batch_size=2, schedule="constant", patience=None, keep_resume=True
+        )
+        return tune(BACKBONE, users, method=method, train=settings, min_valid_tokens=10**6, **begun)
+
+    first = tuned(1, users)
+    prefixes = {name: one.prefix for name, one in first.items()}
+    digests = {one.prefix.meta.training_digest for one in first.values() if one.prefix}
+    begun = tuned(2, users, start={"ann": prefixes["ann"]})
+    alone = tuned(2, {"ann": users["ann"]}, start={"ann": prefixes["ann"]})
+    fresh = tuned(2, {"bob": users["bob"]})
+    assert same(begun["ann"], alone["ann"])
+    assert same(begun["bob"], fresh["bob"])
+    for name, one in begun.items():
+        assert one.prefix is not None
+        assert one.prefix.meta.training_digest not in digests, name
+    # Going on keeps what it began as: as four epochs at once, and not as four from random.
+    further = tuned(4, users, resume={name: one.resume for name, one in begun.items()})
+    whole = tuned(4, users, start={"ann": prefixes["ann"]})
+    for name in users:
+        assert same(further[name], whole[name]), name
+    assert not same(tuned(4, users)["ann"], whole["ann"])
+    # Whoever is not served alone fails alone.
+    assert begun["ann"].resume is not None
+    assert prefixes["bob"] is not None
+    for wrong, reason in (
+        ({"start": {"ann": prefixes["bob"]}}, "another user"),
+        ({"resume": {"ann": begun["bob"].resume}}, "another user"),
+        ({"start": {"ann": prefixes["ann"]}, "resume": {"ann": begun["ann"].resume}}, "not both"),
+        ({"resume": {"ann": replace(begun["ann"].resume, states=())}}, "not complete"),
+    ):
+        results = tuned(2, users, **wrong)
+        assert results["ann"].prefix is None
+        assert reason in str(results["ann"].error)
+        assert same(results["bob"], begun["bob"])
+    assert "beyond the epochs" in str(
+        tuned(1, users, resume={"ann": begun["ann"].resume})["ann"].error
+    )
+
+
+def row(prompt: str, completion: str, at: int) -> Example:
+    return Example(prompt=prompt, completion=completion, timestamp=at)
+
+
+def same(one: TuneResult, other: TuneResult) -> bool:
+    """Equal training digests, and equal values within rounding."""
+    assert one.prefix is not None, one.error
+    assert other.prefix is not None, other.error
+    if one.prefix.meta.training_digest != other.prefix.meta.training_digest:
+        return False
+    for ours, theirs in zip(one.prefix.members, other.prefix.members, strict=True):
+        for name, values in theirs.items():
+            torch.testing.assert_close(ours[name], values, atol=1e-5, rtol=1e-5)
+    return True
