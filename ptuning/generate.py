@@ -91,6 +91,7 @@ class _Voice:
 
     prompt: int
     rows: int
+    alone: bool  # nothing to be compared with
     generator: torch.Generator
     ids: list[int] = field(default_factory=list)
     log_p: float = 0.0
@@ -101,7 +102,7 @@ class _Voice:
         logits = combined(logits_RV)
         token = _choose(logits, temperature, self.generator)
         if not self.done:
-            self.log_p += log_probability(logits, token)
+            self.log_p += 0.0 if self.alone else log_probability(logits, token)
             self.done = token in stops
             if not self.done:
                 self.ids.append(token)
@@ -155,7 +156,7 @@ def _voices(prefixes: Sequence[ReadyPrefix | None], seed: int) -> list[_Voice]:
         rows, count = (1, 1) if prefix is None else (len(prefix.members), prefix.voices)
         for _ in range(count):
             generator = torch.Generator().manual_seed(seed_of(seed, "row", n))
-            voices.append(_Voice(n, rows // count, generator))
+            voices.append(_Voice(n, rows // count, count == 1, generator))
     return voices
 
 

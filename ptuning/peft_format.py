@@ -23,7 +23,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -35,6 +35,7 @@ from ptuning.artifact import Prefix, PrefixMeta, write_file
 from ptuning.backbone import DECODER, Backbone
 from ptuning.data.layout import front
 from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape, WrongUser
+from ptuning.methods.base import MAX_VIRTUAL_TOKENS
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptuning_prefix.json"
 TENSOR = "prompt_embeddings"
@@ -102,6 +103,8 @@ def load_peft(
     record = _read_json(source / OURS)
     try:
         prefix = _prefix(config, tensor, backbone, PrefixMeta(**record["meta"]))
+        if not isinstance(prefix.meta.method, dict):
+            raise TypeError(f"meta.method is {prefix.meta.method!r}")
         expected = str(record["digest"])
         same = prefix.digest == expected
     except (KeyError, TypeError, AttributeError) as error:
@@ -244,8 +247,7 @@ def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: Pr
     if config["peft_type"] == PREFIX:
         if _task(backbone) == CAUSAL_TASK:
             return Prefix({DECODER: unflattened(tensor, backbone)}, meta)
-        layers = config.get("num_layers")
-        kv = unflattened(tensor, backbone, layers if isinstance(layers, int) else None)
+        kv = unflattened(tensor, backbone, config.get("num_layers"))
         read = _read_by_pairs(backbone.facts.stacks[DECODER].layers, len(kv))
         return Prefix({DECODER: kv[read]}, meta)
     width = backbone.facts.hidden_size
@@ -313,23 +315,63 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             "the PEFT adapter is of an encoder-decoder model"
             if task == CAUSAL_TASK
             else "the PEFT adapter is not one that PEFT makes for this kind of model",
-            seen=f"num_transformer_submodules {_copies(config, backbone)}",
+            seen=f"num_transformer_submodules {config['num_transformer_submodules']}",
             expected=" or ".join(map(str, counts)),
             fix="load the backbone that the adapter was trained on",
         )
-
-
-def _copies(config: dict[str, Any], backbone: Backbone) -> Any:
-    """How many stacks PEFT means the adapter for; unsaid: all that the model has."""
-    return config.get("num_transformer_submodules") or (1 if _task(backbone) == CAUSAL_TASK else 2)
-
-
-def _rows(config: dict[str, Any], backbone: Backbone) -> Any:
-    """How many rows the tensor has. Of virtual tokens at the input PEFT keeps P for each stack,
-    and reads the first P."""
     length = config.get("num_virtual_tokens")
-    once = config["peft_type"] == PREFIX or not isinstance(length, int)
-    return length if once else length * _copies(config, backbone)
+    if _is_count(length) and length > MAX_VIRTUAL_TOKENS:
+        raise WrongMethod(
+            "the PEFT adapter has too many virtual tokens",
+            seen=f"num_virtual_tokens {length}",
+            expected=f"at most {MAX_VIRTUAL_TOKENS}",
+        )
+    if kind == PREFIX:
+        _check_geometry(config, backbone)
+
+
+def _check_geometry(config: dict[str, Any], backbone: Backbone) -> None:
+    """Raise WrongShape where what PEFT says of layers and heads is not the backbone's: another
+    model's values can have as many columns. PEFT keeps as many layers of an encoder-decoder model
+    as its encoder has."""
+    facts, pairs = backbone.facts.stacks[DECODER], _task(backbone) == PAIR_TASK
+    wanted = {
+        "num_layers": facts.layers,
+        "num_attention_heads": facts.heads,
+        "token_dim": facts.heads * facts.head_dim,
+    }
+    for name, count in wanted.items():
+        seen = config.get(name)
+        more = pairs and name == "num_layers" and _is_count(seen) and seen > count
+        if seen is not None and not more and not (_is_count(seen) and seen == count):
+            raise WrongShape(
+                "the PEFT adapter does not fit the backbone",
+                seen=f"{name} {seen!r}",
+                expected=f"at least {count}" if pairs and name == "num_layers" else count,
+                fix="load the backbone that the adapter was trained on",
+            )
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _copies(config: dict[str, Any], backbone: Backbone) -> int | None:
+    """How many stacks PEFT means the adapter for; unsaid: all that the model has. None: it says
+    nothing that is a number."""
+    said = config.get("num_transformer_submodules")
+    if said is None:
+        return 1 if _task(backbone) == CAUSAL_TASK else 2
+    return said if _is_count(said) else None
+
+
+def _rows(config: dict[str, Any], backbone: Backbone) -> int | None:
+    """How many rows the tensor has; None: nothing says so. Of virtual tokens at the input PEFT
+    keeps P for each stack, and reads the first P."""
+    length, copies = config.get("num_virtual_tokens"), _copies(config, backbone)
+    if not _is_count(length) or copies is None:
+        return None
+    return length * (1 if config["peft_type"] == PREFIX else copies)
 
 
 def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None) -> None:
@@ -365,7 +407,7 @@ def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Te
         )
     tensor, length = tensors[TENSOR], config.get("num_virtual_tokens")
     rows = tensor.shape[0] if tensor.ndim else 0
-    if not isinstance(length, int) or length < 1 or rows != _rows(config, backbone):
+    if not _is_count(length) or length < 1 or rows != _rows(config, backbone):
         raise WrongShape(
             "the PEFT adapter's weights have another length than its configuration says",
             seen=f"{TENSOR} {tuple(tensor.shape)}",

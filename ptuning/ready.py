@@ -6,6 +6,7 @@ values that they are in every layer; others stay embeddings and travel with the 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ptuning.artifact import Prefix
 from ptuning.attention import EMBEDDINGS, RowPrefix, Seen
 from ptuning.backbone import Backbone
 from ptuning.data.layout import Arrangement
-from ptuning.errors import DataError
+from ptuning.errors import BackboneError, CorruptArtifact, DataError
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,15 @@ class Member:
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.kv.values(), *([] if self.embeddings is None else [self.embeddings])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in self._tensors)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self.kv.values(), *([] if self.embeddings is None else [self.embeddings])]
 
 
 @dataclass(frozen=True)
@@ -96,13 +104,18 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
             (stack,) = backbone.facts.stacks
             own = {stack: backbone.keys_and_values(embeddings[None])[0]}
             embeddings = None
-        members.append(
-            Member(
-                {stack: kv.to(backbone.dtype) for stack, kv in own.items()},
-                None if embeddings is None else embeddings.to(backbone.dtype),
-                seen,
-            )
+        member = Member(
+            {stack: kv.to(backbone.dtype) for stack, kv in own.items()},
+            None if embeddings is None else embeddings.to(backbone.dtype),
+            seen,
         )
+        if not member.finite:
+            raise CorruptArtifact(
+                "the prefix has values that this backbone's numbers cannot hold",
+                seen=f"values that are not finite, once they are {backbone.dtype}",
+                fix="train it again, with a lower learning rate",
+            )
+        members.append(member)
     return ReadyPrefix(
         tuple(members), around.without_front() if compiles else around, prefix.combine
     )
@@ -171,11 +184,17 @@ def _embeddings(backbone: Backbone, members: Sequence[Member | None]) -> Tensor 
 
 
 def combined(logits_MV: Tensor) -> Tensor:
-    """One row of logits `[V]` of what speaks with one voice, fp32: the mean of the members'
-    log-probabilities."""
+    """One row of logits `[V]` of what speaks with one voice: its only member's, or the mean of
+    the members' log-probabilities. Raises BackboneError where they are not finite."""
     if len(logits_MV) == 1:
-        return logits_MV[0]
-    return torch.log_softmax(logits_MV.float(), dim=-1).mean(0)
+        logits_V = logits_MV[0]
+    else:
+        logits_V = torch.log_softmax(logits_MV.float(), dim=-1).mean(0)
+    if not math.isfinite(largest := float(logits_V.max())):  # NaN wins a maximum
+        raise BackboneError(
+            "the model's logits are not finite", seen=largest, fix="look at the prompt's prefix"
+        )
+    return logits_V
 
 
 def elected(answers: Sequence[tuple[str, float]]) -> int:

@@ -9,7 +9,6 @@ loop goes on.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -94,11 +93,11 @@ class _Running:
     column: int  # P + prompt + generated tokens before it
 
     def voice(self, place: int) -> _Voice:
-        """Whose tokens the request's row at `place` reads."""
+        """Whose tokens the request's row at `place` reads: its own member's, or the only one's."""
         return self.voices[place if len(self.voices) > 1 else 0]
 
-    def logits(self, logits_MV: Tensor) -> list[Tensor]:
-        """`[V]` for each voice."""
+    def by_voice(self, logits_MV: Tensor) -> list[Tensor]:
+        """Logits `[V]` of each voice, of all members' rows."""
         size = len(logits_MV) // len(self.voices)
         return [combined(own) for own in logits_MV.split(size)]
 
@@ -257,7 +256,7 @@ class Engine:
         """Choose the next token of each voice; the request ends with its last voice."""
         running = self._running[request_id]
         try:
-            for voice, logits_V in zip(running.voices, running.logits(logits_MV), strict=True):
+            for voice, logits_V in zip(running.voices, running.by_voice(logits_MV), strict=True):
                 if voice.reason is None:
                     self._advance(running, voice, logits_V)
         except Exception:
@@ -271,8 +270,6 @@ class Engine:
     def _advance(self, running: _Running, voice: _Voice, logits_V: Tensor) -> None:
         """One token more; an only voice is heard as it speaks."""
         request, alone = running.request, len(running.voices) == 1
-        if not math.isfinite(float(logits_V.max())):  # NaN wins a maximum
-            raise ServeError("the model's logits are not finite", seen=float(logits_V.max()))
         token = choose(logits_V, request.temperature, request.top_p, voice.generator)
         voice.last, voice.count = token, voice.count + 1
         voice.log_p += 0.0 if alone else log_probability(logits_V, token)
@@ -286,8 +283,9 @@ class Engine:
         if voice.reason is not None:
             fresh += voice.text.finish()
             voice.reason = "stop" if voice.text.stopped else voice.reason
-        voice.said += fresh
-        if fresh and alone:
+        if not alone:
+            voice.said += fresh
+        elif fresh:
             _emit(request, Delta(text=fresh))
 
     def _fail(self, request_id: str, message: str) -> None:

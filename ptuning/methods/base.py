@@ -135,7 +135,7 @@ class InputTuning(Tuning):
         return Seen(windowed=True)  # they are tokens like others
 
     def check(self: Method, facts: Facts) -> None:
-        check_virtual_tokens(self.num_virtual_tokens, facts)
+        check_virtual_tokens(self, facts)
         check_embeddings(facts)
 
     def shapes(self: Method, facts: Facts) -> dict[str, tuple[int, ...]]:
@@ -152,15 +152,15 @@ def check_start(method: Method, start: dict[str, Tensor] | None) -> None:
         )
 
 
-def check_virtual_tokens(count: int, facts: Facts) -> None:
+def check_virtual_tokens(method: Method, facts: Facts) -> None:
     """Raise MethodError where the backbone has no positions left beside the virtual tokens."""
-    limit = facts.max_positions
+    limit, count = facts.max_positions, method.num_virtual_tokens
     if limit is not None and count >= limit:
         raise MethodError(
             "more virtual tokens than the backbone has positions",
             seen=count,
             expected=f"fewer than {limit}",
-            fix="lower method.num_virtual_tokens",
+            fix="use fewer: method.num_virtual_tokens, or {p:N} in method.template",
         )
 
 

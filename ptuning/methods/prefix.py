@@ -106,7 +106,7 @@ class PrefixTuning(Tuning):
         return 3e-2 if self.encoder_hidden_size is None else 1e-3
 
     def check(self, facts: Facts) -> None:
-        check_virtual_tokens(self.num_virtual_tokens, facts)
+        check_virtual_tokens(self, facts)
         if self.embedding_only:
             check_embeddings(facts)
         if facts.decoder_start_id is not None and self.placement == "infix":

@@ -58,6 +58,12 @@ class PTuning(InputTuning):
     @field_validator("template")
     @classmethod
     def _can_be_read(cls, text: str) -> str:
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise MethodError(
+                "the template of virtual tokens is no Unicode text",
+                seen=ascii(text),
+                expected="text without lone surrogates",
+            )
         count = Layout.parse(text).num_virtual_tokens
         if count > MAX_VIRTUAL_TOKENS:
             raise MethodError(

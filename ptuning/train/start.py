@@ -82,7 +82,7 @@ def too_long(rows: UserRows, facts: Facts, method: Method) -> str | None:
     if limit is not None and longest > limit:
         return (
             f"a row and its virtual tokens take {longest} positions, but the backbone has {limit}; "
-            "lower data.max_length or method.num_virtual_tokens"
+            "lower data.max_length, method.num_virtual_tokens or what method.template adds"
         )
     return None
 

@@ -601,6 +601,12 @@ def _ours_is_nonsense(directory: Path) -> None:
     (directory / OURS).write_text(json.dumps({"digest": 3}))
 
 
+def _ours_has_a_list_of_methods(directory: Path) -> None:
+    record = json.loads((directory / OURS).read_text())
+    record["meta"]["method"] = ["prefix"]
+    (directory / OURS).write_text(json.dumps(record))
+
+
 def _ours_has_more(directory: Path) -> None:
     record = json.loads((directory / OURS).read_text())
     record["meta"]["surprise"] = 1
@@ -620,6 +626,11 @@ def _ours_has_more(directory: Path) -> None:
         (_configured(task_type="SEQ_CLS"), WrongMethod),
         (_configured(num_virtual_tokens=P - 1), WrongShape),
         (_configured(num_virtual_tokens=None), WrongShape),
+        (_configured(num_virtual_tokens=True), WrongShape),
+        (_configured(num_virtual_tokens=10_001), WrongMethod),
+        (_configured(num_transformer_submodules=True), WrongMethod),
+        (_configured(num_transformer_submodules=0), WrongMethod),
+        (_configured(num_transformer_submodules="1"), WrongMethod),
         (_no_weights, CorruptArtifact),
         (_pickled_weights, CorruptArtifact),
         (_cut_weights, CorruptArtifact),
@@ -631,6 +642,7 @@ def _ours_has_more(directory: Path) -> None:
         (_saved(lambda flat: {TENSOR: flat.to(torch.int32)}), WrongShape),
         (_ours_is_nonsense, CorruptArtifact),
         (_ours_has_more, CorruptArtifact),
+        (_ours_has_a_list_of_methods, CorruptArtifact),
     ],
 )
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning-mlp"])
@@ -644,6 +656,32 @@ def test_a_directory_that_is_no_adapter_of_ours_is_refused(
         load_peft(tmp_path, backbone)
     assert type(caught.value) is kind
     assert caught.value.seen is not None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"num_layers": 4, "num_attention_heads": 1, "token_dim": 8},  # as many columns
+        {"num_layers": 0},
+        {"num_layers": "2"},
+        {"num_attention_heads": 1},
+        {"token_dim": 16.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_what_an_adapter_says_of_another_model_is_heard(
+    said: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    pairs = family in PEFT_PAIRS
+    backbone = build(PEFT_PAIRS[family]()) if pairs else backbone_for(family)
+    method = PrefixTuning(num_virtual_tokens=P, stacks=("decoder",) if pairs else None)
+    save_peft(prefix_for(backbone, method), tmp_path, backbone)
+    (tmp_path / OURS).unlink()
+    assert load_peft(tmp_path, backbone).num_virtual_tokens == P
+    _configured(**said)(tmp_path)
+    with pytest.raises(WrongShape, match="|".join(said)):
+        load_peft(tmp_path, backbone)
 
 
 def test_values_of_peft_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import transformers
 from tiny_backbones import (
     FAMILIES,
     REFUSED,
+    SEQ2SEQ,
     VOCAB,
     build,
     build_model,
@@ -24,10 +25,11 @@ from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptuning.attention import AttentionContext, PackPrefix, RowPrefix, implementation
-from ptuning.backbone import DECODER, Backbone
+from ptuning.attention import AttentionContext, Dropout, PackPrefix, RowPrefix, implementation
+from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
 from ptuning.errors import UnsupportedModel
 from ptuning.load import load_backbone
+from ptuning.methods.prefix import PrefixTuning
 from ptuning.train.step import LocalDriver, Train, collate
 
 KINDS = ("eager", "sdpa")
@@ -318,6 +320,63 @@ def test_captured_words_are_the_keys_and_values_that_continue_the_text() -> None
         (whole,) = logits_of(backbone, [words + rest], None)
         (ours,) = logits_of(backbone, [rest], row_prefix(captured[DECODER], [0]))
     torch.testing.assert_close(ours, whole[6:], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "bart"])
+def test_captured_words_are_what_the_plain_model_keeps_of_them(family: str) -> None:
+    """In encoder, decoder and cross attention, the words standing at both inputs."""
+    backbone, words = build(SEQ2SEQ[family](), "eager"), torch.tensor([random_ids(6, 1)])
+    captured, _ = backbone.capture(words)
+    plain = build_model(SEQ2SEQ[family](), "eager")
+    seen: list[Tensor] = []
+    own = [
+        module
+        for name, module in plain.get_encoder().named_modules()
+        if name.rpartition(".")[2] in ("k", "v", "k_proj", "v_proj")
+    ]
+    for module in own:
+        module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        cache = plain(input_ids=words, decoder_input_ids=words, use_cache=True).past_key_values
+    facts = backbone.facts.stacks[ENCODER]
+    encoder = [one.view(1, 6, facts.heads, facts.head_dim).transpose(1, 2) for one in seen]
+    assert len(encoder) == 2 * facts.layers
+    for layer in range(facts.layers):
+        for part in (0, 1):
+            torch.testing.assert_close(
+                captured[ENCODER][:, layer, part], encoder[2 * layer + part], atol=1e-5, rtol=1e-5
+            )
+    for stack, kept in (
+        (DECODER, cache.self_attention_cache),
+        (CROSS, cache.cross_attention_cache),
+    ):
+        assert len(kept.layers) == backbone.facts.stacks[stack].layers
+        for layer, one in enumerate(kept.layers):
+            for part, values in enumerate((one.keys, one.values)):
+                torch.testing.assert_close(
+                    captured[stack][:, layer, part], values, atol=1e-5, rtol=1e-5
+                )
+
+
+def test_the_top_layers_start_from_their_own_words() -> None:
+    backbone, words = build(FAMILIES["llama"]()), random_ids(3, 1)
+    method = PrefixTuning(num_virtual_tokens=3, layers=1)
+    captured, _ = backbone.capture(torch.tensor([words]))
+    start = {name: values[0] for name, values in captured.items()}
+    (kv,) = method.initial(backbone.facts, start, 0).trained.values()
+    torch.testing.assert_close(kv, start[DECODER][-1:])
+    assert (kv - start[DECODER][:1]).abs().max() > 0.1
+
+
+def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:
+    """A row's mask is its own seed's, whatever stands beside it."""
+    values = torch.ones((2, 4, 2, 2, 50, 8))
+    dropped = Dropout(0.3, (5, 6))("decoder", values)
+    assert 0.25 < float((dropped == 0).float().mean()) < 0.35
+    torch.testing.assert_close(dropped[dropped != 0].unique(), torch.tensor([1 / 0.7]))
+    assert not torch.equal(dropped[0], dropped[1])
+    assert torch.equal(Dropout(0.3, (6,))("decoder", values[:1])[0], dropped[1])
+    assert not torch.equal(Dropout(0.3, (6,))("cross", values[:1])[0], dropped[1])
 
 
 def test_only_supervised_positions_are_scored_with_the_plain_models_loss() -> None:

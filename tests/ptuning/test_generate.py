@@ -15,10 +15,10 @@ from tokenizers import processors
 from ptuning.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.attention import EMBEDDINGS
 from ptuning.backbone import DECODER, Backbone
-from ptuning.errors import ConfigError, DataError, WrongBackbone
+from ptuning.errors import BackboneError, ConfigError, CorruptArtifact, DataError, WrongBackbone
 from ptuning.generate import generate, stop_ids
 from ptuning.methods.prompt import PromptTuning
-from ptuning.ready import elected, make_ready, rows_of
+from ptuning.ready import combined, elected, make_ready, rows_of
 
 PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
 
@@ -287,3 +287,29 @@ def test_an_election_is_won_by_votes_then_by_likelihood_then_by_place() -> None:
     assert elected([("a", -2.0), ("b", -1.0), ("c", -3.0)]) == 1
     assert elected([("a", -3.0), ("b", -2.0), ("a", -1.0), ("b", -2.5)]) == 2
     assert elected([("a", -1.0), ("b", -1.0)]) == 0
+
+
+@pytest.mark.parametrize("combine", ["mean", "vote"])
+def test_a_prefix_that_overflows_in_the_model_answers_nobody(combine: Any) -> None:
+    """Finite in its file; its keys and values are not."""
+    backbone = build(FAMILIES["gpt2"]())
+    prefix = random_prefix(
+        backbone, PromptTuning(num_virtual_tokens=2, ensemble=3, combine=combine), 1
+    )
+    values = [
+        prefix.embeddings[0],
+        torch.full_like(prefix.embeddings[0], 1e30),
+        prefix.embeddings[2],
+    ]
+    sick = make_prefix([{EMBEDDINGS: one} for one in values], prefix.meta)
+    sick.check(backbone)
+    with pytest.raises(CorruptArtifact, match="cannot hold"):
+        generate(backbone, ["hello"], [sick], max_new_tokens=2)
+
+
+def test_logits_that_are_no_numbers_choose_no_token() -> None:
+    good, bad = torch.zeros((1, 5)), torch.full((1, 5), float("nan"))
+    assert combined(good).tolist() == [0.0] * 5
+    for rows in (bad, torch.cat([good, bad])):
+        with pytest.raises(BackboneError, match="not finite"):
+            combined(rows)

@@ -41,6 +41,7 @@ from ptuning.train.plain import train_user
 from ptuning.train.resume import Belongs, Resume
 from ptuning.train.slots import Slots
 from ptuning.train.step import LocalDriver
+from ptuning.types import seed_of
 
 P = 3
 
@@ -197,20 +198,60 @@ def test_gradient_checkpointing_trains_the_same_prefix() -> None:
         assert_same(results[1][key], results[0][key], atol=1e-5)
 
 
-def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers() -> None:
+@methods
+def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(method: Any) -> None:
     model = build_model(FAMILIES["llama"](), implementation("eager")).to(torch.bfloat16)
     backbone = Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)
-    method, settings = METHODS["direct-words"], config(epochs=2, learning_rate=1e-2)
+    settings = config(epochs=2, keep_resume=True)
     results = packed(backbone, method, settings, users()[:3])
     for user in users()[:3]:
         ours, plain = results[user.user_key], train_user(backbone, method, settings, user)
-        assert ours.kv is not None
-        assert plain.kv is not None
-        assert ours.kv[DECODER].dtype == torch.float32
+        assert ours.members is not None
+        assert plain.members is not None
+        for state in ours.states:
+            for tensors in (state.trained, state.first, state.second, state.best):
+                assert all(values.dtype == torch.float32 for values in tensors.values())
         for line, wanted in zip(ours.history, plain.history, strict=True):
             assert line["train"] == pytest.approx(wanted["train"], abs=0.05)
         # Adam moves by at most the learning rate a step, whatever rounding made of a gradient.
-        assert (ours.kv[DECODER] - plain.kv[DECODER]).abs().mean() < 0.01
+        limit = max(0.01, method.default_learning_rate)
+        for own, other in zip(ours.members, plain.members, strict=True):
+            for name, values in other.items():
+                assert own[name].dtype == torch.float32
+                assert (own[name] - values).abs().mean() < limit
+
+
+def test_members_of_an_ensemble_are_trainings_of_their_own(backbone: Backbone) -> None:
+    """Each is what a user with its seed gets, and no two are alike."""
+    alice, method = users()[0], METHODS["prompt-ensemble"]
+    members = packed(backbone, method, config(), [alice])["alice"].members
+    assert members is not None
+    for number, member in enumerate(members):
+        single = replace(alice, seed=seed_of(alice.seed, "member", number))
+        one = PromptTuning(num_virtual_tokens=P, init="random")
+        alone = train_user(backbone, one, config(), single).members
+        assert alone is not None
+        torch.testing.assert_close(member["embeddings"], alone[0]["embeddings"], atol=1e-4, rtol=0)
+        for other in members[:number]:
+            assert (member["embeddings"] - other["embeddings"]).abs().mean() > 0.1
+
+
+def test_dropout_is_heard_in_training_and_nowhere_else(backbone: Backbone) -> None:
+    alice = users()[0]
+    with_it, without = METHODS["dropout"], METHODS["direct-words"]
+    dropped, whole = (
+        packed(backbone, method, config(), [alice])["alice"] for method in (with_it, without)
+    )
+    assert dropped.kv is not None
+    assert whole.kv is not None
+    assert (dropped.kv[DECODER] - whole.kv[DECODER]).abs().max() > 1e-3
+    # The first epoch's validation of a prefix that has hardly moved: no value is dropped.
+    still = config(epochs=1, learning_rate=1e-12)
+    ours, plain = (
+        packed(backbone, m, still, [alice])["alice"].history[0] for m in (with_it, without)
+    )
+    assert ours["valid"] == pytest.approx(plain["valid"], abs=1e-6)
+    assert ours["train"] != pytest.approx(plain["train"], abs=1e-4)
 
 
 @methods

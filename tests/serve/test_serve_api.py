@@ -124,6 +124,23 @@ def test_a_completion_is_encoded_as_a_training_prompt_and_answered_with_the_user
     play(story)
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_request_names_which_of_a_users_prefixes_answers(play: Play, path: str) -> None:
+    async def story(world: World) -> None:
+        prefixes = {
+            name: prefix_file(world.backbone, "alice", seed=seed, name=name)
+            for seed, name in enumerate(("default", "formal"), start=1)
+        }
+        for prefix in prefixes.values():
+            world.files.promote(prefix)
+        for name, prefix in prefixes.items():
+            asked = {} if name == "default" else {"prefix_name": name}
+            body = (await world.post(path, user="alice", **asked)).json()
+            assert (body["prefix"]["name"], body["prefix"]["digest"]) == (name, prefix.digest)
+
+    play(story)
+
+
 def test_chat_messages_are_rendered_as_in_training(play: Play) -> None:
     async def story(world: World) -> None:
         turns = [("system", "be brief"), ("user", "hi"), ("assistant", "yes?"), ("user", "go")]
