@@ -58,7 +58,7 @@ _TEXT_FIELDS = (
 
 class ArtifactConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="dtype of the keys and values in a prefix file"
+        "float32", description="dtype of the values in a prefix file"
     )
 
 

@@ -43,7 +43,8 @@ DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
 
 class BackboneConfig(Config):
     name: str = Field(
-        "smollm2", description="alias `smollm2`, a directory, a hub id or a .gguf file"
+        "smollm2",
+        description="alias (`smollm2`, `gemma3-270m`), a directory, a hub id or a .gguf file",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="weights' dtype; auto measures which is fastest on this machine"

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ptuning.artifact import Prefix, PrefixMeta, write_file
 from ptuning.backbone import DECODER, Backbone
@@ -48,10 +50,12 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
     """Write a directory that `peft.PeftModel.from_pretrained` reads; returns it.
 
     Each file appears whole, the configuration last. Raises an ArtifactError where the prefix
-    is not of this backbone, WrongMethod where PEFT's files cannot express it.
+    is not of this backbone, WrongMethod where PEFT's files cannot express it; warns where PEFT
+    will compute something else beyond a sliding window.
     """
     prefix.check(backbone)
     _check_expressible(prefix, backbone)
+    _warn_of_window(prefix, backbone)
     task = _task(backbone)
     if prefix.kv:
         kv = prefix.kv[DECODER] if task == CAUSAL_TASK else _for_pairs(prefix.kv[DECODER])
@@ -180,6 +184,18 @@ def _check_expressible(prefix: Prefix, backbone: Backbone) -> None:
                 expected=expected,
                 fix=f"train with {fix}, or keep the prefix in its own file",
             )
+
+
+def _warn_of_window(prefix: Prefix, backbone: Backbone) -> None:
+    config = backbone.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    _, settings = get_layer_types_and_kwargs(config)
+    windows = [own["sliding_window"] for own in settings if own.get("sliding_window")]
+    if windows and prefix.kv and not prefix.seen.windowed:
+        warnings.warn(
+            f"in PEFT this prefix leaves the sliding window: beyond {min(windows)} tokens it "
+            "computes something else; train with method.visibility=window for the same",
+            stacklevel=3,
+        )
 
 
 _Limit = tuple[bool, str, object, object, str]  # refused, what, seen, expected, fix

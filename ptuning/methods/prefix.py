@@ -67,13 +67,14 @@ class PrefixTuning(Tuning):
     )
     placement: Literal["prefix", "infix"] = Field(
         "prefix",
-        description="prefix: every token sees the virtual tokens; infix: only the prompt's last "
-        "token and the completion do",
+        description="prefix: every token sees the virtual tokens; infix: only the completion does, "
+        "and, of keys and values, the prompt's last token",
     )
     visibility: Literal["always", "window"] = Field(
         "always",
-        description="in layers with a sliding window: virtual tokens are always seen, or only "
-        "within the window (as PEFT and engines with a cache compute it)",
+        description="in layers with a sliding window: keys and values are always seen, or only "
+        "within the window (as PEFT and engines with a cache compute it); virtual tokens at the "
+        "input are tokens like others",
     )
     stacks: tuple[Stack, ...] | None = Field(
         None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -247,7 +248,11 @@ def test_beyond_a_sliding_window_what_peft_made_is_computed_as_peft_does(
     torch.testing.assert_close(our_logits(backbone, adopted), theirs, atol=1e-5, rtol=1e-5)
     if kind == "PREFIX_TUNING":
         always = prefix_for(backbone)
-        save_peft(always, tmp_path / "always", backbone)
+        with pytest.warns(UserWarning, match=f"beyond {window} tokens.*visibility=window"):
+            save_peft(always, tmp_path / "always", backbone)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_peft(adopted, tmp_path / "window", backbone)
         there, here = peft_logits(family, tmp_path / "always"), our_logits(backbone, always)
         torch.testing.assert_close(there[: window - P], here[: window - P], atol=1e-5, rtol=1e-5)
         assert (there[-1] - here[-1]).abs().max() > 1e-2

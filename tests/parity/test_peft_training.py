@@ -15,6 +15,7 @@ All in fp32 on tiny random models. What PEFT does otherwise, and how it is met h
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from tiny_backbones import (
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, Trainer, TrainingArguments
 
+from ptuning.artifact import Prefix
 from ptuning.attention import EMBEDDINGS, PackPrefix
 from ptuning.backbone import DECODER, Backbone
 from ptuning.data.encode import IGNORE, Encoded, Template
@@ -48,10 +50,15 @@ from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.peft_format import flattened, load_peft, unflattened
+from ptuning.registry import MemoryRegistry
+from ptuning.registry.base import PackRecord, Registration
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
 from ptuning.train.step import LocalDriver, collate, predicted
+from serve.config import ServeConfig
+from serve.events import Ask
+from serve.service import Service
 
 torch.set_num_threads(1)
 P = 3
@@ -519,6 +526,46 @@ def test_what_transformers_trainer_trained_in_peft_answers_the_same_here(
         new = new[: new.index(2)] if 2 in new else new  # to the end-of-text token
         assert answer == backbone.template.decode(new)
     assert ours != generate(backbone, PROMPTS, [None] * len(PROMPTS), max_new_tokens=12)
+    assert served(backbone, prefix, tmp_path) == ours
+
+
+def served(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
+    """What the service answers to the prompts, once the prefix is its owner's champion."""
+    registry, owner = MemoryRegistry(), prefix.meta.user_key
+    entry = Registration(
+        user_key=owner,
+        prefix_name=prefix.meta.prefix_name,
+        digest=prefix.digest,
+        uri=str(prefix.save(directory / "prefix.safetensors")),
+        training_digest="",
+        data_digest="",
+        promote=True,
+    )
+    registry.register(PackRecord(run_id="peft", pack_id="one"), [entry])
+    service = Service(ServeConfig(max_rows=4), backbone, registry)
+
+    async def ask() -> list[Any]:
+        asks = [
+            Ask(
+                user_key=owner,
+                prefix_name=prefix.meta.prefix_name,
+                prompt=prompt,
+                max_tokens=12,
+                temperature=0.0,
+                top_p=1.0,
+                seed=None,
+                stop=(),
+            )
+            for prompt in PROMPTS
+        ]
+        return await asyncio.gather(*(service.answer(one) for one in asks))
+
+    try:
+        answers = asyncio.run(ask())
+    finally:
+        service.close()
+    assert all(one.prefix.digest == prefix.digest for one in answers)
+    return [one.text for one in answers]
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
