@@ -58,7 +58,7 @@ class PTuning(InputTuning):
     @field_validator("template")
     @classmethod
     def _can_be_read(cls, text: str) -> str:
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise MethodError(
                 "the template of virtual tokens is no Unicode text",
                 seen=ascii(text),

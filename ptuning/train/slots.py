@@ -27,7 +27,7 @@ class Slots:
         self.method, self.facts = method, facts
         self._initial = users
         self.trained = _stack([user.trained for user in users], device)
-        self.fixed = _stack([user.fixed for user in users], device)
+        self.fixed = _stack(_filled([user.fixed for user in users]), device)
         self._first = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         self.updates = [0] * len(users)
@@ -148,12 +148,13 @@ class Slots:
 
 
 def _stack(users: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.stack([user[name] for user in users]).to(device) for name in users[0]}
+
+
+def _filled(users: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Each name that one of them has; zeros for those who lack it (a fixed start to add)."""
-    likes = {name: values for user in users for name, values in user.items()}
-    return {
-        name: torch.stack([user.get(name, torch.zeros_like(like)) for user in users]).to(device)
-        for name, like in likes.items()
-    }
+    zeros = {name: torch.zeros_like(like) for user in users for name, like in user.items()}
+    return [zeros | user for user in users]
 
 
 def _clip(gradients: dict[str, Tensor], limit: float) -> None:
