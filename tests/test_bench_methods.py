@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from infra.bench import methods, records, tasks
+from infra.bench.products import use_fp32_kernels
 from infra.bench.records import Results, read_records, table
 from ptuning.backbone import DECODER, Facts, StackFacts
 
@@ -48,7 +51,6 @@ def record_of(cell: methods.Cell, **changes: Any) -> dict[str, Any]:
         "parameters": 1000,
         "values_kept": 500,
         "seconds": {"train": 10.0, "train_cpu": 9.0, "evaluate": 2.0, "total": 12.0},
-        "tokens_per_second": 123.4,
         "resets": 0,
         **cell.config,
         "dtype": "float32",
@@ -271,16 +273,18 @@ def test_time_left_is_guessed_from_the_setting_else_the_task() -> None:
 
 def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
     old = cell_of(learning_rate=0.5)
+    slower = {"train": 99.0, "train_cpu": 98.0, "evaluate": 2.0, "total": 101.0}
     found = [
         record_of(old, loss={"valid": 9.0, "test": 9.0}),
-        *(record_of(cell_of(seed=seed), bleu=40.0 + seed) for seed in range(3)),
+        *(record_of(cell_of(seed=seed), bleu=40.0 + seed) for seed in range(2)),
+        record_of(cell_of(seed=2), bleu=42.0, kernels="float32", seconds=slower),
         record_of(
             cell_of("prompt"),
             failed={"key": "diverged"},
             bleu=None,
             loss={"valid": None, "test": None},
         ),
-        record_of(cell_of("base"), method=None, tokens_per_second=None, parameters=0),
+        record_of(cell_of("base"), method=None, parameters=0),
     ]
     for one in [record_of(cell_of(task="lama"), exact_match=0.45, first_word_match=0.5)]:
         del one["bleu"]
@@ -288,12 +292,14 @@ def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
     text = table(found, [*methods.BY_NAME])
     e2e, lama = text.split("### LAMA")
     assert "| prefix: 10 virtual tokens, direct, words | 3 | 1,000 | 500 | 3.000 ± 1.000 |" in e2e
-    assert "41.0 ± 1.0" in e2e
+    assert "| 41.0 ± 1.0 | 10 | 9 |" in e2e
     assert "9.000" not in e2e
     assert e2e.index("base model") < e2e.index("prefix: 10")
     assert "| prompt: 10 virtual tokens, text init | 1 | 1,000 | 500 | - | - |" in e2e
     assert "| 45.0 | 50.0 |" in lama
-    assert "a cpu, 1 thread, float32, torch 2" in text
+    assert (
+        "a cpu, 1 thread, float32 by fp32 kernels, torch 2; a cpu, 1 thread, float32, torch" in text
+    )
     assert table([]) == "No results.\n"
 
 
@@ -353,3 +359,22 @@ def test_cells_are_listed_without_data_or_model(
     assert "done e2e/prefix/0" in out
     assert "1 of 3 done" in out
     assert "### E2E" in out
+
+
+def test_fp32_kernels_change_a_bf16_models_values_by_a_rounding_at_most() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 160, bias=False), nn.SiLU(), nn.Linear(160, 48, bias=False))
+    model.to(torch.bfloat16).requires_grad_(False)
+    found = []
+    for _ in range(2):
+        x = torch.linspace(-2, 2, 7 * 96).view(7, 96).bfloat16().requires_grad_()
+        y = model(x)
+        y.backward(torch.linspace(-1, 1, 7 * 48).view(7, 48).bfloat16())
+        found.append((y.detach(), x.grad))
+        use_fp32_kernels(model)
+    for own, other in zip(*found, strict=True):
+        assert own is not None
+        assert other is not None
+        assert own.dtype == other.dtype == torch.bfloat16
+        torch.testing.assert_close(own, other, rtol=2**-6, atol=2**-7)
+        assert (own == other).float().mean() > 0.8

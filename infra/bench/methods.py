@@ -30,7 +30,7 @@ import transformers
 from tqdm import tqdm
 
 import ptuning
-from infra.bench import records, tasks
+from infra.bench import products, records, tasks
 from infra.bench.records import Record, Results
 from ptuning.artifact import make_prefix, pack_prefix, training_digest
 from ptuning.backbone import Facts
@@ -248,6 +248,7 @@ class Bench:
     data: Path
     dtype: str
     threads: int
+    fp32_kernels: bool = False
     _backbones: dict[str, ptuning.Backbone] = field(default_factory=dict)
     _pools: dict[str, tasks.Pool] = field(default_factory=dict)
 
@@ -255,6 +256,8 @@ class Bench:
         template = tasks.SPECS[task].template
         if template not in self._backbones:
             one = ptuning.load_backbone(BACKBONE, dtype=self.dtype, template=template)
+            if self.fp32_kernels:
+                products.use_fp32_kernels(one.model)
             self._backbones[template] = one
             self.dtype = str(one.dtype).removeprefix("torch.")  # one for all cells
         return self._backbones[template]
@@ -309,6 +312,7 @@ class Bench:
             "fingerprint": backbone.fingerprint,
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "machine": records.machine(self.threads),
+            **({"kernels": "float32"} if self.fp32_kernels else {}),
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -466,6 +470,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", default="auto", help="of the backbone; auto: the results file's, else measured"
     )
+    parser.add_argument(
+        "--fp32-kernels",
+        action="store_true",
+        help="matrix products of a bf16 backbone by fp32 kernels (infra/bench/products.py)",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="one seed of five settings, few rows")
     mode.add_argument(
@@ -511,7 +520,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(results.message, flush=True)
         measured = results.records[-1]["dtype"] if results.records else "auto"
         dtype = measured if options.dtype == "auto" else options.dtype
-        run(cells, results, Bench(options.data, dtype, options.threads))
+        bench = Bench(options.data, dtype, options.threads, options.fp32_kernels)
+        run(cells, results, bench)
         print(tables(options, results.records), end="")
     finally:
         results.close()

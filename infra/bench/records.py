@@ -152,10 +152,7 @@ def overview(records: Sequence[Record], order: Sequence[str]) -> str:
                 _mean([one.get(metric[task]) for one in own], 1, _percent(metric[task])),
             ]
         seeds = [str(len(cells.get(task, [])) if first["method"] else "-") for task in tasks]
-        cpu = [
-            _mean([one["seconds"]["train_cpu"] for one in cells.get(task, [])], 0, spread=False)
-            for task in tasks
-        ]
+        cpu = [_seconds(cells.get(task, []), "train_cpu") for task in tasks]
         lines.append([*line, " / ".join(seeds), " / ".join(cpu)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
@@ -168,7 +165,7 @@ def _percent(metric: str) -> float:
 def _task_table(settings: Sequence[Sequence[Record]]) -> str:
     metrics = [name for name in METRICS if any(name in own[0] for own in settings)]
     head = ["setting", "seeds", "parameters per user", "values kept", "test loss"]
-    head += [*(METRICS[name] for name in metrics), "training s", "CPU s", "tokens/s"]
+    head += [*(METRICS[name] for name in metrics), "training s", "CPU s"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for own in settings:
         lines.append(
@@ -179,17 +176,14 @@ def _task_table(settings: Sequence[Sequence[Record]]) -> str:
                 f"{own[0]['values_kept']:,}",
                 _mean([one["loss"]["test"] for one in own], 3),
                 *(_mean([one.get(name) for one in own], 1, _percent(name)) for name in metrics),
-                _mean([one["seconds"]["train"] for one in own], 0, spread=False),
-                _mean([one["seconds"]["train_cpu"] for one in own], 0, spread=False),
-                _mean([one["tokens_per_second"] for one in own], 0, spread=False),
+                _seconds(own, "train"),
+                _seconds(own, "train_cpu"),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mean(
-    values: Sequence[float | None], digits: int, scale: float = 1.0, *, spread: bool = True
-) -> str:
+def _mean(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
     """`12.3 ± 0.4`: the mean and, of several seeds, the sample standard deviation."""
     known = [value * scale for value in values if value is not None]
     if len(known) < len(values):
@@ -197,7 +191,14 @@ def _mean(
     if not known:
         return "-"
     text = f"{mean(known):.{digits}f}"
-    return f"{text} ± {stdev(known):.{digits}f}" if spread and len(known) > 1 else text
+    return f"{text} ± {stdev(known):.{digits}f}" if len(known) > 1 else text
+
+
+def _seconds(settings: Sequence[Record], part: str) -> str:
+    """Of the first seed: later ones may have run on other machines."""
+    if not settings:
+        return "-"
+    return f"{min(settings, key=lambda one: one['seed'])['seconds'][part]:.0f}"
 
 
 def _footer(settings: Sequence[Sequence[Record]]) -> str:
@@ -214,6 +215,7 @@ def _footer(settings: Sequence[Sequence[Record]]) -> str:
         )
     if any(len(own) > 1 for own in settings):
         notes.append("Mean ± standard deviation over seeds, which draw train rows and start.")
+        notes.append("Seconds are the first seed's.")
     on = sorted({_measured_on(one) for one in records})
     return " ".join([*notes, f"Measured on {'; '.join(on)}."])
 
@@ -222,7 +224,8 @@ def _measured_on(record: Record) -> str:
     machine, versions = record["machine"], record["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    return f"{machine['cpu']}, {threads}, {record['dtype']}, {named}"
+    kernels = " by fp32 kernels" if record.get("kernels") else ""
+    return f"{machine['cpu']}, {threads}, {record['dtype']}{kernels}, {named}"
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
