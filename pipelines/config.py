@@ -21,10 +21,10 @@ from pydantic.fields import FieldInfo
 
 from pipelines.deploy import ServeConfig
 from ptuning.artifact import ArtifactConfig
-from ptuning.backbone import BackboneConfig
 from ptuning.data.examples import DataConfig
 from ptuning.errors import ConfigError
 from ptuning.evaluate import GateConfig
+from ptuning.facts import BackboneConfig
 from ptuning.methods import METHODS, AnyMethod, PrefixTuning
 from ptuning.registry.base import RegistryConfig
 from ptuning.train.config import TrainConfig

@@ -24,9 +24,10 @@ from pipelines.config import RayConfig
 from pipelines.pack import PackJob, losses_from_json, losses_to_json, pack_machine
 from pipelines.plan import Pack, Plan, assign
 from ptuning.artifact import ArtifactConfig
-from ptuning.backbone import Backbone, BackboneConfig
+from ptuning.backbone import Backbone
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import RunError
+from ptuning.facts import BackboneConfig
 from ptuning.load import load_backbone
 from ptuning.store import Store
 from ptuning.train.step import Driver, LocalDriver, Machine, Train

@@ -22,11 +22,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     from ptuning.artifact import ArtifactConfig, Prefix
-    from ptuning.backbone import Backbone, BackboneConfig
+    from ptuning.backbone import Backbone
     from ptuning.data.encode import Encoded
     from ptuning.data.examples import DataConfig
     from ptuning.errors import PTuningError
     from ptuning.evaluate import GateConfig, encode, nll
+    from ptuning.facts import BackboneConfig
     from ptuning.generate import generate
     from ptuning.load import load_backbone
     from ptuning.methods.prefix import PrefixTuning
@@ -43,7 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ArtifactConfig": "artifact",
     "Backbone": "backbone",
-    "BackboneConfig": "backbone",
+    "BackboneConfig": "facts",
     "DataConfig": "data.examples",
     "Encoded": "data.encode",
     "Example": "types",

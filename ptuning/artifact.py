@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
@@ -24,8 +24,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, PackPrefix, Seen
-from ptuning.backbone import DECODER, Backbone, Facts
+from ptuning.batch import EMBEDDINGS, PackPrefix, Seen
 from ptuning.data.encode import Template
 from ptuning.data.layout import Arrangement, Layout
 from ptuning.errors import (
@@ -36,9 +35,13 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
+from ptuning.facts import DECODER, Facts
 from ptuning.methods import METHODS, AnyMethod
 from ptuning.methods.base import Method
 from ptuning.types import Config
+
+if TYPE_CHECKING:  # it brings in Transformers
+    from ptuning.backbone import Backbone
 
 FORMAT = "1"
 _METHODS = tuple(METHODS)
@@ -98,7 +101,7 @@ class Prefix:
 
     @property
     def members(self) -> tuple[dict[str, Tensor], ...]:
-        """What answers together, each as `attention.PackPrefix` has it without U."""
+        """What answers together, each as `batch.PackPrefix` has it without U."""
         if self.embeddings:
             return tuple({EMBEDDINGS: values} for values in self.embeddings)
         return (self.kv,)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -22,111 +20,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ptuning import attention
-from ptuning.attention import (
-    CONTEXT,
-    EMBEDDINGS,
-    AttentionCall,
-    AttentionContext,
-    CachedPrefix,
-    PackPrefix,
-    Place,
-    RowPrefix,
-)
+from ptuning.attention import CONTEXT, AttentionCall, AttentionContext, Place
+from ptuning.batch import EMBEDDINGS, Batch, CachedPrefix, PackPrefix, RowPrefix
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import BackboneChanged, UnsupportedModel
+from ptuning.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 from ptuning.frozen_pass import FrozenPass
-from ptuning.types import Config
-
-# The stacks of attention layers. A causal model has the decoder alone.
-DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
-
-
-class BackboneConfig(Config):
-    name: str = Field(
-        "smollm2",
-        description="alias (`smollm2`, `gemma3-270m`), a directory, a hub id or a .gguf file",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="weights' dtype; auto measures which is fastest on this machine"
-    )
-    attention: Literal["auto", "eager", "sdpa"] = Field(
-        "auto", description="attention kernel; auto is eager on a CPU (faster backward), else sdpa"
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, …")
-    sharding: Literal["replicate", "zero3"] = Field(
-        "replicate",
-        description="replicate: every worker holds all weights; zero3: DeepSpeed shards them",
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, slower"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackFacts:
-    """One stack of attention layers that takes a prefix: L, H and D."""
-
-    layers: int
-    heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a method must know of a backbone. `hidden_size` is E, that of its input embeddings.
-
-    `decoder_start_id` begins every answer of an encoder-decoder model; None: a causal model.
-    """
-
-    stacks: dict[str, StackFacts]
-    hidden_size: int
-    vocab_size: int
-    max_positions: int | None
-    takes_embeddings: bool = True
-    decoder_start_id: int | None = None
-
-    def kv_shape(
-        self, stack: str, num_virtual_tokens: int, layers: int | None = None
-    ) -> tuple[int, ...]:
-        """`(K, 2, H, P, D)` of one prefix on a stack's top K layers (None: on all L)."""
-        facts = self.stacks[stack]
-        return (layers or facts.layers, 2, facts.heads, num_virtual_tokens, facts.head_dim)
-
-    def positions(self, prompt: int, answer: int, kv: Mapping[str, Sequence[int]]) -> int:
-        """How many positions a prompt and its answer take behind a prefix, whose keys and values
-        have these shapes `(K, 2, H, P, D)` by stack: real tokens of the decoder come after its
-        virtual ones. An encoder-decoder model has positions for each half."""
-        inside = kv[DECODER][3] if DECODER in kv else 0
-        if self.decoder_start_id is None:
-            return inside + prompt + answer
-        return max(prompt, inside + answer)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One microbatch. Rows are padded on the right.
-
-    `input_ids`, `attention_mask`: Long `[R, T]`; negative ids are virtual tokens.
-    `prompt_lengths`: Long `[R]`. Supervised position n predicts `targets[n]` from the hidden
-    state at `(rows[n], cols[n])`; all three are Long `[N]`. With an encoder-decoder model
-    `input_ids` are the encoder's and `decoder_input_ids` `[R, S]` the answer's, moved by one.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    prompt_lengths: Tensor
-    rows: Tensor
-    cols: Tensor
-    targets: Tensor
-    decoder_input_ids: Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        moved = {
-            name: value.to(device)
-            for name in self.__dataclass_fields__
-            if (value := getattr(self, name)) is not None
-        }
-        return Batch(**moved)
 
 
 class Backbone:

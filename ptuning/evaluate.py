@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
 from ptuning.artifact import Prefix, pack_prefix
-from ptuning.attention import PackPrefix
-from ptuning.backbone import Backbone
+from ptuning.batch import PackPrefix
 from ptuning.data.encode import Encoded
 from ptuning.errors import DataError
 from ptuning.train.step import LocalDriver, Machine, predicted, score_rows
 from ptuning.types import Config, Example, Gate, SplitLosses
+
+if TYPE_CHECKING:  # it brings in Transformers
+    from ptuning.backbone import Backbone
 
 _Floats = npt.NDArray[np.float64]
 _CHUNK = 4_000_000  # elements of a matrix of resamples x rows: 32 MB

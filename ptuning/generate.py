@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptuning.artifact import Prefix
-from ptuning.attention import RowPrefix
 from ptuning.backbone import Backbone
+from ptuning.batch import RowPrefix
 from ptuning.errors import ConfigError, DataError
 from ptuning.ready import (
     Member,

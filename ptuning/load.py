@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as hf_logging
 
 from ptuning import attention as attention_module
-from ptuning.backbone import Backbone, Facts, StackFacts
+from ptuning.backbone import Backbone
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import (
     BackboneError,
@@ -33,6 +33,7 @@ from ptuning.errors import (
     OutOfMemory,
     UnsupportedModel,
 )
+from ptuning.facts import Facts, StackFacts
 
 
 @dataclass(frozen=True)

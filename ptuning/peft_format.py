@@ -34,9 +34,10 @@ from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ptuning.artifact import Prefix, PrefixMeta, write_file
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
 from ptuning.data.layout import front
 from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape, WrongUser
+from ptuning.facts import DECODER
 from ptuning.methods.base import MAX_VIRTUAL_TOKENS
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptuning_prefix.json"

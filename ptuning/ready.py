@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ptuning.artifact import Prefix
-from ptuning.attention import EMBEDDINGS, RowPrefix, Seen
 from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, RowPrefix, Seen
 from ptuning.data.layout import Arrangement
 from ptuning.errors import BackboneError, CorruptArtifact, DataError
 

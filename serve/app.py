@@ -24,9 +24,9 @@ import ray.serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.schema import LoggingConfig
 
-from ptuning.backbone import BackboneConfig
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
+from ptuning.facts import BackboneConfig
 from ptuning.load import locate
 from ptuning.registry import RegistryConfig, registry_uri
 from ptuning.store import Store

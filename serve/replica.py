@@ -15,8 +15,8 @@ import ray.serve.context
 import torch
 from fastapi import FastAPI
 
-from ptuning.backbone import BackboneConfig
 from ptuning.data.encode import TemplateKind
+from ptuning.facts import BackboneConfig
 from ptuning.load import load_backbone
 from ptuning.registry import RegistryConfig, open_registry
 from serve import local_ray

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ptuning.attention import CachedPrefix, RowPrefix, Seen
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.batch import CachedPrefix, RowPrefix, Seen
 from ptuning.errors import UnsupportedModel
+from ptuning.facts import DECODER
 from ptuning.ready import Member, rows_of
 from serve.slots import SlotCache, View
 

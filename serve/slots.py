@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ptuning.backbone import StackFacts
+from ptuning.facts import StackFacts
 
 BLOCK = 64  # columns are added in multiples of this
 

@@ -37,6 +37,8 @@ TIERS = {
     "ptuning.backbone": 1,
     "ptuning.frozen_pass": 1,
     "ptuning.attention": 1,
+    "ptuning.batch": 1,
+    "ptuning.facts": 1,
     "ptuning.artifact": 1,
     "ptuning.load": 1,
     "ptuning.ready": 1,
@@ -340,3 +342,13 @@ def test_training_and_generating_work_without_ray_mlflow_deepspeed_and_peft(
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split() == ["done", "2"]
+
+
+def test_configuration_loads_without_transformers() -> None:
+    """`ptuning run --help` and a mistake in a setting should not take its seconds."""
+    script = "import sys, pipelines.config; sys.exit('transformers' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", script], timeout=120, check=False, cwd=ROOT, env=environment
+    )
+    assert run.returncode == 0

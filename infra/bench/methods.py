@@ -33,9 +33,9 @@ import ptuning
 from infra.bench import products, records, tasks
 from infra.bench.records import Record, Results
 from ptuning.artifact import make_prefix, pack_prefix, training_digest
-from ptuning.backbone import Facts
 from ptuning.data.examples import arrange
 from ptuning.evaluate import score_split
+from ptuning.facts import Facts
 from ptuning.methods import AnyMethod
 from ptuning.methods.base import Method
 from ptuning.train.config import SPEED_ONLY, Trained

@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, Seen
-from ptuning.backbone import Facts
+from ptuning.batch import EMBEDDINGS, Seen
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
+from ptuning.facts import Facts
 from ptuning.types import Config
 
 # Where the ids come from whose activations or embeddings a training starts from: nowhere, the
@@ -36,7 +36,7 @@ class Parameters:
 
 
 class Method(Protocol):
-    """A way to tune. `compile` gives what `attention.PackPrefix` holds."""
+    """A way to tune. `compile` gives what `batch.PackPrefix` holds."""
 
     @property
     def type(self) -> str: ...

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, Seen
-from ptuning.backbone import Facts
+from ptuning.batch import EMBEDDINGS, Seen
 from ptuning.data.layout import Layout, between, front
 from ptuning.errors import MethodError
+from ptuning.facts import Facts
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
     Parameters,

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS
-from ptuning.backbone import Facts
+from ptuning.batch import EMBEDDINGS
 from ptuning.data.layout import Layout, front
+from ptuning.facts import Facts
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
     InputTuning,

@@ -14,10 +14,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS
-from ptuning.backbone import Facts
+from ptuning.batch import EMBEDDINGS
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
+from ptuning.facts import Facts
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
     InputTuning,

@@ -83,7 +83,7 @@ class UserRows:
 
 @dataclass(kw_only=True)
 class Trained:
-    """A finished training: each member's best epoch, as `attention.PackPrefix` has it without
+    """A finished training: each member's best epoch, as `batch.PackPrefix` has it without
     U, fp32.
 
     `members` is None where the training failed; `error` says why. `resets`: how often it began

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.data.packing import epoch_batches, microbatches
 from ptuning.methods.base import Method, Parameters
 from ptuning.train.config import (

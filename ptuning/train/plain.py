@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.data.encode import Encoded
 from ptuning.data.packing import epoch_batches
 from ptuning.methods.base import Method, Parameters

@@ -20,8 +20,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ptuning.artifact import write_file
-from ptuning.backbone import Facts
 from ptuning.errors import CorruptArtifact, WrongBackbone, WrongMethod, WrongUser
+from ptuning.facts import Facts
 from ptuning.methods.base import Method
 from ptuning.train.state import TrainState
 from ptuning.types import EpochLoss

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptuning.attention import PackPrefix
-from ptuning.backbone import Facts
+from ptuning.batch import PackPrefix
+from ptuning.facts import Facts
 from ptuning.methods.base import Method, Parameters
 from ptuning.train.config import BETAS, EPS, TrainConfig
 from ptuning.train.state import TrainState

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS
-from ptuning.backbone import Facts
+from ptuning.batch import EMBEDDINGS
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.packing import fill_words
+from ptuning.facts import Facts
 from ptuning.methods.base import Method
 from ptuning.train.config import Trained, UserRows
 from ptuning.types import EpochLoss, seed_of

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ptuning.attention import Dropout, PackPrefix, RowPrefix
-from ptuning.backbone import Backbone, Batch
+from ptuning.batch import Batch, Dropout, PackPrefix, RowPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import microbatches
+
+if TYPE_CHECKING:  # it brings in Transformers
+    from ptuning.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptuning.attention import EMBEDDINGS, RowPrefix
 from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, RowPrefix
 from ptuning.data.encode import TemplateKind
 from ptuning.load import (
     choose_attention,

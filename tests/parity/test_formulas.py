@@ -19,10 +19,11 @@ from tiny_backbones import FAMILIES, SEQ2SEQ, build, build_model, encoded, prefi
 from torch import Tensor
 
 from ptuning.artifact import Prefix, PrefixMeta
-from ptuning.attention import EMBEDDINGS, PackPrefix
-from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, PackPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.layout import Layout
+from ptuning.facts import CROSS, DECODER, ENCODER
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.train.step import collate

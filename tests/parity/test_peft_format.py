@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from ptuning import peft_format
 from ptuning.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix
 from ptuning.attention import implementation
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
 from ptuning.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -33,6 +33,7 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
+from ptuning.facts import DECODER
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning

@@ -40,10 +40,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, Trainer, TrainingArguments
 
 from ptuning.artifact import Prefix
-from ptuning.attention import EMBEDDINGS, PackPrefix
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, PackPrefix
 from ptuning.data.encode import IGNORE, Encoded, Template
 from ptuning.data.packing import epoch_batches
+from ptuning.facts import DECODER
 from ptuning.generate import generate
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning

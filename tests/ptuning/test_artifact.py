@@ -26,7 +26,7 @@ from tiny_backbones import FAMILIES, build, random_kv
 from tiny_model import make_tokenizer
 
 from ptuning.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix, training_digest
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
 from ptuning.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -36,6 +36,7 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
+from ptuning.facts import DECODER
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.types import user_key
 

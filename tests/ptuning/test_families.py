@@ -30,19 +30,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
 
 from ptuning.artifact import Prefix, pack_prefix
-from ptuning.attention import (
-    EMBEDDINGS,
-    AttentionContext,
-    PackPrefix,
-    Place,
-    RowPrefix,
-    implementation,
-    mark_layer,
-)
-from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
+from ptuning.attention import AttentionContext, Place, implementation, mark_layer
+from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, PackPrefix, RowPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.errors import DataError
 from ptuning.evaluate import score_split
+from ptuning.facts import CROSS, DECODER, ENCODER
 from ptuning.generate import _answer_steps, _causal_steps, generate
 from ptuning.methods.base import Method, Parameters
 from ptuning.methods.prefix import PrefixTuning

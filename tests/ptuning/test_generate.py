@@ -13,9 +13,10 @@ from tiny_model import make_tokenizer
 from tokenizers import processors
 
 from ptuning.artifact import Prefix, PrefixMeta, make_prefix
-from ptuning.attention import EMBEDDINGS
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS
 from ptuning.errors import BackboneError, ConfigError, CorruptArtifact, DataError, WrongBackbone
+from ptuning.facts import DECODER
 from ptuning.generate import generate, stop_ids
 from ptuning.methods.prompt import PromptTuning
 from ptuning.ready import combined, elected, make_ready, rows_of

@@ -27,8 +27,9 @@ from tiny_model import make_tokenizer
 from torch import Tensor, nn
 
 from ptuning.artifact import Prefix
-from ptuning.attention import EMBEDDINGS, implementation
-from ptuning.backbone import CROSS, DECODER, ENCODER, Backbone
+from ptuning.attention import implementation
+from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS
 from ptuning.data.encode import IGNORE, Encoded, Template
 from ptuning.data.layout import Arrangement, Layout, between, front
 from ptuning.errors import (
@@ -41,6 +42,7 @@ from ptuning.errors import (
     WrongMethod,
     WrongShape,
 )
+from ptuning.facts import CROSS, DECODER, ENCODER
 from ptuning.load import outline
 from ptuning.methods.base import Method
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm

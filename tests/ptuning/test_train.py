@@ -18,8 +18,9 @@ from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, ra
 from tiny_model import make_tokenizer
 from torch import Tensor
 
-from ptuning.attention import PackPrefix, implementation
-from ptuning.backbone import DECODER, Backbone
+from ptuning.attention import implementation
+from ptuning.backbone import Backbone
+from ptuning.batch import PackPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import epoch_batches, fill_words, microbatches
 from ptuning.errors import (
@@ -31,6 +32,7 @@ from ptuning.errors import (
     WrongUser,
 )
 from ptuning.evaluate import score_split
+from ptuning.facts import DECODER
 from ptuning.methods.base import Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning

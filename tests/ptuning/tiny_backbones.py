@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from ptuning.artifact import Prefix, PrefixMeta, make_prefix
-from ptuning.attention import EMBEDDINGS, AttentionContext, PackPrefix, RowPrefix, implementation
-from ptuning.backbone import DECODER, Backbone
+from ptuning.attention import AttentionContext, implementation
+from ptuning.backbone import Backbone
+from ptuning.batch import EMBEDDINGS, PackPrefix, RowPrefix
 from ptuning.data.encode import IGNORE, Encoded
+from ptuning.facts import DECODER
 from ptuning.methods.base import Method
 from ptuning.ready import make_ready, rows_of
 from ptuning.train.config import UserRows

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ptuning.artifact import Prefix, PrefixMeta
-from ptuning.attention import RowPrefix, Seen
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.batch import RowPrefix, Seen
+from ptuning.facts import DECODER
 from ptuning.ready import Member, ReadyPrefix
 from ptuning.registry import PackRecord, Registration, Registry, Version
 from ptuning.types import user_key

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from serving import Files, oracle, prefix_file
 
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.facts import DECODER
 from ptuning.registry import MemoryRegistry
 from ptuning.types import Message
 from serve.api import make_app

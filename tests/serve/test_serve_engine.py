@@ -24,9 +24,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ptuning.attention import Seen
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
+from ptuning.batch import Seen
 from ptuning.errors import ServeError
+from ptuning.facts import DECODER
 from ptuning.load import load_backbone
 from ptuning.ready import Member, ReadyPrefix
 from serve.batcher import QueueFull

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from ptuning.artifact import Prefix
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
 from ptuning.errors import UnsupportedModel
+from ptuning.facts import DECODER
 from ptuning.generate import generate
 from ptuning.load import load_backbone
 from ptuning.ready import make_ready

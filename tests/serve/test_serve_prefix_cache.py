@@ -12,8 +12,9 @@ import pytest
 from serving import Files, prefix_file
 
 from ptuning.artifact import Prefix
-from ptuning.backbone import DECODER, Backbone
+from ptuning.backbone import Backbone
 from ptuning.errors import RegistryError
+from ptuning.facts import DECODER
 from ptuning.registry import MemoryRegistry, Version
 from ptuning.types import user_key
 from serve.config import ServeConfig

@@ -294,7 +294,7 @@ def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Ser
 
 
 def test_a_port_in_use_is_said_before_anything_starts(served: Served, tmp_path: Path) -> None:
-    from ptuning.backbone import BackboneConfig
+    from ptuning.facts import BackboneConfig
     from serve.app import run
 
     port = int(served.address.rsplit(":", 1)[1])
