@@ -33,7 +33,7 @@ from ptuning.errors import (
     OutOfMemory,
     UnsupportedModel,
 )
-from ptuning.facts import Facts, StackFacts
+from ptuning.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 
 
 @dataclass(frozen=True)
@@ -237,13 +237,15 @@ def load_template(name: str, kind: TemplateKind = "auto") -> Template:
 def outline(name: str) -> Facts:
     """What a model's configuration alone says of its shape: stacks, layers, positions. Enough to
     check a method before anything is loaded; key-value heads are not known (1 of 1)."""
-    config = _read_config(locate(name)).get_text_config()
+    whole = _read_config(locate(name))
+    config = whole.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    layers = {"decoder": _layers(config, "decoder_layers", "num_decoder_layers")}
+    layers = {DECODER: _layers(config, "decoder_layers", "num_decoder_layers")}
     start = None
-    if config.is_encoder_decoder:
-        layers = {"encoder": _layers(config, "encoder_layers", "num_layers"), **layers}
-        layers["cross"], start = layers["decoder"], 0
+    if whole.is_encoder_decoder:
+        reader = getattr(whole, "encoder", None) or config  # T5Gemma's halves have their own
+        layers[ENCODER] = _layers(reader, "encoder_layers", "num_layers")
+        layers[CROSS], start = layers[DECODER], 0
     return Facts(
         stacks={s: StackFacts(layers=n, heads=1, head_dim=1) for s, n in layers.items()},
         hidden_size=int(config.hidden_size),
@@ -303,8 +305,8 @@ def load_backbone(
 def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """`from_pretrained` with our attention; errors say what can be done."""
     implementation = attention_module.implementation(attention)
-    encoder_decoder = bool(_read_config(source).is_encoder_decoder)
-    family: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    config = _read_config(source)
+    family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with _quiet():
             loaded: Any = family.from_pretrained(
@@ -324,6 +326,14 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
             raise
         raise _not_loadable(source.name, error) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if refused := _refused_attention(error, attention):
+            raise UnsupportedModel(
+                "the model cannot take a prefix inside its attention",
+                seen=f"{source.name}, of type {config.model_type}",
+                expected="a model whose attention goes through Transformers' attention interface, "
+                "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5",
+                fix=refused,
+            ) from error
         raise _not_loadable(source.name, error) from error
     model, info = loaded
     # Transformers fills what a checkpoint lacks with random numbers and only warns.
@@ -336,16 +346,20 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
     return model
 
 
+def _refused_attention(error: Exception, attention: str) -> str | None:
+    """What to do where a model was not built for the attention that it was asked to use; None:
+    something else is wrong."""
+    text = str(error).lower()
+    if isinstance(error, KeyError) and "ptuning_" in text:  # it has a class for each that it knows
+        return "use another backbone"
+    if "attention" not in text or "support" not in text:
+        return None
+    other = "" if attention == "eager" else "try backbone.attention=eager, or "
+    return f"{other}use another backbone"
+
+
 def _not_loadable(name: str, error: Exception) -> BackboneError:
     text = " ".join(str(error).split())[:300]
-    without_interface = isinstance(error, KeyError) and "ptuning_" in text
-    if without_interface or ("attention" in text.lower() and "support" in text.lower()):
-        return UnsupportedModel(
-            "the model cannot take a prefix inside its attention",
-            seen=f"{name}: {text}",
-            expected="a model whose attention goes through Transformers' attention interface",
-            fix="try backbone.attention=eager, or use another backbone",
-        )
     if isinstance(error, OSError):
         return ModelNotFound(
             "the model's files cannot be read",

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_backbones import (
+    EAGER_ONLY,
     FAMILIES,
     SEQ2SEQ,
     build,
@@ -598,12 +599,12 @@ def test_values_that_are_not_finite_are_refused(
     assert caught.value.seen == name
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ])
+@pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ, *EAGER_ONLY])
 def test_a_models_configuration_alone_says_enough_to_check_a_method(
     family: str, tmp_path: Path
 ) -> None:
     """Before a cluster is started: the outline has the real model's stacks, layers, positions."""
-    config = {**FAMILIES, **SEQ2SEQ}[family]()
+    config = {**FAMILIES, **SEQ2SEQ, **EAGER_ONLY}[family]()
     config.save_pretrained(tmp_path)
     seen, real = outline(str(tmp_path)), build(config).facts
     assert {stack: facts.layers for stack, facts in seen.stacks.items()} == {
