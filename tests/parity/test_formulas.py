@@ -35,10 +35,10 @@ P = 3
 # The formulas
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over what each token sees: `q` `[H, T, D]`, `k` and `v`
-    `[H, S, D]`, `seen` bool `[T, S]`."""
-    scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])) * seen
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v over what each token sees: `q` `[H, T, D]`, `k` and `v`
+    `[H, S, D]`, `seen` bool `[T, S]`, `bias` `[H, T, S]`."""
+    scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + bias) * seen
     return scores / scores.sum(-1, keepdim=True) @ v
 
 
@@ -67,6 +67,11 @@ def joined(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """By tanh, as GPT-2 and T5 have it."""
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def gpt2_by_hand(
     model: Any,
     ids: Sequence[int],
@@ -89,8 +94,7 @@ def gpt2_by_hand(
         )
         own = with_prefix(prefix.get(number), k, v, causal, sees_prefix)
         x = x + product(joined(attention(q, *own)), layer.attn.c_proj)
-        y = product(norm(x, layer.ln_2), layer.mlp.c_fc)
-        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        y = gelu(product(norm(x, layer.ln_2), layer.mlp.c_fc))
         x = x + product(y, layer.mlp.c_proj)
     return norm(x, body.ln_f) @ model.lm_head.weight.double().T
 
@@ -141,11 +145,106 @@ def bart_by_hand(
     return y @ model.lm_head.weight.double().T + model.final_logits_bias.double()
 
 
+def t5_bucket(distance: int, *, ahead: bool) -> int:
+    """Of the tiny T5's 8 buckets, for distances up to 16, that of a key `distance` places before
+    its query (Raffel et al. 2020, section 2.1): half of them exact, the rest by logarithm.
+    `ahead`: keys behind the query have the other half."""
+    first, count = 0, 8
+    if ahead:
+        first, count = (4, 4) if distance < 0 else (0, 4)
+        distance = abs(distance)
+    exact, distance = count // 2, max(distance, 0)
+    if distance < exact:
+        return first + distance
+    wide = math.log(distance / exact) / math.log(16 / exact) * (count - exact)
+    return first + min(exact + int(wide), count - 1)
+
+
+def t5_by_hand(
+    model: Any, source: Sequence[int], answer: Sequence[int], prefix: dict[str, Tensor]
+) -> Tensor:
+    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. The decoder's virtual tokens are as
+    far from a token as if they stood right before the answer; the encoder's and the cross
+    attention's, in front of a text that may be padded on either side, are at no distance."""
+    heads, root = model.config.num_heads, math.sqrt(model.config.d_kv)
+
+    def product(x: Tensor, module: Any) -> Tensor:
+        return x @ module.weight.double().T
+
+    def rms(x: Tensor, module: Any) -> Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + module.variance_epsilon).sqrt()
+        return x / scale * module.weight.double()
+
+    def biases(stack: Any, count: int, before: int, *, ahead: bool) -> Tensor:
+        table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.double()
+        columns = range(-before, count)
+        buckets = [[t5_bucket(t - c, ahead=ahead) for c in columns] for t in range(count)]
+        return table[torch.tensor(buckets)].permute(2, 0, 1)
+
+    def attend(
+        x: Tensor, into: Tensor, module: Any, own: Tensor | None, seen: Tensor, bias: Tensor
+    ) -> Tensor:
+        q = split(product(x, module.q), heads) * root  # T5 does not divide by it
+        k, v = (split(product(into, part), heads) for part in (module.k, module.v))
+        every = torch.ones(len(x), dtype=torch.bool)
+        k, v, seen = with_prefix(own, k, v, seen, every)
+        unbiased = torch.zeros(heads, len(x), k.shape[1] - bias.shape[-1], dtype=torch.float64)
+        scores = torch.cat([unbiased, bias], -1)
+        return product(joined(attention(q, k, v, seen, scores)), module.o)
+
+    def layer_of(stack: str, number: int) -> Tensor | None:
+        return prefix[stack][number] if stack in prefix else None
+
+    def feed_forward(x: Tensor, layer: Any) -> Tensor:
+        y, dense = rms(x, layer.layer_norm), layer.DenseReluDense
+        if hasattr(dense, "wi"):
+            y = product(y, dense.wi).clamp_min(0)
+        else:
+            gate = product(y, dense.wi_0)
+            gate = (
+                0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+            )
+            y = gate * product(y, dense.wi_1)
+        return x + product(y, dense.wo)
+
+    def embedded(ids: Sequence[int]) -> Tensor:
+        return model.shared.weight.double()[list(ids)]
+
+    everything = torch.ones(len(source), len(source), dtype=torch.bool)
+    bias = biases(model.encoder, len(source), 0, ahead=True)
+    x = embedded(source)
+    for number, block in enumerate(model.encoder.block):
+        own, inner = layer_of(ENCODER, number), block.layer[0]
+        normed = rms(x, inner.layer_norm)
+        x = x + attend(normed, normed, inner.SelfAttention, own, everything, bias)
+        x = feed_forward(x, block.layer[1])
+    x = rms(x, model.encoder.final_layer_norm)
+    causal = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
+    across = torch.ones(len(answer), len(source), dtype=torch.bool)
+    before = prefix[DECODER].shape[-2] if DECODER in prefix else 0
+    bias = biases(model.decoder, len(answer), before, ahead=False)
+    none = torch.zeros(heads, len(answer), len(source), dtype=torch.float64)
+    y = embedded(answer)
+    for number, block in enumerate(model.decoder.block):
+        inner, cross = block.layer[0], block.layer[1]
+        normed = rms(y, inner.layer_norm)
+        y = y + attend(normed, normed, inner.SelfAttention, layer_of(DECODER, number), causal, bias)
+        normed = rms(y, cross.layer_norm)
+        y = y + attend(normed, x, cross.EncDecAttention, layer_of(CROSS, number), across, none)
+        y = feed_forward(y, block.layer[2])
+    y = rms(y, model.decoder.final_layer_norm)
+    if model.config.scale_decoder_outputs:
+        y = y * model.config.d_model**-0.5
+    return product(y, model.lm_head)
+
+
 def nll(logits: Tensor, targets: Sequence[int]) -> Tensor:
     """-log p of each target, `logits` `[N, V]`."""
     scores = logits.double().exp()
     return -torch.log(scores[torch.arange(len(targets)), list(targets)] / scores.sum(-1))
 
+
+PAIRS_BY_HAND = {"bart": bart_by_hand, "t5": t5_by_hand, "t5_gated": t5_by_hand}
 
 # Ours against them
 
@@ -219,13 +318,14 @@ def test_a_causal_models_prefix_is_keys_and_values_before_its_own(
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", PAIRS_BY_HAND)
 @pytest.mark.parametrize(
     "stacks", [(ENCODER,), (DECODER,), (CROSS,), (ENCODER, DECODER, CROSS)], ids="-".join
 )
 def test_an_encoder_decoder_models_prefix_stands_in_each_of_its_stacks(
-    stacks: tuple[Any, ...], kind: str
+    stacks: tuple[Any, ...], family: str, kind: str
 ) -> None:
-    backbone = build(SEQ2SEQ["bart"](), kind)
+    backbone = build(SEQ2SEQ[family](), kind)
     pack = random_pack(backbone, PrefixTuning(num_virtual_tokens=P, stacks=stacks))
     start = backbone.facts.decoder_start_id
 
@@ -234,7 +334,7 @@ def test_an_encoder_decoder_models_prefix_stands_in_each_of_its_stacks(
         answer = row.input_ids[at:]
         prefix = {stack: values[slot].double() for stack, values in pack.tensors.items()}
         moved = [start, *answer[:-1]]
-        return nll(bart_by_hand(backbone.model, row.input_ids[:at], moved, prefix), answer)
+        return nll(PAIRS_BY_HAND[family](backbone.model, row.input_ids[:at], moved, prefix), answer)
 
     compare(backbone, pack, by_hand)
 
@@ -350,12 +450,13 @@ def test_the_formulas_are_the_models_own_without_a_prefix() -> None:
         places = torch.arange(len(ids))
         mine = gpt2_by_hand(model, ids, places, {}, places >= 0)
         torch.testing.assert_close(mine, plain.double(), atol=1e-5, rtol=1e-5)
-        model = build_model(SEQ2SEQ["bart"](), "eager")
         source, answer = ids[:at], ids[at:]
-        plain = model(
-            input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([answer])
-        ).logits[0]
-        mine = bart_by_hand(model, source, answer, {})
-        torch.testing.assert_close(mine, plain.double(), atol=1e-5, rtol=1e-5)
+        for family, by_hand in PAIRS_BY_HAND.items():
+            model = build_model(SEQ2SEQ[family](), "eager")
+            plain = model(
+                input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([answer])
+            ).logits[0]
+            mine = by_hand(model, source, answer, {})
+            torch.testing.assert_close(mine, plain.double(), atol=1e-5, rtol=1e-5)
     labels = [label for label in row.labels if label != IGNORE]
     assert labels == ids[at:]
