@@ -202,11 +202,17 @@ class Prefix:
         meta = prefix.meta
         if user_key is not None and meta.user_key != user_key:
             raise WrongUser(
-                "the prefix belongs to another user", seen=meta.user_key, expected=user_key
+                "the prefix belongs to another user",
+                seen=meta.user_key,
+                expected=user_key,
+                fix="give the file of the user who is meant",
             )
         if prefix_name is not None and meta.prefix_name != prefix_name:
             raise WrongUser(
-                "the prefix has another name", seen=meta.prefix_name, expected=prefix_name
+                "the prefix has another name",
+                seen=meta.prefix_name,
+                expected=prefix_name,
+                fix="give the file of that name",
             )
         return prefix
 
@@ -239,7 +245,12 @@ class Prefix:
                 )
             for name, values in member.items():
                 if not bool(torch.isfinite(values).all()):
-                    raise CorruptArtifact("the prefix holds values that are not finite", seen=name)
+                    raise CorruptArtifact(
+                        "the prefix holds values that are not finite",
+                        seen=f"{int((~values.isfinite()).sum())} of {values.numel()} in {name}",
+                        expected="finite values",
+                        fix="train the user again, or keep the prefix that was served before",
+                    )
 
     def _method(self) -> Method:
         """The method as its settings say. Raises WrongMethod."""

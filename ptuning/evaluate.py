@@ -20,6 +20,7 @@ from ptuning.artifact import Prefix, pack_prefix
 from ptuning.batch import PackPrefix
 from ptuning.data.encode import Encoded
 from ptuning.errors import DataError
+from ptuning.train.start import positions_of
 from ptuning.train.step import LocalDriver, Machine, predicted, score_rows
 from ptuning.types import Config, Example, Gate, SplitLosses
 
@@ -199,6 +200,15 @@ def nll(
         around = prefix.arrangement(backbone.template)
         rows = [around.judged_row(row) for row in rows]
         pack = pack_prefix([prefix], backbone)
+    kv = {} if prefix is None else {stack: own.shape for stack, own in prefix.kv.items()}
+    needed = max((positions_of(row, backbone.facts, kv) for row in rows), default=0)
+    if (limit := backbone.facts.max_positions) is not None and needed > limit:
+        raise DataError(
+            "an example and its virtual tokens take more positions than the backbone has",
+            seen=needed,
+            expected=f"at most {limit}",
+            fix="shorten the example or lower max_length",
+        )
     members = 1 if prefix is None else len(prefix.members)
     machine = score_split(backbone, [rows], pack, tokens_per_microbatch, members)
     (losses,) = LocalDriver(backbone).run(machine)

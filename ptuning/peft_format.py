@@ -342,6 +342,7 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             "the PEFT adapter has too many virtual tokens",
             seen=f"num_virtual_tokens {length}",
             expected=f"at most {MAX_VIRTUAL_TOKENS}",
+            fix="train it again with fewer",
         )
     if kind == PREFIX:
         _check_geometry(config, backbone)

@@ -15,7 +15,7 @@ from ptuning.data.encode import IGNORE, Encoded, Template
 from ptuning.errors import MethodError
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
-_SYNTAX = "text with {p:N} (N virtual tokens), {prompt} once, and {completion} at the end"
+_SYNTAX = "text with {p:N} (N virtual tokens, N > 0), {prompt} once and {completion} at the end"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _parts(text: str) -> list[int | str]:
         field, at = match.group(1), match.end()
         if field in ("prompt", "completion"):
             parts.append(f"{{{field}}}")
-        elif re.fullmatch(r"p:[1-9][0-9]{0,3}", field):
+        elif re.fullmatch(r"p:[1-9][0-9]{0,8}", field):
             parts.append(int(field[2:]))
         else:
             raise _wrong(text, f"{{{field}}}")

@@ -23,7 +23,7 @@ from ptuning.types import Config
 StartIds = Literal["none", "words", "vocab", "labels"]
 
 
-MAX_VIRTUAL_TOKENS = 200  # of one prefix
+MAX_VIRTUAL_TOKENS = 1000  # of one prefix; Li and Liang use up to 200
 
 
 @dataclass
@@ -149,6 +149,7 @@ def check_start(method: Method, start: dict[str, Tensor] | None) -> None:
             "the training starts from words, but none were given",
             seen="no words",
             expected="activations of words, or method.init=random",
+            fix="set method.init_text, give the user train rows, or set method.init=random",
         )
 
 

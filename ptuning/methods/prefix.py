@@ -41,7 +41,7 @@ class PrefixTuning(Tuning):
         "prefix", description="tuning method: prefix (keys and values before every layer's own)"
     )
     num_virtual_tokens: int = Field(
-        16, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prefix (1-200)"
+        16, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prefix (1-1000)"
     )
     encoder_hidden_size: int | None = Field(
         None,
@@ -116,6 +116,7 @@ class PrefixTuning(Tuning):
                 "reads apart",
                 seen="method.placement=infix",
                 expected="prefix",
+                fix="leave method.placement out, or use a causal backbone",
             )
         for stack in self.stacks or ():
             if stack not in facts.stacks:
@@ -131,6 +132,7 @@ class PrefixTuning(Tuning):
                 "more layers with a prefix than the backbone has",
                 seen=f"method.layers={self.layers}",
                 expected=f"1 to {fewest}, all or embedding",
+                fix="set method.layers=all, or to fewer",
             )
 
     def _stacks(self, facts: Facts) -> tuple[str, ...]:

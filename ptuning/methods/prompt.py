@@ -33,7 +33,7 @@ class PromptTuning(InputTuning):
         "prompt", description="tuning method: prompt (embeddings before the input)"
     )
     num_virtual_tokens: int = Field(
-        20, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prompt (1-200)"
+        20, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prompt (1-1000)"
     )
     init: Literal["text", "vocab", "labels", "random"] = Field(
         "text",

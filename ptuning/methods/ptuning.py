@@ -63,6 +63,7 @@ class PTuning(InputTuning):
                 "the template of virtual tokens is no Unicode text",
                 seen=ascii(text),
                 expected="text without lone surrogates",
+                fix="write method.template in UTF-8",
             )
         count = Layout.parse(text).num_virtual_tokens
         if count > MAX_VIRTUAL_TOKENS:
@@ -70,6 +71,7 @@ class PTuning(InputTuning):
                 "too many virtual tokens",
                 seen=f"{count} in {text!r}",
                 expected=f"at most {MAX_VIRTUAL_TOKENS}",
+                fix="use smaller {p:N} in method.template",
             )
         return text
 

@@ -633,7 +633,7 @@ def _ours_has_more(directory: Path) -> None:
         (_configured(num_virtual_tokens=P - 1), WrongShape),
         (_configured(num_virtual_tokens=None), WrongShape),
         (_configured(num_virtual_tokens=True), WrongShape),
-        (_configured(num_virtual_tokens=10_001), WrongMethod),
+        (_configured(num_virtual_tokens=1001), WrongMethod),
         (_configured(num_transformer_submodules=True), WrongMethod),
         (_configured(num_transformer_submodules=0), WrongMethod),
         (_configured(num_transformer_submodules="1"), WrongMethod),

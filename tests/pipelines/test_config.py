@@ -46,7 +46,7 @@ def test_an_unknown_key_of_the_environment_is_an_error_too() -> None:
     [
         "train.epochs=0",
         "train.epochs=many",
-        "method.num_virtual_tokens=201",
+        "method.num_virtual_tokens=1001",
         "method.num_virtual_tokens=0",
         "method.type=lora",
         "backbone.dtype=int3",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from blown import Blown
 from runs import user_rows
 from tiny_backbones import FAMILIES, build
 
@@ -117,6 +118,30 @@ def test_a_user_whose_rows_cannot_be_encoded_fails_alone(
     assert reports["bob"].error
     for user in ("ann", "cy"):
         assert reports[user].status == "trained"
+        assert reports[user].losses["candidate"]["valid"].nll == pytest.approx(
+            whole[user].losses["candidate"]["valid"].nll, abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_user_whose_training_blows_up_is_reported_and_its_neighbours_are_as_without_it(
+    backbone: Backbone,
+    rows: dict[str, list[Example]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    times: int,
+) -> None:
+    recipe = _recipe()
+    pack = _pack(backbone, recipe, rows)
+    whole = _work(backbone, tmp_path / "whole", recipe, pack)
+    assert not any("resets" in report.details for report in whole.values())
+    Blown(monkeypatch, slot=[*rows].index("bob"), times=times)
+    reports = _work(backbone, tmp_path / "blown", recipe, pack)
+    assert reports["bob"].details["resets"] == 1
+    assert reports["bob"].status == ("trained" if times == 1 else "failed")
+    assert (reports["bob"].error is None) == (times == 1)
+    for user in ("ann", "cy"):
+        assert "resets" not in reports[user].details
         assert reports[user].losses["candidate"]["valid"].nll == pytest.approx(
             whole[user].losses["candidate"]["valid"].nll, abs=1e-4
         )

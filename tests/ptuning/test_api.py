@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from blown import Blown
 from safetensors.torch import load_file, save_file
 from tiny_backbones import FAMILIES, REFUSED, build, build_model
 from tiny_model import make_tokenizer
@@ -295,6 +296,38 @@ def test_scoring_nothing_or_with_a_foreign_prefix_is_an_error(backbone: Backbone
     )["a"].prefix
     with pytest.raises(WrongBackbone):
         ptuning.nll(backbone, examples("tea"), prefix)
+
+
+def test_an_example_beyond_the_positions_is_scored_by_nobody() -> None:
+    backbone = build(FAMILIES["gpt2"]())
+    limit = backbone.facts.max_positions
+    assert limit is not None
+    row = ptuning.Example(prompt="q " * 2 * limit, completion=" tea")
+    length = len(ptuning.encode(backbone, row, max_length=limit).input_ids)
+    ptuning.nll(backbone, [row], max_length=limit)
+    method = ptuning.PrefixTuning(num_virtual_tokens=limit - length + 1)
+    small = ptuning.tune(
+        backbone, {"a": examples("tea")}, method=method, train=ptuning.TrainConfig(epochs=1)
+    )["a"].prefix
+    for prefix, longest in ((small, limit), (None, limit + 1)):
+        with pytest.raises(DataError, match="positions") as caught:
+            ptuning.nll(backbone, [row], prefix, max_length=longest)
+        assert (caught.value.seen, caught.value.expected) == (limit + 1, f"at most {limit}")
+
+
+def test_what_began_again_is_said_in_the_result(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = {"alice": examples("tea"), "bob": examples("coffee")}
+    method = ptuning.PrefixTuning(num_virtual_tokens=3)
+    train = ptuning.TrainConfig(epochs=3, batch_size=4)
+    plain = ptuning.tune(backbone, users, method=method, train=train)
+    Blown(monkeypatch, slot=1, times=1)
+    blown = ptuning.tune(backbone, users, method=method, train=train)
+    assert [(own.resets, own.status) for own in plain.values()] == [(0, "trained")] * 2
+    assert [(own.resets, own.status) for own in blown.values()] == [(0, "trained"), (1, "trained")]
+    for line, wanted in zip(blown["alice"].history, plain["alice"].history, strict=True):
+        assert line == pytest.approx(wanted, abs=1e-5)
 
 
 # Loading

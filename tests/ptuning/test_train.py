@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from blown import Blown
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -214,9 +215,10 @@ def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(me
             for tensors in (state.trained, state.first, state.second, state.best):
                 assert all(values.dtype == torch.float32 for values in tensors.values())
         for line, wanted in zip(ours.history, plain.history, strict=True):
-            assert line["train"] == pytest.approx(wanted["train"], abs=0.05)
-        # Adam moves by at most the learning rate a step, whatever rounding made of a gradient.
-        limit = max(0.01, method.default_learning_rate)
+            assert line["train"] == pytest.approx(wanted["train"], abs=0.02)
+        # Adam moves by at most the learning rate a step, whatever rounding made of a gradient; the
+        # few values whose gradient rounding turned around hardly move the mean.
+        limit = 0.05 * method.default_learning_rate
         for own, other in zip(ours.members, plain.members, strict=True):
             for name, values in other.items():
                 assert own[name].dtype == torch.float32
@@ -345,9 +347,10 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
     monkeypatch.setattr(PrefixTuning, "initial", poisoned)
     results = packed(backbone, method, config(), pack)
     sick = results["bob"]
-    if math.isfinite(bad):
-        # Huge values may still give a finite loss; then nothing failed, and nothing leaked.
-        assert sick.error is None or sick.kv is None
+    if math.isfinite(bad):  # huge values, and still a finite loss, from which nothing is learned
+        assert sick.error is None
+        assert sick.resets == 0
+        assert all(math.isfinite(line["valid"] or math.nan) for line in sick.history)
     else:
         assert sick.kv is None
         assert sick.error is not None
@@ -365,22 +368,6 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         assert again[key].history == one_epoch[key].history
 
 
-class _Blown:
-    """Makes a slot's parameters infinite after its n-th update, `times` times in all."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, slot: int, times: int) -> None:
-        self.slot, self.times = slot, times
-        self._update = Slots.update
-        monkeypatch.setattr(Slots, "update", lambda slots, *args: self.update(slots, *args))
-
-    def update(self, slots: Slots, leaves: Any, named: Sequence[int], *rest: Any) -> None:
-        self._update(slots, leaves, named, *rest)
-        if self.times and self.slot in named and slots.updates[self.slot] == 2:
-            self.times -= 1
-            for parameter in slots.trained.values():
-                parameter[self.slot] = float("inf")
-
-
 @methods
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_user_whose_loss_blows_up_begins_again_once_at_a_lower_rate_then_fails_alone(
@@ -389,7 +376,7 @@ def test_a_user_whose_loss_blows_up_begins_again_once_at_a_lower_rate_then_fails
     pack = users()[3:]
     gentle = packed(backbone, method, config(learning_rate=2e-3), pack[:1])["dave"]
     same_rate = packed(backbone, method, config(learning_rate=2e-2), pack)
-    _Blown(monkeypatch, slot=0, times=times)  # the user, or the first member of its ensemble
+    Blown(monkeypatch, slot=0, times=times)  # the user, or the first member of its ensemble
     results = packed(backbone, method, config(learning_rate=2e-2), pack)
     sick = results["dave"]
     assert sick.resets == 1
