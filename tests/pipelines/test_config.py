@@ -111,7 +111,7 @@ def test_text_is_taken_as_it_is_and_not_as_yaml() -> None:
         (["method.type=ptuning", "method.template={p:3}"], "{prompt} 0 times"),
         (["method.layers=0"], "method.layers"),
         (["method.num_virtual_tokens=0"], "method.num_virtual_tokens"),
-        (["method.type=ptuning", "method.template={prompt}{p:999}"], "at most 1000"),
+        (["method.type=ptuning", "method.template={prompt}{p:1001}"], "at most 1000"),
     ],
 )
 def test_method_errors_are_configuration_errors_that_name_the_key(
