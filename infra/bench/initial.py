@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,6 +25,10 @@ from ptuning.data.examples import arrange
 
 SETTINGS: dict[str, tuple[dict[str, object], float]] = {
     "keys and values, words, 3e-2": ({}, 3e-2),
+    "keys and values, given words, 3e-2": (
+        {"init_text": "This person writes to others in a chat and answers like this:"},
+        3e-2,
+    ),
     "keys and values, words, 1e-2": ({}, 1e-2),
     "keys and values, random, 3e-2": ({"init": "random"}, 3e-2),
     "MLP 512, words, 1e-3": ({"encoder_hidden_size": 512}, 1e-3),
@@ -82,6 +87,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=6)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--only", default="", metavar="REGEX", help="settings whose name matches")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -94,8 +100,10 @@ def main() -> None:
     print(f"{len(users)} users, base {base:.3f} nats per token, {backbone.dtype}", flush=True)
     figures = {}
     for name, (method, rate) in SETTINGS.items():
+        if not re.search(options.only, name):
+            continue
         figures[name] = measure(backbone, users, method, rate, options.epochs)
-        print(f"{name:32s} {json.dumps(figures[name])}", flush=True)
+        print(f"{name:36s} {json.dumps(figures[name])}", flush=True)
     if options.out:
         options.out.write_text(json.dumps({"base": base, "settings": figures}, indent=1) + "\n")
 
