@@ -209,12 +209,12 @@ def test_a_sweep_tries_smaller_rates_for_encoders_and_no_test_rows() -> None:
         for name in ("prompt", "ptuning-lstm")
     }
     assert rates["prompt"] == [3e-3, 1e-2, 3e-2, 1e-1]
-    assert rates["ptuning-lstm"] == pytest.approx([3e-4, 1e-3, 3e-3, 1e-2])
-    assert len(cells) == 8
+    assert rates["ptuning-lstm"] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    assert len(cells) == 9
     assert not any(cell.asks for cell in cells)
     found = [
         record_of(cell, loss={"valid": loss, "test": None}, resets=int(loss > 4))
-        for cell, loss in zip(cells, (3.0, 2.0, 2.5, 5.0, 1.0, 2.0, 3.0, 4.0), strict=True)
+        for cell, loss in zip(cells, (3.0, 2.0, 2.5, 5.0, 9.0, 1.0, 2.0, 3.0, 4.0), strict=True)
     ]
     text = records.rates_table(found)
     assert "| **2.0000** |" in text

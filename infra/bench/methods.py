@@ -54,7 +54,7 @@ QUICK_RESULTS = Path(__file__).parents[2] / ".cache" / "bench" / "methods-quick.
 EPOCHS, QUICK_EPOCHS = 5, 3
 QUICK = ("base", "prefix", "prefix-mlp", "prompt", "ptuning-mlp")
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-ENCODER_RATES = tuple(rate / 10 for rate in RATES)
+ENCODER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 GENERATED_ROWS = 64  # that are generated in one batch
 
 
