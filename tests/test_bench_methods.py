@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,9 @@ def test_a_sweep_tries_smaller_rates_for_encoders_and_no_test_rows() -> None:
         record_of(cell, loss={"valid": loss, "test": None}, resets=int(loss > 4))
         for cell, loss in zip(cells, (3.0, 2.0, 2.5, 5.0, 9.0, 1.0, 2.0, 3.0, 4.0), strict=True)
     ]
-    text = records.rates_table(found)
+    text = records.rates_table([*found, record_of(replace(cells[0], epochs=2))])
+    assert "| e2e | prompt | 200 x 5 | 3.0000 | " in text.replace("|  ", "")
+    assert "| e2e | prompt | 200 x 2 | " in text.replace("|  ", "")
     assert "| **2.0000** |" in text
     assert "5.0000 (began again)" in text
 

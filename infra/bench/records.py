@@ -267,17 +267,19 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 def rates_table(records: Sequence[Record]) -> str:
-    """Markdown of a sweep: validation loss by setting and learning rate, the best one bold."""
-    losses: dict[tuple[str, str], dict[float, float | None]] = defaultdict(dict)
+    """Markdown of sweeps: validation loss by setting and learning rate, the best one bold; apart
+    for each number of train rows and epochs."""
+    losses: dict[tuple[str, str, str], dict[float, float | None]] = defaultdict(dict)
     again = set()
     for one in records:
-        key, rate = (one["task"], one["setting"]), float(one["train"]["learning_rate"])
+        size = f"{one['rows']['train']} x {one['train']['epochs']}"
+        key, rate = (one["task"], one["setting"], size), float(f"{one['train']['learning_rate']:g}")
         losses[key][rate] = one["loss"]["valid"]
         if one["resets"]:
             again.add((key, rate))
     rates = sorted({rate for own in losses.values() for rate in own})
-    head = ["task", "setting", *(f"{rate:g}" for rate in rates)]
-    lines = [head, ["---", "---", *["---:"] * len(rates)]]
+    head = ["task", "setting", "rows x epochs", *(f"{rate:g}" for rate in rates)]
+    lines = [head, ["---", "---", *["---:"] * (len(rates) + 1)]]
     for key, own in losses.items():
         best = min((value for value in own.values() if value is not None), default=None)
         cells = []
