@@ -27,6 +27,9 @@ from ptuning.errors import BackboneChanged, UnsupportedModel
 from ptuning.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 from ptuning.frozen_pass import FrozenPass
 
+# Of models that take a prefix, for errors about those that do not.
+EXAMPLES = "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5"
+
 
 class Backbone:
     """A frozen language model, causal or with an encoder, with its tokenizer, template, facts and
@@ -150,8 +153,7 @@ class Backbone:
             else "the model does not send its attention through Transformers' attention interface, "
             "so a prefix cannot enter it",
             seen=f"{type(self.model).__name__}, shapes (H, D): {sorted(shapes)}",
-            expected="one shape in all layers of a stack, for instance Llama, Qwen, Mistral, "
-            "Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5",
+            expected=f"one shape in all layers of a stack, {EXAMPLES}",
             fix="use another backbone",
         )
 

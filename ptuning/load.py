@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as hf_logging
 
 from ptuning import attention as attention_module
-from ptuning.backbone import Backbone
+from ptuning.backbone import EXAMPLES, Backbone
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import (
     BackboneError,
@@ -331,7 +331,7 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
                 "the model cannot take a prefix inside its attention",
                 seen=f"{source.name}, of type {config.model_type}",
                 expected="a model whose attention goes through Transformers' attention interface, "
-                "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5",
+                f"{EXAMPLES}",
                 fix=refused,
             ) from error
         raise _not_loadable(source.name, error) from error

@@ -148,7 +148,7 @@ def bart_by_hand(
 def t5_bucket(distance: int, *, ahead: bool) -> int:
     """Of the tiny T5's 8 buckets, for distances up to 16, that of a key `distance` places before
     its query (Raffel et al. 2020, section 2.1): half of them exact, the rest by logarithm.
-    `ahead`: keys behind the query have the other half."""
+    `ahead`: keys that come after the query have the other half."""
     first, count = 0, 8
     if ahead:
         first, count = (4, 4) if distance < 0 else (0, 4)
@@ -200,11 +200,7 @@ def t5_by_hand(
         if hasattr(dense, "wi"):
             y = product(y, dense.wi).clamp_min(0)
         else:
-            gate = product(y, dense.wi_0)
-            gate = (
-                0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
-            )
-            y = gate * product(y, dense.wi_1)
+            y = gelu(product(y, dense.wi_0)) * product(y, dense.wi_1)
         return x + product(y, dense.wo)
 
     def embedded(ids: Sequence[int]) -> Tensor:
