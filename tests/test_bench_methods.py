@@ -203,19 +203,39 @@ def test_a_changed_default_makes_a_cell_new_and_a_new_field_does_not() -> None:
     assert not cell_of(seed=1).is_done([record])
 
 
+def test_a_task_has_its_own_rate_where_a_sweep_found_one() -> None:
+    def rate(name: str, task: str, **changes: Any) -> float | None:
+        train = cell_of(name, task, **changes).train
+        return train and train.learning_rate
+
+    tuned = {
+        name: rate(name, "lama")
+        for name in methods.BY_NAME
+        if name != "base" and rate(name, "lama") != rate(name, "e2e")
+    }
+    keys = ("prefix", "prefix-p1", "prefix-p20", "prefix-random", "prefix-top", "prefix-infix")
+    assert tuned == dict.fromkeys(keys, 1e-2)
+    assert rate("prefix", "e2e") == methods.BY_NAME["prefix"].method.default_learning_rate  # type: ignore[union-attr]
+    assert rate("prefix", "lama", learning_rate=0.5) == 0.5
+    for _, name in methods.TUNED_RATES:
+        assert methods.BY_NAME[name].swept == name
+
+
 def test_a_sweep_tries_smaller_rates_for_encoders_and_no_test_rows() -> None:
     cells = list(methods.sweep(["e2e"], ["base", "prompt", "ptuning-lstm", "prompt-labels"]))
     rates = {
         name: [c.learning_rate for c in cells if c.setting.name == name]
         for name in ("prompt", "ptuning-lstm")
     }
-    assert rates["prompt"] == [3e-3, 1e-2, 3e-2, 1e-1]
+    assert rates["prompt"] == [3e-3, 1e-2, 2e-2, 3e-2, 1e-1]
     assert rates["ptuning-lstm"] == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
-    assert len(cells) == 9
+    assert len(cells) == 10
     assert not any(cell.asks for cell in cells)
     found = [
         record_of(cell, loss={"valid": loss, "test": None}, resets=int(loss > 4))
-        for cell, loss in zip(cells, (3.0, 2.0, 2.5, 5.0, 9.0, 1.0, 2.0, 3.0, 4.0), strict=True)
+        for cell, loss in zip(
+            cells, (3.0, 2.0, 2.5, 2.7, 5.0, 9.0, 1.0, 2.0, 3.0, 4.0), strict=True
+        )
     ]
     text = records.rates_table([*found, record_of(replace(cells[0], epochs=2))])
     assert "| e2e | prompt | 200 x 5 | 3.0000 | " in text.replace("|  ", "")
@@ -287,18 +307,21 @@ def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
             bleu=None,
             loss={"valid": None, "test": None},
         ),
-        record_of(cell_of("base"), method=None, parameters=0),
+        record_of(cell_of("base"), method=None, train=None, parameters=0),
     ]
     for one in [record_of(cell_of(task="lama"), exact_match=0.45, first_word_match=0.5)]:
         del one["bleu"]
         found.append(one)
     text = table(found, [*methods.BY_NAME])
     e2e, lama = text.split("### LAMA")
-    assert "| prefix: 10 virtual tokens, direct, words | 3 | 1,000 | 500 | 3.000 ± 1.000 |" in e2e
+    assert (
+        "| prefix: 10 virtual tokens, direct, words | 3 | 0.03 | 1,000 | 500 | 3.000 ± 1.000 |"
+        in e2e
+    )
     assert "| 41.0 ± 1.0 | 10 | 9 |" in e2e
     assert "9.000" not in e2e
     assert e2e.index("base model") < e2e.index("prefix: 10")
-    assert "| prompt: 10 virtual tokens, text init | 1 | 1,000 | 500 | - | - |" in e2e
+    assert "| prompt: 10 virtual tokens, text init | 1 | 0.03 | 1,000 | 500 | - | - |" in e2e
     assert "| 45.0 | 50.0 |" in lama
     assert (
         "a cpu, 1 thread, float32 by fp32 kernels, torch 2; a cpu, 1 thread, float32, torch" in text
@@ -317,9 +340,9 @@ def test_the_overview_has_the_tasks_side_by_side() -> None:
     head, _, both, one_task = records.overview(found, [*methods.BY_NAME]).splitlines()
     assert head.startswith("| setting | parameters per user | E2E loss | BLEU | LAMA loss | exact")
     assert "| 41.0 ± 1.0 |" in both
-    assert "| 45.0 | 3 / 1 |" in both
+    assert "| 45.0 | 0.03 / 0.01 | 3 / 1 |" in both
     assert "| - | - |" in one_task
-    assert "| 50.0 | 0 / 1 |" in one_task
+    assert "| 50.0 | - / 0.03 | 0 / 1 |" in one_task
 
 
 def test_the_readme_has_the_results_files_table() -> None:

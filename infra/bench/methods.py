@@ -53,8 +53,11 @@ QUICK_RESULTS = Path(__file__).parents[2] / ".cache" / "bench" / "methods-quick.
 
 EPOCHS, QUICK_EPOCHS = 5, 3
 QUICK = ("base", "prefix", "prefix-mlp", "prompt", "ptuning-mlp")
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (3e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 ENCODER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+# Where a sweep at full size found a task's learning rate to be another than the method's default
+# (infra/decisions.md): by task and the setting that was swept for its kind.
+TUNED_RATES = {("lama", "prefix"): 1e-2}
 GENERATED_ROWS = 64  # that are generated in one batch
 
 
@@ -73,6 +76,15 @@ class Setting:
         if isinstance(self.method, ptuning.PTuning):
             return self.method.encoder != "none"
         return getattr(self.method, "encoder_hidden_size", None) is not None
+
+    @property
+    def swept(self) -> str:
+        """The setting that is swept for all that train the same kind of values."""
+        if isinstance(self.method, ptuning.PTuning):
+            return f"ptuning-{self.method.encoder}"
+        if isinstance(self.method, ptuning.PrefixTuning) and not self.method.embedding_only:
+            return "prefix-mlp" if self.encoder else "prefix"
+        return "prompt"
 
 
 def _prefix(**changes: Any) -> ptuning.PrefixTuning:
@@ -141,7 +153,7 @@ class Cell:
     seed: int
     sizes: tasks.Sizes
     epochs: int
-    learning_rate: float | None = None  # None: the method's default
+    learning_rate: float | None = None  # None: the task's, or the method's default
     asks: bool = True
 
     @property
@@ -151,12 +163,14 @@ class Cell:
 
     @cached_property
     def train(self) -> ptuning.TrainConfig | None:
-        if self.setting.method is None:
+        method = self.setting.method
+        if method is None:
             return None
+        tuned = TUNED_RATES.get((self.task, self.setting.swept), method.default_learning_rate)
         return ptuning.TrainConfig(
             epochs=self.epochs,
             batch_size=8,
-            learning_rate=self.learning_rate or self.setting.method.default_learning_rate,
+            learning_rate=self.learning_rate or tuned,
             patience=None,
             seed=self.seed,
             pack_users=len(tasks.RELATIONS),

@@ -138,7 +138,7 @@ def overview(records: Sequence[Record], order: Sequence[str]) -> str:
     head = ["setting", "parameters per user"]
     for task in tasks:
         head += [f"{task.upper()} loss", METRICS[metric[task]]]
-    lines = [[*head, "seeds", "CPU s"], ["---", *["---:"] * (len(head) + 1)]]
+    lines = [[*head, "learning rate", "seeds", "CPU s"], ["---", *["---:"] * (len(head) + 2)]]
     for setting in order:
         cells = {task: chosen[task, setting] for task in tasks if (task, setting) in chosen}
         if not cells:
@@ -151,9 +151,10 @@ def overview(records: Sequence[Record], order: Sequence[str]) -> str:
                 _mean([one["loss"]["test"] for one in own], 3),
                 _mean([one.get(metric[task]) for one in own], 1, _percent(metric[task])),
             ]
+        rates = [_rate(cells.get(task, [])) for task in tasks]
         seeds = [str(len(cells.get(task, [])) if first["method"] else "-") for task in tasks]
         cpu = [_seconds(cells.get(task, []), "train_cpu") for task in tasks]
-        lines.append([*line, " / ".join(seeds), " / ".join(cpu)])
+        lines.append([*line, " / ".join(rates), " / ".join(seeds), " / ".join(cpu)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -164,7 +165,7 @@ def _percent(metric: str) -> float:
 
 def _task_table(settings: Sequence[Sequence[Record]]) -> str:
     metrics = [name for name in METRICS if any(name in own[0] for own in settings)]
-    head = ["setting", "seeds", "parameters per user", "values kept", "test loss"]
+    head = ["setting", "seeds", "learning rate", "parameters per user", "values kept", "test loss"]
     head += [*(METRICS[name] for name in metrics), "training s", "CPU s"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for own in settings:
@@ -172,6 +173,7 @@ def _task_table(settings: Sequence[Sequence[Record]]) -> str:
             [
                 own[0]["label"],
                 str(len(own)) if own[0]["method"] else "-",
+                _rate(own),
                 f"{own[0]['parameters']:,}",
                 f"{own[0]['values_kept']:,}",
                 _mean([one["loss"]["test"] for one in own], 3),
@@ -192,6 +194,11 @@ def _mean(values: Sequence[float | None], digits: int, scale: float = 1.0) -> st
         return "-"
     text = f"{mean(known):.{digits}f}"
     return f"{text} ± {stdev(known):.{digits}f}" if len(known) > 1 else text
+
+
+def _rate(own: Sequence[Record]) -> str:
+    """A setting's learning rate, which all its seeds have."""
+    return f"{own[0]['train']['learning_rate']:g}" if own and own[0]["train"] else "-"
 
 
 def _seconds(settings: Sequence[Record], part: str) -> str:

@@ -104,7 +104,7 @@ class PrefixTuning(Tuning):
 
     @property
     def default_learning_rate(self) -> float:
-        return 3e-2 if self.encoder_hidden_size is None else 1e-3
+        return 3e-2 if self.encoder_hidden_size is None else 3e-4
 
     def check(self, facts: Facts) -> None:
         check_virtual_tokens(self, facts)
