@@ -215,8 +215,9 @@ def test_a_task_has_its_own_rate_where_a_sweep_found_one() -> None:
     }
     keys = ("prefix", "prefix-p1", "prefix-p20", "prefix-random", "prefix-top", "prefix-infix")
     assert tuned == dict.fromkeys(keys, 1e-2)
-    assert rate("prefix", "e2e") == methods.BY_NAME["prefix"].method.default_learning_rate  # type: ignore[union-attr]
+    assert rate("prefix", "e2e") == 3e-2
     assert rate("prefix", "lama", learning_rate=0.5) == 0.5
+    assert rate("prefix-mlp", "lama") == 3e-4  # as the method has it
     for _, name in methods.TUNED_RATES:
         assert methods.BY_NAME[name].swept == name
 

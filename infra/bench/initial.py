@@ -29,9 +29,12 @@ SETTINGS: dict[str, tuple[dict[str, object], float]] = {
         {"init_text": "This person writes to others in a chat and answers like this:"},
         3e-2,
     ),
+    "keys and values, words, 2e-2": ({}, 2e-2),
     "keys and values, words, 1e-2": ({}, 1e-2),
     "keys and values, random, 3e-2": ({"init": "random"}, 3e-2),
+    "MLP 512, words, 3e-4": ({"encoder_hidden_size": 512}, 3e-4),
     "MLP 512, words, 1e-3": ({"encoder_hidden_size": 512}, 1e-3),
+    "MLP 512, random, 3e-4": ({"encoder_hidden_size": 512, "init": "random"}, 3e-4),
     "MLP 512, random, 1e-3": ({"encoder_hidden_size": 512, "init": "random"}, 1e-3),
 }
 

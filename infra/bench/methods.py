@@ -57,7 +57,7 @@ RATES = (3e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 ENCODER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 # Where a sweep at full size found a task's learning rate to be another than the method's default
 # (infra/decisions.md): by task and the setting that was swept for its kind.
-TUNED_RATES = {("lama", "prefix"): 1e-2}
+TUNED_RATES = {("e2e", "prefix"): 3e-2, ("lama", "prefix"): 1e-2}
 GENERATED_ROWS = 64  # that are generated in one batch
 
 

@@ -104,7 +104,9 @@ class PrefixTuning(Tuning):
 
     @property
     def default_learning_rate(self) -> float:
-        return 3e-2 if self.encoder_hidden_size is None else 3e-4
+        if self.encoder_hidden_size is not None:
+            return 3e-4
+        return 3e-2 if self.embedding_only else 2e-2
 
     def check(self, facts: Facts) -> None:
         check_virtual_tokens(self, facts)
