@@ -41,7 +41,7 @@ METHODS = {
     ],
     "infix mlp on top": [
         "method.encoder_hidden_size=8", "method.placement=infix", "method.layers=1",
-        "method.dropout=0.1",
+        "method.dropout=0.1", "train.learning_rate=0.003",
     ],
 }  # fmt: skip
 
