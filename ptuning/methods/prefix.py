@@ -106,7 +106,7 @@ class PrefixTuning(Tuning):
     def default_learning_rate(self) -> float:
         if self.encoder_hidden_size is not None:
             return 3e-4
-        return 3e-2 if self.embedding_only else 2e-2
+        return 3e-2 if self.embedding_only else 2e-2  # embeddings alone: as Prompt Tuning
 
     def check(self, facts: Facts) -> None:
         check_virtual_tokens(self, facts)
