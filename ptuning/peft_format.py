@@ -62,7 +62,8 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
         kv = prefix.kv[DECODER] if task == CAUSAL_TASK else _for_pairs(prefix.kv[DECODER])
         tensor, own = flattened(kv), _kv_config(kv)
     else:
-        tensor, own = prefix.embeddings[0].detach().cpu().contiguous(), _embedding_config(prefix)
+        tensor = prefix.embeddings[0].detach().cpu().contiguous()
+        own = _embedding_config(prefix, backbone)
     config = {
         "task_type": task,
         "base_model_name_or_path": prefix.meta.backbone,
@@ -247,14 +248,21 @@ def _kv_config(kv: Tensor) -> dict[str, Any]:
     }
 
 
-def _embedding_config(prefix: Prefix) -> dict[str, Any]:
-    """Layers and heads are left to PEFT, which reads them off the model and never uses them."""
+def _embedding_config(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
+    """Layers and heads are in no formula of these methods, but PEFT wants them, and does not find
+    them where a model's own configuration nests them (T5Gemma)."""
     method, width = prefix.meta.method, prefix.embeddings[0].shape[1]
+    facts = backbone.facts.stacks[DECODER]
+    sizes = {
+        "num_layers": facts.layers,
+        "num_attention_heads": facts.heads,
+        "token_dim": width,
+    }
     if method.get("type") != "ptuning":
-        return {"peft_type": PROMPT, "token_dim": width}
+        return {"peft_type": PROMPT, **sizes}
     return {
         "peft_type": PTUNING,
-        "token_dim": width,
+        **sizes,
         "encoder_reparameterization_type": "LSTM" if method.get("encoder") == "lstm" else "MLP",
         "encoder_hidden_size": method.get("encoder_hidden_size", width),
     }
