@@ -13,10 +13,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import tiny_backbones
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-import tiny_backbones
 from tiny_backbones import EAGER_ONLY, SEQ2SEQ, build, build_model, prefix_rows, random_ids
 from tiny_model import make_tokenizer
 from torch import Tensor
