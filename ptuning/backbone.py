@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -27,6 +29,9 @@ from ptuning.errors import BackboneChanged, UnsupportedModel
 from ptuning.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 from ptuning.frozen_pass import FrozenPass
 
+# Transformers' names of layers whose memory is keys and values.
+CHUNKED = "chunked_attention"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", CHUNKED}
 # Of models that take a prefix, for errors about those that do not.
 EXAMPLES = "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5"
 
@@ -67,8 +72,10 @@ class Backbone:
         arguments = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in arguments
         self._takes_answer_positions = "decoder_position_ids" in arguments
+        self._checkpointed: list[nn.Module] = []
         if gradient_checkpointing:
             self._checkpoint_layers()
+        self._check_rows_are_apart()
         self.facts = self._discover()
 
     @property
@@ -83,17 +90,29 @@ class Backbone:
         )
 
     def _checkpoint_layers(self) -> None:
-        """Checkpointing is active in training mode only; dropout must stay off, so the mode is
-        set on the layers themselves, not on what they contain, and taken back inside them."""
         # The second name is that of Transformers before 5.23.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable: Any = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
         enable({"use_reentrant": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
                 inside = partial(_checkpoint_in_eval, module)
                 module._gradient_checkpointing_func = inside  # type: ignore[assignment]
+                self._checkpointed.append(module)
+
+    @contextmanager
+    def _checkpointing(self, active: bool) -> Iterator[None]:
+        """Layers are checkpointed in training mode only, and drop a cache then without a word:
+        they are in that mode while a gradient is wanted, themselves and not what they contain
+        (dropout must stay off)."""
+        layers = self._checkpointed if active else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _discover(self) -> Facts:
         """Run a few tokens and note which modules attend, in which order and with which shapes.
@@ -121,7 +140,9 @@ class Backbone:
                 "the model's tokens see the ones after them, so it cannot predict these",
                 seen=type(self.model).__name__,
                 expected="a causal language model, or an encoder with a decoder",
+                fix="use another backbone",
             )
+        types = self._layer_types(len(calls[DECODER])) if start is None else set()
         return Facts(
             stacks={stack: self._stack(stack, found) for stack, found in calls.items()},
             hidden_size=int(getattr(self._whole.table, "embedding_dim", config.hidden_size)),
@@ -129,7 +150,20 @@ class Backbone:
             max_positions=getattr(config, "max_position_embeddings", None),
             takes_embeddings=self._whole.takes_embeddings,
             decoder_start_id=start,
+            front_stays=CHUNKED not in types,
         )
+
+    def _check_rows_are_apart(self) -> None:
+        """Experts with a capacity drop tokens because of others in the batch, other users'."""
+        capacity = getattr(self.model.config, "expert_capacity", None)
+        if capacity is not None:
+            raise UnsupportedModel(
+                "the model's experts take a limited number of tokens of a batch, so what one user "
+                "asks could change another's answer",
+                seen=f"{type(self.model).__name__}, expert_capacity {capacity}",
+                expected="experts without a capacity, as Mixtral's or Qwen's",
+                fix="use another backbone",
+            )
 
     def _stack(self, stack: str, calls: Sequence[AttentionCall]) -> StackFacts:
         """Mark a stack's attention modules with their places; raises where shapes differ."""
@@ -145,6 +179,21 @@ class Backbone:
             attention.mark_layer(call.module, Place(stack, layer, len(calls), before))
         heads, head_dim = shapes.pop()
         return StackFacts(layers=len(calls), heads=heads, head_dim=head_dim)
+
+    def _layer_types(self, attending: int) -> set[str]:
+        """Transformers' names of a causal model's kinds of layers. Raises where some do not
+        attend: recurrent ones remember a text in states of their own, which no prefix is in."""
+        config = self.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        types = {*get_layer_types_and_kwargs(config)[0]}
+        if types - ATTENTION_LAYERS or attending < config.num_hidden_layers:
+            raise UnsupportedModel(
+                "the model has layers without attention, which a prefix cannot enter",
+                seen=f"{type(self.model).__name__}: {attending} of {config.num_hidden_layers} "
+                f"layers attend; {', '.join(sorted(types))}",
+                expected=f"attention in every layer, {EXAMPLES}",
+                fix="use another backbone",
+            )
+        return types
 
     def _unsupported(self, shapes: set[tuple[int, int]]) -> UnsupportedModel:
         return UnsupportedModel(
@@ -216,7 +265,8 @@ class Backbone:
             inputs["encoder_outputs"] = encoder_outputs
         if cache is not None:
             inputs["past_key_values"] = cache
-        output: Tensor = self.runner(context, select, targets, members, **inputs)
+        with self._checkpointing(torch.is_grad_enabled() and cache is None):
+            output: Tensor = self.runner(context, select, targets, members, **inputs)
         # With the encoder's states at hand only the decoder's two stacks were called.
         stacks = (DECODER, CROSS) if encoder_outputs is not None else (DECODER, ENCODER, CROSS)
         self._check_prefix_entered(context, stacks)
@@ -444,10 +494,10 @@ def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: A
     ask their own mode whether to drop out."""
 
     def run(*inputs: Any) -> Any:
-        layer.training = False
+        mode, layer.training = layer.training, False
         try:
             return function(*inputs)
         finally:
-            layer.training = True
+            layer.training = mode
 
     return checkpoint(run, *args, use_reentrant=False)

@@ -49,6 +49,8 @@ class Facts:
     """What a method must know of a backbone. `hidden_size` is E, that of its input embeddings.
 
     `decoder_start_id` begins every answer of an encoder-decoder model; None: a causal model.
+    `front_stays` says whether a causal model's tokens go on seeing those in front, but for a
+    sliding window; with attention in chunks they lose them at a chunk's end.
     """
 
     stacks: dict[str, StackFacts]
@@ -57,6 +59,7 @@ class Facts:
     max_positions: int | None
     takes_embeddings: bool = True
     decoder_start_id: int | None = None
+    front_stays: bool = True
 
     def kv_shape(
         self, stack: str, num_virtual_tokens: int, layers: int | None = None

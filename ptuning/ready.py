@@ -95,13 +95,14 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
     """Check a prefix against the backbone and prepare it. Raises an ArtifactError."""
     prefix.check(backbone)
     around, seen = prefix.arrangement(backbone.template), prefix.seen
-    compiles = backbone.facts.decoder_start_id is None and around.in_front > 0
+    facts = backbone.facts
+    compiles = facts.decoder_start_id is None and facts.front_stays and around.in_front > 0
     members = []
     for tensors in prefix.members:
         own = {name: values.to(backbone.device) for name, values in tensors.items()}
         embeddings = own.pop(EMBEDDINGS, None)
         if embeddings is not None and compiles:
-            (stack,) = backbone.facts.stacks
+            (stack,) = facts.stacks
             own = {stack: backbone.keys_and_values(embeddings[None])[0]}
             embeddings = None
         member = Member(

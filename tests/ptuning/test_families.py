@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_backbones import (
+    CHUNKED,
     EAGER_ONLY,
     FAMILIES,
     SEQ2SEQ,
@@ -390,6 +391,48 @@ def test_within_windows_a_prefix_is_what_past_key_values_are(
 
 @windowed_families
 @kinds
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_beyond_windows_a_prefix_stays_visible_and_the_text_does_not(
+    family: str, kind: str, side: str
+) -> None:
+    """`visibility: always`, rows far longer than the window: the plain model with the prefix in
+    its cache and masks written here."""
+    window, length = 5, 20
+    backbone = build(with_window(family, window), kind)
+    plain = build_model(with_window(family, window), "eager")
+    prefixes = [random_prefix(backbone, PrefixTuning(num_virtual_tokens=n), n) for n in (7, 2)]
+    rows = [random_ids(length, 1), random_ids(length - 6, 2)]
+    with torch.no_grad():
+        ours = logits_of(backbone, rows, prefix_rows(backbone, prefixes), side)
+    for row, prefix, got in zip(rows, prefixes, ours, strict=True):
+        at = torch.arange(len(row))
+        causal = at <= at[:, None]
+        masks = {
+            "full_attention": causal,
+            "sliding_attention": causal & (at[:, None] - at < window),
+        }
+        whole = torch.ones((len(row), prefix.num_virtual_tokens), dtype=torch.bool)
+        added = {
+            name: torch.where(torch.cat([whole, own], 1), 0.0, torch.finfo(torch.float32).min)
+            for name, own in masks.items()
+        }
+        mask = {name: own[None, None] for name, own in added.items()}
+        by_layer = getattr(plain.config, "layer_types", None)
+        cache = DynamicCache()
+        for layer, kv in enumerate(prefix.kv[DECODER]):
+            cache.update(kv[0][None], kv[1][None], layer)
+        with torch.no_grad():
+            expected = plain(
+                input_ids=torch.tensor([row]),
+                attention_mask=mask if by_layer else mask["sliding_attention"],
+                position_ids=at[None] + prefix.num_virtual_tokens,
+                past_key_values=cache,
+            ).logits[0]
+        close(got, expected)
+
+
+@windowed_families
+@kinds
 def test_windows_are_kept_while_text_is_generated(family: str, kind: str) -> None:
     backbone, plain = build(with_window(family, 5), kind), build_model(with_window(family, 5), kind)
     methods = [PrefixTuning(num_virtual_tokens=n, visibility="window") for n in (2, 6)]
@@ -660,7 +703,7 @@ PAIR_USERS: dict[str, Method | None] = {
     "ptuning": PTuning(template="{p:2}{prompt}{p:3} so"),
 }
 # Anything that a batch may hold: windows too, which the texts outgrow.
-SERVED: dict[str, Callable[[], PreTrainedConfig]] = {**PLACES, **PAIRS}
+SERVED: dict[str, Callable[[], PreTrainedConfig]] = {**PLACES, **CHUNKED, **PAIRS}
 
 
 def everyone(backbone: Backbone) -> list[Prefix | None]:
@@ -670,6 +713,18 @@ def everyone(backbone: Backbone) -> list[Prefix | None]:
         None if method is None else random_prefix(backbone, method, n)
         for n, method in enumerate(chosen.values())
     ]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *CHUNKED])
+def test_a_checkpointed_backbone_generates_what_a_plain_one_does(family: str) -> None:
+    """Checkpointed layers would drop the cache in silence, and a step forget what came before."""
+    config = (FAMILIES | CHUNKED)[family]
+    plain, checkpointed = build(config()), build(config(), gradient_checkpointing=True)
+    prefixes = everyone(plain)
+    prompts = [prompt_of(n) for n in range(len(prefixes))]
+    expected = generate(plain, prompts, prefixes, max_new_tokens=6)
+    with torch.enable_grad():
+        assert generate(checkpointed, prompts, everyone(checkpointed), max_new_tokens=6) == expected
 
 
 def prompt_of(n: int) -> str:

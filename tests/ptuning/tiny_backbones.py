@@ -138,6 +138,17 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "gemma3": {},
     "qwen3": {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
 }
+# Attention in chunks, shorter than most tests' texts: tokens lose what is in front of them.
+CHUNKED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_GQA,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        attention_chunk_size=6,
+        layer_types=["chunked_attention", "full_attention"],
+    ),
+}
 # Models that cannot take a prefix, and why.
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "falcon": lambda: transformers.FalconConfig(
@@ -154,6 +165,28 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
         num_attention_heads=4,
         intermediate_size=48,
     ),
+    # Layers that do not attend, and remember a text in another way.
+    "lfm2": lambda: transformers.Lfm2Config(
+        **_GQA, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+    ),
+    "qwen3next": lambda: transformers.Qwen3NextConfig(
+        **_GQA,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+    "recurrentgemma": lambda: transformers.RecurrentGemmaConfig(
+        **_GQA, lru_width=32, attention_window_size=6, block_types=["recurrent", "attention"]
+    ),
+    # Experts that drop tokens because of others in the batch, another user's.
+    "switch": lambda: transformers.SwitchTransformersConfig(**_T5, num_experts=2),
 }
 
 
