@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -121,6 +122,7 @@ def load_config(
     if isinstance(tree.get("method"), Mapping):
         tree["method"] = {"type": "prefix", **tree["method"]}
     _check_keys(RunConfig, tree, "")
+    _read_none(tree)
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -146,6 +148,19 @@ def _parse(path: Sequence[str], text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def _read_none(tree: dict[str, Any], prefix: str = "") -> None:
+    """The word `none`, as help has it, is no value where a setting may have none."""
+    kinds: dict[str, set[Any]] = {}
+    for key, field in known_keys():
+        kinds.setdefault(key, set()).update(get_args(field.annotation))
+    for key, value in tree.items():
+        own = kinds.get(f"{prefix}{key}", set())
+        if isinstance(value, dict):
+            _read_none(value, f"{prefix}{key}.")
+        elif value == "none" and NoneType in own and "none" not in own:
+            tree[key] = None
 
 
 def _read_yaml(file: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ptuning.artifact import ArtifactConfig, Prefix, make_prefix, pack_prefix
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded
 from ptuning.data.layout import Arrangement
-from ptuning.errors import ArtifactError, PTuningError, WrongMethod
+from ptuning.errors import ArtifactError, CorruptArtifact, PTuningError, WrongMethod
 from ptuning.evaluate import score_split
 from ptuning.store import Store, prefix_path, read_uri, resume_path
 from ptuning.train.config import Trained, UserRows
@@ -182,7 +182,13 @@ def _keep(backbone: Backbone, job: PackJob, member: _Member, outcome: Trained) -
         member.fail("tune", outcome.error)
         return
     meta = meta_of(backbone, job.recipe, member.planned.user_key, member.examples)
-    member.prefix = make_prefix(outcome.members, meta, job.artifact)
+    prefix = make_prefix(outcome.members, meta, job.artifact)
+    try:
+        prefix.check_finite()
+    except CorruptArtifact as error:
+        member.fail("tune", error)
+        return
+    member.prefix = prefix
     # The digest is in the name: another attempt can write the same file, never another into it.
     # Written even where it exists: the one that is there may be damaged.
     path = prefix_path(member.planned.user_key, member.prefix.digest)

@@ -31,12 +31,12 @@ from pipelines.progress import RunProgress
 from pipelines.register import hold_overtaken, pack_metrics, register_pack
 from pipelines.report import RunFacts, summary, users_table
 from ptuning.errors import RunError
-from ptuning.load import outline
+from ptuning.load import load_template, outline
 from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.store import Store, read_uri
 from ptuning.types import UserReport
-from ptuning.users import Recipe, identity
+from ptuning.users import Recipe, check_init_text, identity
 
 
 @dataclass
@@ -76,6 +76,8 @@ def execute(
     # What can be known to be wrong is said before a cluster is started.
     find_files(sources)
     config.method.check(outline(config.backbone.name))
+    if config.method.init_text is not None:
+        check_init_text(load_template(config.backbone.name, config.data.template), config.method)
     registry_uri(config.registry, store)
     _check_writable(store)
     with cluster.session(config.ray) as start_seconds:

@@ -243,13 +243,20 @@ class Prefix:
                     expected=expected,
                     fix="load the backbone it was trained on, or train the user on this one",
                 )
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise CorruptArtifact where a value is not finite: fp16 holds none beyond 65504."""
+        for member in self.members:
             for name, values in member.items():
                 if not bool(torch.isfinite(values).all()):
                     raise CorruptArtifact(
                         "the prefix holds values that are not finite",
-                        seen=f"{int((~values.isfinite()).sum())} of {values.numel()} in {name}",
+                        seen=f"{int((~values.isfinite()).sum())} of {values.numel()} in {name}, "
+                        f"as {values.dtype}",
                         expected="finite values",
-                        fix="train the user again, or keep the prefix that was served before",
+                        fix="train the user again, at a lower learning rate or with another "
+                        "artifact.dtype, or keep the prefix that was served before",
                     )
 
     def _method(self) -> Method:

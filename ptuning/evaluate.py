@@ -19,6 +19,7 @@ from pydantic import Field
 from ptuning.artifact import Prefix, pack_prefix
 from ptuning.batch import PackPrefix
 from ptuning.data.encode import Encoded
+from ptuning.data.examples import check_example
 from ptuning.errors import DataError
 from ptuning.train.start import positions_of
 from ptuning.train.step import LocalDriver, Machine, predicted, score_rows
@@ -176,7 +177,8 @@ def _rejected(reason: str) -> Gate:
 
 
 def encode(backbone: Backbone, example: Example, max_length: int = 512) -> Encoded:
-    """Token ids and labels of one example, as training and serving see it."""
+    """Token ids and labels of one example, as training and serving see it. Raises DataError."""
+    check_example(example)
     return backbone.template.encode(example, max_length)
 
 

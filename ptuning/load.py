@@ -375,11 +375,16 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
         raise ConfigError(
-            "no such device", seen=repr(device), expected="auto, cpu, cuda, cuda:1, …"
+            "no such device on this machine",
+            seen=f"{device!r}: {str(error).splitlines()[0]}",
+            expected="auto, cpu, cuda, cuda:1, …",
+            fix="leave backbone.device at auto",
         ) from error
+    return chosen
 
 
 def choose_attention(kind: str, device: torch.device) -> str:

@@ -8,8 +8,15 @@ from typing import Literal
 
 from ptuning.artifact import ArtifactConfig, Prefix, make_prefix
 from ptuning.backbone import Backbone
-from ptuning.data.examples import DataConfig, arrange, data_digest, too_few
-from ptuning.errors import ConfigError, PTuningError, WrongUser
+from ptuning.data.examples import (
+    DataConfig,
+    arrange,
+    check_example,
+    data_digest,
+    too_few,
+    why_too_few,
+)
+from ptuning.errors import ConfigError, CorruptArtifact, PTuningError, WrongUser
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.train.config import TrainConfig, Trained, UserRows
@@ -17,7 +24,15 @@ from ptuning.train.packed import train_pack
 from ptuning.train.resume import Resume
 from ptuning.train.step import LocalDriver
 from ptuning.types import EpochLoss, Example, user_key
-from ptuning.users import Recipe, belongs, check_resume, meta_of, prepare, warm_start
+from ptuning.users import (
+    Recipe,
+    belongs,
+    check_init_text,
+    check_resume,
+    meta_of,
+    prepare,
+    warm_start,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +73,10 @@ def tune(
     kept, not the best: so few would choose by chance. Users in `start` begin from a trained
     prefix of the same method and sizes, users in `resume` where an earlier training on the same
     rows stopped (TuneResult.resume); each user's must be their own. The result has every user of
-    `users`. The backbone's weights are compared before and after; raises BackboneChanged if they
-    differ.
+    `users`; one whose rows cannot be used fails alone. Of `data`, `max_length`, `max_rows` and
+    `min_examples` count; the template is the backbone's. Raises MethodError where the backbone
+    cannot do the method, ConfigError where `start` or `resume` name nobody who is trained, and
+    BackboneChanged where the weights are not the same after as before.
     """
     data = data or DataConfig()
     artifact = artifact or ArtifactConfig()
@@ -71,13 +88,19 @@ def tune(
         artifact.dtype,
         min_valid_tokens,
     )
+    recipe.method.check(backbone.facts)
+    check_init_text(backbone.template, recipe.method)
+    _check_beginnings(recipe, users, start or {}, resume or {})
     before = backbone.checksum()
     results: dict[str, TuneResult] = {}
     ready: list[tuple[str, list[Example], UserRows]] = []
     for user_id, examples in users.items():
         try:
-            if too_few(arrange(examples), data.min_examples):
-                results[user_id] = TuneResult(status="too_few")
+            for example in examples:
+                check_example(example)
+            if too_few(all_rows := arrange(examples), data.min_examples):
+                reason = why_too_few(all_rows, data.min_examples)
+                results[user_id] = TuneResult(status="too_few", error=reason)
                 continue
             rows = arrange(examples, data.max_rows)
             own = prepare(backbone.template, recipe, user_key(user_id), rows)
@@ -113,20 +136,28 @@ def _result(
     trained: Trained,
     started_from: str,
 ) -> TuneResult:
-    if trained.members is None:
+    def failed(error: str | None) -> TuneResult:
         return TuneResult(
             status="failed",
             history=trained.history,
             steps=trained.steps,
             tokens=trained.tokens,
             resets=trained.resets,
-            error=trained.error,
+            error=error,
         )
+
+    if trained.members is None:
+        return failed(trained.error)
     key = user_key(user_id)
     meta = meta_of(backbone, recipe, key, rows, started_from)
+    prefix = make_prefix(trained.members, meta, artifact)
+    try:
+        prefix.check_finite()
+    except CorruptArtifact as error:
+        return failed(str(error))
     return TuneResult(
         status="trained",
-        prefix=make_prefix(trained.members, meta, artifact),
+        prefix=prefix,
         history=trained.history,
         steps=trained.steps,
         tokens=trained.tokens,
@@ -137,6 +168,38 @@ def _result(
         if trained.states
         else None,
     )
+
+
+def _check_beginnings(
+    recipe: Recipe,
+    users: Mapping[str, Sequence[Example]],
+    start: Mapping[str, Prefix],
+    resume: Mapping[str, Resume],
+) -> None:
+    """Raise ConfigError where a beginning that was asked for would be passed over."""
+    if recipe.train.start != "init":
+        raise ConfigError(
+            "train.start is for runs, which know each user's champion and kept training states",
+            seen=f"train.start={recipe.train.start}",
+            expected="train.start=init",
+            fix="give tune the prefixes as `start`, or the training states as `resume`",
+        )
+    beginnings: dict[str, Mapping[str, object]] = {"start": start, "resume": resume}
+    for name, given in beginnings.items():
+        if strangers := sorted({*given} - {*users}):
+            raise ConfigError(
+                f"{name} names users who are not trained",
+                seen=", ".join(strangers[:3]),
+                expected="user ids of `users`",
+                fix=f"correct the ids in {name}, or leave them out",
+            )
+        if nothing := sorted(user for user, own in given.items() if own is None):
+            raise ConfigError(
+                f"{name} has nothing to begin from",
+                seen=f"None for {', '.join(nothing[:3])}",
+                expected="a Prefix in start, a Resume in resume",
+                fix="leave the user out; TuneResult.resume is kept with train.keep_resume=True",
+            )
 
 
 def _origin(start: Prefix | None, resume: Resume | None) -> str:

@@ -16,7 +16,7 @@ from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.examples import data_digest
 from ptuning.data.packing import fill_words
-from ptuning.errors import DataError, WrongMethod
+from ptuning.errors import DataError, MethodError, WrongMethod
 from ptuning.methods.base import Method
 from ptuning.train.config import SPEED_ONLY, TrainConfig, UserRows
 from ptuning.train.resume import Belongs, Resume
@@ -89,10 +89,12 @@ def check_resume(
 
 
 def warm_start(recipe: Recipe, backbone: Backbone, prefix: Prefix) -> tuple[dict[str, Tensor], ...]:
-    """A trained prefix as what a training starts from. Raises WrongMethod where the method's
-    prefixes have other shapes, or an ArtifactError where it is not of this backbone."""
+    """A trained prefix as what a training starts from. Raises MethodError where the backbone
+    cannot do the method, WrongMethod where its prefixes have other shapes, or an ArtifactError
+    where the prefix is not of this backbone."""
     prefix.check(backbone)
     method = recipe.method
+    method.check(backbone.facts)
     layout = "" if method.layout is None else method.layout.text
     wanted = (method.shapes(backbone.facts), method.members, layout, method.seen)
     shapes = [{name: tuple(t.shape) for name, t in own.items()} for own in prefix.members]
@@ -135,6 +137,17 @@ def prepare(
     )
 
 
+def check_init_text(template: Template, method: Method) -> None:
+    """Raise MethodError where the words that all users start from have no tokens."""
+    if method.init_text is not None and not template.ids(method.init_text):
+        raise MethodError(
+            "the words to start from have no tokens",
+            seen=f"method.init_text={method.init_text!r}",
+            expected="at least one word",
+            fix="change method.init_text, or leave it out to start from the users' own words",
+        )
+
+
 def _words(
     template: Template, method: Method, examples: Sequence[Example], seed: int
 ) -> tuple[list[int], list[int]]:
@@ -154,13 +167,15 @@ def _words(
 def _labels(
     template: Template, method: Method, train: Sequence[Example], seed: int
 ) -> tuple[list[int], list[int]]:
-    """Each member starts from the user's distinct completions; where they are fewer than its
-    virtual tokens, the rest is drawn from the vocabulary (Lester et al. 2021, section 3)."""
+    """Each member starts from the user's distinct completions, one further than the last; where
+    they are fewer than its virtual tokens, the rest is drawn from the vocabulary (Lester et al.
+    2021, section 3)."""
     count = method.num_virtual_tokens
-    answers = list(dict.fromkeys(_answer(example) for example in train))[:count]
-    labels = [template.ids(answer) for answer in answers]
+    answers = [template.ids(one) for one in dict.fromkeys(_answer(example) for example in train)]
     ids = []
     for member in range(method.members):
+        first = member % len(answers)
+        labels = [*answers[first:], *answers[:first]][:count]
         drawn = template.sample_ids(count - len(labels), seed_of(seed, "member", member))
         ids += [*labels, *([token] for token in drawn)]
     return [token for own in ids for token in own], [len(own) for own in ids]

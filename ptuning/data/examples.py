@@ -113,6 +113,36 @@ def check_row(raw: Mapping[str, object]) -> Row:
     return Row(user_id, _user_key(user_id), example)
 
 
+def check_example(example: Example) -> None:
+    """A library user's row, held to the rules of `check_row`. Raises DataError."""
+    if not isinstance(example, Example):
+        raise DataError(
+            f"the row is not an Example but {_kind(example)}",
+            seen=repr(example)[:80],
+            expected="ptuning.Example(prompt=..., completion=...)",
+            fix="make Examples of the rows",
+        )
+    for name in ("prompt", "completion", "init_words"):
+        if (text := getattr(example, name)) is not None:
+            _string(text, name)
+    if (turns := example.messages) is not None:
+        alike = isinstance(turns, (list, tuple)) and all(isinstance(one, Message) for one in turns)
+        _messages([vars(turn) for turn in turns] if alike else turns)
+        if not alike:
+            raise DataError("messages are not ptuning.Message(role=..., content=...)", seen=turns)
+    _check_shape(example.prompt, example.completion, example.messages)
+    if example.split is not None and example.split not in SPLITS:
+        raise DataError(f"split is not one of {', '.join(SPLITS)}", seen=repr(example.split))
+    if (stamp := example.timestamp) is not None:
+        if not isinstance(stamp, int):
+            raise DataError(
+                f"timestamp is not a whole number but {_kind(stamp)}",
+                seen=repr(stamp),
+                expected="epoch milliseconds",
+            )
+        _timestamp(stamp)
+
+
 def _text(values: Mapping[str, object], name: str, absent: set[str]) -> str | None:
     return None if name in absent else _string(values[name], name)
 
@@ -274,9 +304,26 @@ def too_few(examples: Sequence[Example], min_examples: int) -> bool:
 
     Ask before `select_rows`: `max_rows` below `min_examples` makes nobody untrainable.
     """
+    train, valid = _usable(examples)
+    return train + valid < min_examples or not valid
+
+
+def why_too_few(examples: Sequence[Example], min_examples: int) -> str:
+    """What a user who is too few for `min_examples` lacks."""
+    train, valid = _usable(examples)
+    return str(
+        DataError(
+            "the user has too few rows",
+            seen=f"{train} train and {valid} valid rows",
+            expected=f"at least {min_examples} (data.min_examples), of which 1 valid",
+            fix="give the user more rows, or leave their splits out to have some chosen as valid",
+        )
+    )
+
+
+def _usable(examples: Sequence[Example]) -> tuple[int, int]:
     splits = [example.split for example in examples]
-    usable = splits.count("train") + splits.count("valid")
-    return usable < min_examples or "valid" not in splits
+    return splits.count("train"), splits.count("valid")
 
 
 def data_digest(examples: Sequence[Example]) -> str:

@@ -7,9 +7,9 @@ functions, with U = 1 or U = the pack's size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from torch import Tensor
 
 from ptuning.batch import EMBEDDINGS, Seen
@@ -114,6 +114,14 @@ class Tuning(Config):
         "none: words of the user's own train rows",
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explained(cls, settings: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(settings)
+        except ValidationError as error:
+            raise _unfit(error, cls) from error
+
     @property
     def layout(self) -> Layout | None:
         return None
@@ -125,6 +133,28 @@ class Tuning(Config):
     @property
     def members(self) -> int:
         return 1
+
+
+def _unfit(error: ValidationError, method: type[BaseModel]) -> MethodError:
+    """Pydantic's complaint about a setting as ours, which says what to change."""
+    first, *more = error.errors()
+    key = str(first["loc"][0])
+    if key not in method.model_fields:
+        return MethodError(
+            "this tuning method has no such setting",
+            seen=f"method.{key}",
+            expected=", ".join(sorted(method.model_fields)),
+            fix="use one of these, or leave it out",
+        )
+    # A setting of several types is complained about once for each.
+    same = [one for one in (first, *more) if one["loc"][0] == first["loc"][0]]
+    wanted = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in same)
+    return MethodError(
+        f"a setting of the tuning method cannot be used: {key}",
+        seen=f"method.{key}={first['input']!r}",
+        expected=" or ".join(wanted),
+        fix=f"change method.{key}, or leave it out for {method.model_fields[key].default!r}",
+    )
 
 
 class InputTuning(Tuning):

@@ -60,7 +60,7 @@ class PrefixTuning(Tuning):
         "else method.init_text, else words of their train rows) or at random; with an MLP, words "
         "are what its output is added to, and its last layer starts at zero",
     )
-    layers: Literal["all", "embedding"] | Annotated[int, Field(ge=1)] = Field(
+    layers: Literal["all", "embedding"] | Annotated[int, Field(ge=1, strict=True)] = Field(
         "all",
         description="layers with a prefix: all, the top K (nothing below is back-propagated "
         "through), or embedding (virtual tokens at the input only)",
@@ -76,7 +76,7 @@ class PrefixTuning(Tuning):
         "within the window (as PEFT and engines with a cache compute it); virtual tokens at the "
         "input are tokens like others",
     )
-    stacks: tuple[Stack, ...] | None = Field(
+    stacks: Annotated[tuple[Stack, ...], Field(min_length=1)] | None = Field(
         None,
         description="stacks with a prefix, of an encoder-decoder model: encoder, decoder, cross; "
         "none: every one it has",

@@ -155,8 +155,8 @@ def _checked(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_state(state: TrainState, method: Method, facts: Facts, begun: bool) -> None:
-    """Raise CorruptArtifact unless the state's tensors are those that the method trains. `begun`:
-    from a prefix, where the method itself starts at random."""
+    """Raise CorruptArtifact unless the state's tensors are those that the method trains, and
+    finite. `begun`: from a prefix, where the method itself starts at random."""
     shapes = method.shapes(facts)
     given = begun or method.start_ids != "none"
     start = {name: torch.zeros(shape) for name, shape in shapes.items()} if given else None
@@ -168,8 +168,11 @@ def _check_state(state: TrainState, method: Method, facts: Facts, begun: bool) -
         ("fixed", _shapes(initial.fixed)),
         ("best", shapes),
     ):
-        if (seen := _shapes(getattr(state, group))) != wanted:
+        tensors = getattr(state, group)
+        if (seen := _shapes(tensors)) != wanted:
             raise _incomplete(f"{group}: {seen}, expected {wanted}")
+        if not all(bool(values.isfinite().all()) for values in tensors.values()):
+            raise _incomplete(f"{group}: values that are not finite")
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
 
@@ -71,6 +73,26 @@ def test_an_unreadable_or_malformed_file_is_refused(tmp_path: Path) -> None:
 
 def test_none_can_be_set() -> None:
     assert load_config(None, ["train.patience=null"], {}).train.patience is None
+
+
+def test_none_is_the_word_for_it_wherever_help_says_so(tmp_path: Path) -> None:
+    """In a file too; where it is a value (P-Tuning's encoder) it stays one."""
+    keys = {
+        key: field.annotation
+        for key, field in known_keys()
+        if "none" in str(field.description) and NoneType in get_args(field.annotation)
+    }
+    assert {"train.learning_rate", "train.max_grad_norm", "method.stacks"} <= keys.keys()
+    for key in keys:
+        config: Any = load_config(None, [f"{key}=none"], {})
+        for name in key.split("."):
+            config = getattr(config, name)
+        assert config is None, key
+    file = tmp_path / "run.yaml"
+    file.write_text("train: {max_grad_norm: none}\nmethod: {type: ptuning, encoder: none}")
+    both = load_config(str(file), [], {})
+    assert both.train.max_grad_norm is None
+    assert both.method.encoder == "none"  # type: ignore[union-attr]
 
 
 def test_serving_and_cluster_settings_are_no_part_of_a_runs_identity() -> None:

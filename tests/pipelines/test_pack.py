@@ -147,6 +147,20 @@ def test_a_user_whose_training_blows_up_is_reported_and_its_neighbours_are_as_wi
         )
 
 
+def test_a_prefix_that_its_dtype_cannot_hold_is_not_written(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    settings = TrainConfig(epochs=1, learning_rate=1e6)
+    recipe = Recipe(PrefixTuning(num_virtual_tokens=2), settings, artifact_dtype="float16")
+    pack = _pack(backbone, recipe, rows)
+    job = PackJob(Store(tmp_path), "partition", recipe, ArtifactConfig(dtype="float16"))
+    for report in LocalDriver(backbone).run(pack_machine(backbone, job, pack)):
+        assert (report.status, report.stage, report.digest) == ("failed", "tune", None)
+        assert "float16" in str(report.error)
+        assert report.history, "the losses themselves were finite"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_rows_of_another_user_under_a_users_key_are_noticed(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:

@@ -9,15 +9,18 @@ import pytest
 import torch
 from tiny_backbones import FAMILIES, build, random_prefix
 
+from ptuning.artifact import ArtifactConfig
+from ptuning.data.encode import Template
 from ptuning.data.examples import arrange
-from ptuning.errors import DataError, WrongMethod
+from ptuning.errors import ConfigError, DataError, MethodError, WrongMethod
+from ptuning.evaluate import nll
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.train.config import TrainConfig
 from ptuning.tune import TuneResult, tune
-from ptuning.types import Example
+from ptuning.types import Example, Message
 from ptuning.users import Recipe, identity, prepare, warm_start
 
 BACKBONE = build(FAMILIES["llama"]())
@@ -52,6 +55,21 @@ def test_every_member_starts_from_the_labels_and_draws_the_rest_for_itself() -> 
     assert len({tuple(member[2:]) for member in members}) == 3, "each draws its own"
 
 
+def test_members_that_start_from_labels_alone_are_not_the_same_prompt() -> None:
+    method = PromptTuning(num_virtual_tokens=2, init="labels", ensemble=3)
+    answers = ["yes", "no", "why"]
+    words, spans = words_of(method, rows(answers))
+    pieces, at = [], 0
+    for span in spans:
+        pieces.append(words[at : at + span])
+        at += span
+    members = {tuple(pieces[n : n + 2]) for n in (0, 2, 4)}
+    assert len(members) == 3
+    assert {piece for own in members for piece in own} == {
+        tuple(TEMPLATE.ids(answer)) for answer in answers
+    }
+
+
 def test_drawn_tokens_are_no_special_ones_and_depend_on_the_user_alone() -> None:
     method = PromptTuning(num_virtual_tokens=50, init="vocab")
     first, _ = words_of(method, rows(["yes"]))
@@ -72,8 +90,29 @@ def test_words_come_from_the_rows_then_the_configuration_then_the_answers() -> N
     )
     assert first(told, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("over there")[:2])
     assert first(plain, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("yes")[:2])
-    with pytest.raises(DataError, match="no tokens"):
-        words_of(PrefixTuning(init_text=""), rows(["yes"]))
+
+
+def test_words_without_tokens_fail_whoever_they_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's own fail that user; everybody's are refused before anything is trained."""
+    ids = Template.ids
+    monkeypatch.setattr(Template, "ids", lambda self, text: [] if text == "~" else ids(self, text))
+    settings = TrainConfig(epochs=1)
+    users = {"ann": rows(["yes"], init_words="~"), "bob": rows(["yes"])}
+    for method in (
+        PrefixTuning(num_virtual_tokens=2),
+        PromptTuning(num_virtual_tokens=2),
+        PTuning(template="{p:2}{prompt}", init="words"),
+    ):
+        results = tune(BACKBONE, users, method=method, train=settings)
+        assert results["bob"].status == "trained"
+        assert results["ann"].status == "failed"
+        assert "'~'" in str(results["ann"].error)
+        assert "init_words" in str(results["ann"].error)
+        everybody = method.model_copy(update={"init_text": "~"})
+        with pytest.raises(MethodError) as caught:
+            tune(BACKBONE, users, method=everybody, train=settings)
+        assert "method.init_text='~'" in str(caught.value.seen)
+        assert caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -146,6 +185,100 @@ def test_tune_begins_from_a_prefix_and_goes_on_and_says_so_in_the_digest() -> No
     assert "beyond the epochs" in str(
         tuned(1, users, resume={"ann": begun["ann"].resume})["ann"].error
     )
+
+
+BAD_ROWS: dict[str, tuple[Any, str]] = {
+    "split": (Example(prompt="a", completion="b", split="validation"), "split"),  # type: ignore[arg-type]
+    "completion": (Example(prompt="a", completion=5), "completion is not a string"),  # type: ignore[arg-type]
+    "prompt": (Example(prompt=5, completion="b"), "prompt is not a string"),  # type: ignore[arg-type]
+    "dicts": (Example(messages=({"role": "user", "content": "a"},)), "assistant"),  # type: ignore[arg-type]
+    "last turn": (
+        Example(messages=(Message(role="user", content="a"),)),
+        "not from the assistant",
+    ),
+    "both": (
+        Example(prompt="a", completion="b", messages=(Message(role="assistant", content="c"),)),
+        "both messages and a prompt",
+    ),
+    "row": ({"prompt": "a", "completion": "b"}, "not an Example but an object"),
+    "time": (Example(prompt="a", completion="b", timestamp="2024-01-01"), "timestamp"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_a_row_that_is_none_fails_its_user_alone(kind: str) -> None:
+    bad, reason = BAD_ROWS[kind]
+    good = [row(f"say {n}", "so", n) for n in range(9)]
+    results = tune(
+        BACKBONE,
+        {"ann": [*good, bad], "bob": good},
+        method=PrefixTuning(num_virtual_tokens=2),
+        train=TrainConfig(epochs=1),
+    )
+    assert (results["ann"].status, results["bob"].status) == ("failed", "trained")
+    assert reason in str(results["ann"].error)
+    with pytest.raises(DataError, match=reason):
+        nll(BACKBONE, [bad])
+
+
+def test_who_is_too_few_is_told_why() -> None:
+    rows = [Example(prompt="a", completion="b", split="train") for _ in range(9)]
+    result = tune(BACKBONE, {"ann": rows})["ann"]
+    assert result.status == "too_few"
+    assert "9 train and 0 valid rows" in str(result.error)
+    assert "at least 8" in str(result.error)
+
+
+def test_what_would_be_passed_over_is_refused() -> None:
+    method = PrefixTuning(num_virtual_tokens=2)
+    users = {"ann": [row(f"say {n}", "so", n) for n in range(9)]}
+    prefix = random_prefix(BACKBONE, method, seed=1)
+    nothing: Any = None
+    for options, seen in (
+        ({"start": {"anne": prefix}}, "anne"),
+        ({"resume": {"ann": nothing}}, "None for ann"),
+        ({"train": TrainConfig(start="champion")}, "train.start=champion"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            tune(BACKBONE, users, method=method, **options)
+        assert seen in str(caught.value.seen)
+        assert caught.value.fix
+    stacks: tuple[Any, ...] = ("encoder",)
+    for given in (users, {}):
+        with pytest.raises(MethodError, match="no such stack"):
+            tune(BACKBONE, given, method=PrefixTuning(stacks=stacks))
+    with pytest.raises(MethodError, match="no such stack"):
+        warm_start(Recipe(PrefixTuning(stacks=stacks), TrainConfig()), BACKBONE, prefix)
+
+
+def test_a_prefix_that_its_dtype_cannot_hold_is_no_prefix() -> None:
+    """Losses are finite: it is the file that would not be."""
+    users = {"ann": [row(f"say {n}", "so", n) for n in range(9)]}
+    result = tune(
+        BACKBONE,
+        users,
+        method=PrefixTuning(num_virtual_tokens=2),
+        train=TrainConfig(epochs=1, learning_rate=1e6),
+        artifact=ArtifactConfig(dtype="float16"),
+    )["ann"]
+    assert result.history
+    assert (result.status, result.prefix, result.resume) == ("failed", None, None)
+    assert "float16" in str(result.error)
+
+
+def test_a_training_state_that_is_not_finite_is_refused() -> None:
+    users = {"ann": [row(f"say {n}", "so", n) for n in range(9)]}
+    options: dict[str, Any] = {
+        "method": PrefixTuning(num_virtual_tokens=2),
+        "train": TrainConfig(epochs=1, keep_resume=True),
+    }
+    kept = tune(BACKBONE, users, **options)["ann"].resume
+    assert kept is not None
+    for values in kept.states[0].best.values():
+        values[:] = float("nan")
+    again = tune(BACKBONE, users, resume={"ann": kept}, **options)["ann"]
+    assert again.status == "failed"
+    assert "best: values that are not finite" in str(again.error)
 
 
 def row(prompt: str, completion: str, at: int) -> Example:
