@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+import ptuning
 from infra.bench import methods, records, tasks
 from infra.bench.products import use_fp32_kernels
 from infra.bench.records import Results, read_records, table
+from ptuning.data.encode import IGNORE
 from ptuning.facts import DECODER, Facts, StackFacts
 
 FACTS = Facts(
@@ -134,6 +136,53 @@ def test_a_seed_draws_train_rows_and_nothing_else() -> None:
     assert 0.5 <= tasks.commonest_match(one) <= 1.0
     with pytest.raises(ValueError, match="fewer than 13"):
         tasks.draw_rows(pool, tasks.Sizes(13, 2, 3), 0)
+
+
+@pytest.mark.parametrize("name", ["base", "prefix", "prompt-ensemble", "ptuning-mlp"])
+def test_a_cell_says_what_the_library_says(
+    name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Losses and answers of a real cell, on a tiny model, against the library called user by
+    user: no row, split or prefix of another user got in."""
+    monkeypatch.setattr(methods, "BACKBONE", str(tiny_model_dir))
+    bench = methods.Bench(tmp_path, "float32", 1)
+    bench._pools["lama"] = tasks.lama_pool(lama_table())
+    cell = methods.Cell("lama", methods.BY_NAME[name], 1, tasks.Sizes(12, 3, 4), 1)
+    record, backbone, rows = bench.measure(cell), bench.backbone("lama"), bench.rows(cell)
+    prefixes: dict[str, ptuning.Prefix | None] = dict.fromkeys(rows.examples)
+    if cell.setting.method is not None:
+        for user, examples in rows.examples.items():
+            (alone,) = ptuning.tune(
+                backbone,
+                {user: examples},
+                method=cell.setting.method,
+                train=cell.train,
+                min_valid_tokens=0,
+            ).values()
+            prefixes[user] = alone.prefix
+    assert record["parameters"] > 0 or name == "base"
+    for split in ("valid", "test"):
+        nats, tokens = 0.0, 0
+        for user, prefix in prefixes.items():
+            examples = [
+                ptuning.Example(prompt=one.prompt, completion=one.answers[0])
+                for one in rows.test[user]
+            ]
+            if split == "valid":
+                examples = [one for one in rows.examples[user] if one.split == "valid"]
+            own = sum(
+                label != IGNORE
+                for one in examples
+                for label in ptuning.encode(backbone, one).labels
+            )
+            nats, tokens = nats + own * ptuning.nll(backbone, examples, prefix), tokens + own
+        assert record["loss"][split] == pytest.approx(nats / tokens, rel=1e-4)
+    given, right = [], []
+    for user, prefix in prefixes.items():
+        for one in rows.test[user]:
+            given += ptuning.generate(backbone, [one.prompt], [prefix], max_new_tokens=8)
+            right.append(one.answers)
+    assert record["exact_match"] == pytest.approx(tasks.exact_match(given, right), abs=1e-4)
 
 
 def test_e2e_keeps_all_references_of_a_test_row() -> None:

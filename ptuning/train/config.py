@@ -101,7 +101,7 @@ class Trained:
 
     @property
     def kv(self) -> dict[str, Tensor] | None:
-        """The only member's tensors, where there is one."""
+        """The first member's tensors; of all but ensembles there is no other."""
         return None if self.members is None else self.members[0]
 
 

@@ -249,11 +249,16 @@ SLOTS = [1, 0, 1]
 
 
 def compare(
-    backbone: Backbone, pack: PackPrefix, by_hand: Callable[[Encoded, int], Tensor]
+    backbone: Backbone,
+    pack: PackPrefix,
+    by_hand: Callable[[Encoded, int], Tensor],
+    arranged: Callable[[Encoded], Encoded] = lambda row: row,
 ) -> None:
     """Losses `[N]` of ragged rows of two users, and the gradient in the prefixes, which are
-    leaves of `pack`."""
-    batch = collate(ROWS, backbone.device, backbone.facts.decoder_start_id)
+    leaves of `pack`; `arranged` puts virtual tokens among the real ones."""
+    batch = collate(
+        [arranged(row) for row in ROWS], backbone.device, backbone.facts.decoder_start_id
+    )
     ours = backbone.token_nll(batch, pack.of_rows(torch.tensor(SLOTS), torch.float32))
     expected = torch.cat([by_hand(row, slot) for row, slot in zip(ROWS, SLOTS, strict=True)])
     torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
@@ -375,32 +380,29 @@ def embedded(model: Any, tokens: Sequence[int | None], virtual: Tensor) -> Tenso
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bart", "t5"])
 def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, template: str) -> None:
-    """Training and answering: virtual tokens are at the positions where they stand."""
+    """Losses and gradients: virtual tokens are at the positions where they stand."""
     families = {**FAMILIES, **SEQ2SEQ}
     backbone, plain = build(families[family]()), build_model(families[family](), "eager")
+    plain.requires_grad_(False)
     torch.manual_seed(5)
-    virtual = torch.randn(2, P, backbone.facts.hidden_size)
+    virtual = torch.randn(2, P, backbone.facts.hidden_size, requires_grad=True)
     start = backbone.facts.decoder_start_id
-    method = PTuning(template=template)
     around = Layout.parse(template).bind(backbone.template)
-    rows = [around.row(row) for row in ROWS]
-    batch = collate(rows, backbone.device, start)
-    pack = PackPrefix({EMBEDDINGS: virtual}, method.seen)
-    with torch.no_grad():
-        ours = backbone.token_nll(batch, pack.of_rows(torch.tensor(SLOTS), torch.float32))
-        expected = []
-        for row, slot in zip(ROWS, SLOTS, strict=True):
-            prompt = pieces(template, row.input_ids[: row.prompt_length], backbone)
-            answer = row.input_ids[row.prompt_length :]
-            if start is None:
-                inputs = embedded(plain, [*prompt, *answer], virtual[slot])
-                logits = plain(inputs_embeds=inputs).logits[0, len(prompt) - 1 : -1]
-            else:
-                moved = torch.tensor([[start, *answer[:-1]]])
-                inputs = embedded(plain, prompt, virtual[slot])
-                logits = plain(inputs_embeds=inputs, decoder_input_ids=moved).logits[0]
-            expected.append(nll(logits, answer))
-    torch.testing.assert_close(ours.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+    def by_hand(row: Encoded, slot: int) -> Tensor:
+        prompt = pieces(template, row.input_ids[: row.prompt_length], backbone)
+        answer = row.input_ids[row.prompt_length :]
+        if start is None:
+            inputs = embedded(plain, [*prompt, *answer], virtual[slot])
+            logits = plain(inputs_embeds=inputs).logits[0, len(prompt) - 1 : -1]
+        else:
+            moved = torch.tensor([[start, *answer[:-1]]])
+            inputs = embedded(plain, prompt, virtual[slot])
+            logits = plain(inputs_embeds=inputs, decoder_input_ids=moved).logits[0]
+        return nll(logits, answer)
+
+    pack = PackPrefix({EMBEDDINGS: virtual}, PTuning(template=template).seen)
+    compare(backbone, pack, by_hand, around.row)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

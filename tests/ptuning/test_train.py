@@ -118,10 +118,12 @@ def packed(
 def assert_same(ours: Trained, expected: Trained, atol: float = 1e-4) -> None:
     assert ours.error is None
     assert expected.error is None
-    assert ours.kv is not None
-    assert expected.kv is not None
-    for stack, kv in expected.kv.items():
-        torch.testing.assert_close(ours.kv[stack], kv, atol=atol, rtol=0)
+    assert ours.members is not None
+    assert expected.members is not None
+    for mine, theirs in zip(ours.members, expected.members, strict=True):
+        assert mine.keys() == theirs.keys()
+        for stack, kv in theirs.items():
+            torch.testing.assert_close(mine[stack], kv, atol=atol, rtol=0)
     assert (ours.steps, ours.tokens) == (expected.steps, expected.tokens)
     assert [line["epoch"] for line in ours.history] == [line["epoch"] for line in expected.history]
     for line, wanted in zip(ours.history, expected.history, strict=True):
