@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from runs import settings, user_rows, write_rows
 from safetensors.torch import load_file
-from tiny_model import save_encoder_decoder
+from tiny_backbones import SEQ2SEQ, build_model
+from tiny_model import make_tokenizer, save_encoder_decoder
 
 from pipelines.config import RunConfig, load_config
 from pipelines.progress import RunProgress
@@ -47,10 +48,13 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def bart_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bart")
-    save_encoder_decoder(directory)
-    return directory
+def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny BART and a tiny T5."""
+    folder = tmp_path_factory.mktemp("pairs")
+    save_encoder_decoder(folder / "bart")
+    build_model(SEQ2SEQ["t5"](), "eager").save_pretrained(folder / "t5")
+    make_tokenizer().save_pretrained(folder / "t5")
+    return {family: folder / family for family in ("bart", "t5")}
 
 
 def settings_of(model: Path, *more: str) -> RunConfig:
@@ -135,17 +139,20 @@ def test_a_method_goes_from_rows_to_answers(
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("family", "more"),
     [
-        ["backbone.attention=eager"],
-        ["method.type=ptuning", "method.template={p:2}{prompt}{p:2}", "method.encoder=none"],
+        ("t5", ["backbone.attention=eager", "train.epochs=8"]),
+        (
+            "bart",
+            ["method.type=ptuning", "method.template={p:2}{prompt}{p:2}", "method.encoder=none"],
+        ),
     ],
-    ids=["prefix", "ptuning"],
+    ids=["t5-prefix", "bart-ptuning"],
 )
 def test_an_encoder_decoder_backbone_goes_from_rows_to_answers(
-    more: list[str], bart_dir: Path, tmp_path: Path
+    family: str, more: list[str], pair_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    config = settings_of(bart_dir, *ALWAYS, *more)
+    config = settings_of(pair_dirs[family], *ALWAYS, *more)
     rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
     summary, table = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "store", config)
     assert summary["users"]["promoted"] == 2
