@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # it brings in Transformers
     from ptuning.backbone import Backbone
 
 FORMAT = "1"
+_RESTORE = "restore the file from a backup or train the user again"
 _METHODS = tuple(METHODS)
 _ANY_METHOD: TypeAdapter[Method] = TypeAdapter(AnyMethod)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -193,7 +194,7 @@ class Prefix:
                 "the prefix file is not the one that was asked for",
                 seen=seen,
                 expected=digest,
-                fix="restore the file from a backup or train the user again",
+                fix=_RESTORE,
             )
         prefix = _parse(data)
         # The digest stays that of the file, also where another version wrote its header.
@@ -205,7 +206,7 @@ class Prefix:
                 "the prefix belongs to another user",
                 seen=meta.user_key,
                 expected=user_key,
-                fix="give the file of the user who is meant",
+                fix="give the file of the user who is meant; ptuning.user_key makes keys of ids",
             )
         if prefix_name is not None and meta.prefix_name != prefix_name:
             raise WrongUser(
@@ -269,6 +270,7 @@ class Prefix:
                 "the prefix was made by a method that this version cannot apply",
                 seen=self.meta.method,
                 expected="settings of " + ", ".join(_METHODS),
+                fix="update ptuning if the prefix is newer, or train the user again",
             ) from error
 
     def _checked_method(self, facts: Facts) -> Method:
@@ -289,7 +291,7 @@ class Prefix:
                 "the prefix is not what its method makes",
                 seen=f"layout {self.meta.layout!r}, {len(self.members)} members",
                 expected=f"layout {layout!r}, {method.members} members",
-                fix="restore the file from a backup or train the user again",
+                fix=_RESTORE,
             )
         return method
 
@@ -360,8 +362,8 @@ def _parse(data: bytes) -> Prefix:
         size = int.from_bytes(data[:8], "little")
         texts = json.loads(data[8 : 8 + size]).get("__metadata__", {})
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CorruptArtifact(
-            "not a safetensors file, or cut short", seen=f"{len(data)} bytes: {error}"
+        raise _broken(
+            "not a safetensors file, or cut short", f"{len(data)} bytes: {error}"
         ) from error
     if texts.get("format") != FORMAT:
         raise WrongMethod(
@@ -372,18 +374,19 @@ def _parse(data: bytes) -> Prefix:
         )
     missing = [name for name in (*_TEXT_FIELDS, "method") if name not in texts]
     if missing:
-        raise CorruptArtifact("the prefix file lacks metadata", seen=f"no {', '.join(missing)}")
+        raise _broken("the prefix file lacks metadata", f"no {', '.join(missing)}")
     try:
         method = json.loads(texts["method"])
     except ValueError as error:
-        raise CorruptArtifact("the prefix file's method is not JSON", seen=str(error)) from error
+        raise _broken("the prefix file's method is not JSON", str(error)) from error
     if not isinstance(method, dict):
-        raise CorruptArtifact("the prefix file's method is not an object", seen=texts["method"])
+        raise _broken("the prefix file's method is not an object", texts["method"])
     if method.get("type") not in _METHODS:
         raise WrongMethod(
             "the prefix was made by a method this version cannot apply",
             seen=method.get("type"),
             expected=", ".join(_METHODS),
+            fix=_RESTORE,
         )
     kv, embeddings = _sorted_out(tensors)
     if embeddings:
@@ -393,6 +396,7 @@ def _parse(data: bytes) -> Prefix:
             "the prefix file has a layout of virtual tokens at the input, but keys and values",
             seen=texts["layout"],
             expected="embeddings, or no layout",
+            fix=_RESTORE,
         )
     fields = (*_TEXT_FIELDS, *(["layout"] if "layout" in texts else []))
     return Prefix(
@@ -404,10 +408,14 @@ def _check_layout(text: str | None) -> None:
     try:
         Layout.parse(text or "")
     except MethodError as error:
-        raise CorruptArtifact(
+        raise _broken(
             "the prefix file does not say where its virtual tokens stand",
-            seen=f"layout {text!r}: {error}",
+            f"layout {text!r}: {error}",
         ) from error
+
+
+def _broken(what: str, seen: str) -> CorruptArtifact:
+    return CorruptArtifact(what, seen=seen, expected="a file that Prefix.save wrote", fix=_RESTORE)
 
 
 def _sorted_out(
@@ -431,6 +439,7 @@ def _sorted_out(
             "the prefix file does not hold keys and values, or embeddings, and only these",
             seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
             expected="kv [K, 2, H, P, D] or embeddings [P, E], with P > 0",
+            fix=_RESTORE,
         )
     return kv, tuple(tensors[name] for name in names)
 

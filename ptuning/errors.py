@@ -1,7 +1,8 @@
 """The error tree: one root that a caller can catch at any height.
 
-Every error says what was seen, what was expected and what to change, keeps these as
-fields, and survives pickling (Ray raises it again in another process).
+An error has fields for what was seen, what was expected and what to change, prints those that
+are set, and survives pickling (Ray raises it again in another process). Reasons for which a row
+is quarantined are short messages alone: they are counted.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,11 +51,15 @@ def generate(
         raise ConfigError(
             "one prefix or None per prompt",
             seen=f"{len(prompts)} prompts, {len(prefixes)} prefixes",
+            expected="as many prefixes as prompts",
+            fix="give None for a row that the base model is to answer",
         )
-    if max_new_tokens < 1 or temperature < 0:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ConfigError(
-            "max_new_tokens is at least 1 and temperature at least 0",
-            seen=f"{max_new_tokens}, {temperature}",
+            "text cannot be generated with these numbers",
+            seen=f"max_new_tokens={max_new_tokens}, temperature={temperature}",
+            expected="max_new_tokens of at least 1, a finite temperature of at least 0",
+            fix="leave them out for 64 and 0 (greedy)",
         )
     if not prompts:
         return []
@@ -205,5 +210,6 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     """The next token of one row from its logits `[V]`."""
     if temperature == 0.0:
         return int(logits.argmax())
-    chances = torch.softmax(logits.double() / temperature, dim=-1)
+    # Differences are divided, so that the smallest temperature overflows to none but -inf.
+    chances = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
     return int(torch.multinomial(chances, 1, generator=generator))

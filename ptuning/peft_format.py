@@ -117,6 +117,7 @@ def load_peft(
         raise CorruptArtifact(
             f"{OURS} is not what save_peft writes",
             seen=f"{source / OURS}: {error}",
+            expected="digest and meta of a prefix",
             fix=f"remove {OURS} to read the directory as an adapter made by PEFT",
         ) from error
     if not same:
@@ -319,6 +320,7 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             "the PEFT adapter is of another method",
             seen=kind,
             expected=f"{PREFIX}, {PROMPT} or {PTUNING}",
+            fix="train the adapter with one of these",
         )
     if config.get("task_type") not in (None, task):
         raise WrongMethod(
@@ -332,6 +334,7 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             "PEFT's Prefix Tuning moves an answer's positions, which this model counts itself",
             seen=f"{kind} of {type(backbone.model).__name__}",
             expected=f"{PROMPT} or {PTUNING}, or another model",
+            fix="train the adapter with one of these, or train the prefix here",
         )
     # At the input PEFT keeps one copy or two of an encoder-decoder model; as a cache always two.
     counts = (1,) if task == CAUSAL_TASK else (2,) if kind == PREFIX else (1, 2)
@@ -403,10 +406,18 @@ def _rows(config: dict[str, Any], backbone: Backbone) -> int | None:
 def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None) -> None:
     if user_key is not None and meta.user_key != user_key:
         raise WrongUser(
-            "the adapter belongs to another user", seen=meta.user_key, expected=user_key
+            "the adapter belongs to another user",
+            seen=meta.user_key,
+            expected=user_key,
+            fix="give the directory of the user who is meant; ptuning.user_key makes keys of ids",
         )
     if prefix_name is not None and meta.prefix_name != prefix_name:
-        raise WrongUser("the adapter has another name", seen=meta.prefix_name, expected=prefix_name)
+        raise WrongUser(
+            "the adapter has another name",
+            seen=meta.prefix_name,
+            expected=prefix_name,
+            fix="give the directory of that name",
+        )
 
 
 def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Tensor:
@@ -424,12 +435,15 @@ def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Te
         raise CorruptArtifact(
             "the PEFT adapter's weights are not safetensors, or cut short",
             seen=f"{source / WEIGHTS}: {len(data)} bytes: {error}",
+            expected=f"{TENSOR} in safetensors",
+            fix="save the adapter again",
         ) from error
     if set(tensors) != {TENSOR} or not torch.is_floating_point(tensors[TENSOR]):
         raise WrongShape(
             "the PEFT adapter does not hold one tensor of keys and values, or of embeddings",
             seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
             expected=f"{TENSOR} [P, L * 2 * H * D] or [P, E]",
+            fix="give an adapter of Prefix Tuning, Prompt Tuning or P-Tuning alone",
         )
     tensor, length = tensors[TENSOR], config.get("num_virtual_tokens")
     rows = tensor.shape[0] if tensor.ndim else 0
@@ -438,6 +452,7 @@ def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Te
             "the PEFT adapter's weights have another length than its configuration says",
             seen=f"{TENSOR} {tuple(tensor.shape)}",
             expected=f"num_virtual_tokens {length}",
+            fix="save the adapter again, weights and configuration together",
         )
     return tensor[:length]
 
@@ -458,10 +473,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read(path))
     except ValueError as error:
-        raise CorruptArtifact("not a JSON file", seen=f"{path}: {error}") from error
+        raise _no_object(f"{path}: {error}") from error
     if not isinstance(value, dict):
-        raise CorruptArtifact("not a JSON object", seen=str(path))
+        raise _no_object(f"{path}: {type(value).__name__}")
     return value
+
+
+def _no_object(seen: str) -> CorruptArtifact:
+    return CorruptArtifact(
+        "the PEFT adapter's file holds no JSON object",
+        seen=seen,
+        expected="what PEFT or save_peft writes",
+        fix="save the adapter again",
+    )
 
 
 def _json(value: dict[str, Any]) -> bytes:

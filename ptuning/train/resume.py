@@ -27,6 +27,7 @@ from ptuning.train.state import TrainState
 from ptuning.types import EpochLoss
 
 FORMAT = "2"
+_ANEW = "restore the file from a backup or train from the start"
 _GROUPS = ("trained", "fixed", "first", "second", "best")
 _NUMBERS: dict[str, type | tuple[type, ...]] = {
     "steps": int,
@@ -80,7 +81,12 @@ class Resume:
         try:
             return cls.from_bytes(Path(path).read_bytes())
         except OSError as error:
-            raise CorruptArtifact("the resume file cannot be read", seen=str(error)) from error
+            raise CorruptArtifact(
+                "the resume file cannot be read",
+                seen=str(error),
+                expected="a file that Resume.save wrote",
+                fix="check the path",
+            ) from error
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Resume:
@@ -103,7 +109,10 @@ class Resume:
             return cls(tuple(states), Belongs(**json.loads(texts["belongs"])))
         except (SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
             raise CorruptArtifact(
-                "not a resume file, or cut short", seen=f"{len(data)} bytes: {error}"
+                "not a resume file, or cut short",
+                seen=f"{len(data)} bytes: {error}",
+                expected="a file that Resume.save wrote",
+                fix=_ANEW,
             ) from error
 
     def check(self, expected: Belongs, method: Method, facts: Facts, epochs: int) -> None:
@@ -115,12 +124,14 @@ class Resume:
                 "the training state is of another user or prefix",
                 seen=f"{own.user_key} {own.prefix_name}",
                 expected=f"{expected.user_key} {expected.prefix_name}",
+                fix="give the state of the user and prefix that are trained",
             )
         if own.backbone_fingerprint != expected.backbone_fingerprint:
             raise WrongBackbone(
                 "the training state is of another backbone",
                 seen=own.backbone_fingerprint[:12],
                 expected=expected.backbone_fingerprint[:12],
+                fix="load the backbone that the training began on, or train from the start",
             )
         if own.settings != expected.settings:
             raise WrongMethod(
@@ -180,4 +191,9 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _incomplete(seen: str) -> CorruptArtifact:
-    return CorruptArtifact("the training state is not complete", seen=seen)
+    return CorruptArtifact(
+        "the training state is not complete",
+        seen=seen,
+        expected="finite tensors of the method's shapes, for each member",
+        fix=_ANEW,
+    )

@@ -665,7 +665,8 @@ def test_a_directory_that_is_no_adapter_of_ours_is_refused(
     with pytest.raises(kind) as caught:
         load_peft(tmp_path, backbone)
     assert type(caught.value) is kind
-    assert caught.value.seen is not None
+    for said in (caught.value.seen, caught.value.expected, caught.value.fix):
+        assert said is not None
 
 
 @pytest.mark.parametrize(

@@ -181,13 +181,29 @@ def test_nothing_asked_is_nothing_answered(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize(
     ("options", "prefixes"),
-    [({}, []), ({"max_new_tokens": 0}, [None]), ({"temperature": -1.0}, [None])],
+    [
+        ({}, []),
+        ({"max_new_tokens": 0}, [None]),
+        ({"temperature": -1.0}, [None]),
+        ({"temperature": float("nan")}, [None]),
+        ({"temperature": float("inf")}, [None]),
+    ],
 )
 def test_impossible_requests_are_errors(
     backbone: Backbone, options: dict[str, Any], prefixes: list[None]
 ) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         generate(backbone, ["hello"], prefixes, **options)
+    assert caught.value.expected
+    assert caught.value.fix
+
+
+def test_the_smallest_temperature_is_greedy(backbone: Backbone) -> None:
+    greedy, sampled = (
+        generate(backbone, ["hello"], [None], max_new_tokens=6, temperature=temperature)
+        for temperature in (0.0, 5e-324)
+    )
+    assert sampled == greedy
 
 
 def test_a_prompt_without_tokens_is_an_error_not_a_broken_batch() -> None:
