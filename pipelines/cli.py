@@ -54,14 +54,35 @@ class _Keys(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         from pipelines.config import known_keys
+        from ptuning.methods import METHODS
+        from ptuning.methods.base import Tuning
 
-        rows = []
-        for key, field in known_keys():
-            default = field.get_default(call_default_factory=True)
-            shown = "none" if default is None else default
-            rows.append((key, f"{field.description or ''} [default: {shown}]"))
+        shared = {f"method.{name}" for name in Tuning.model_fields}
+        own = {name: [*known_keys(kind, "method.")] for name, kind in METHODS.items()}
+        kinds = "; ".join(str(kind.model_fields["type"].description) for kind in METHODS.values())
+        rows = [("method.type", f"tuning method: {kinds} [default: {next(iter(METHODS))}]")]
+        rows += [
+            _described(key, field)
+            for key, field in known_keys()
+            if key in shared or not key.startswith("method.")
+        ]
         with formatter.section("Configuration keys (--set, --config, PTUNING_SECTION__KEY)"):
             formatter.write_dl(rows)
+        for name, keys in own.items():
+            with formatter.section(f"Keys of method.type={name}"):
+                formatter.write_dl(
+                    [
+                        _described(key, field)
+                        for key, field in keys
+                        if key not in shared and key != "method.type"
+                    ]
+                )
+
+
+def _described(key: str, field: Any) -> tuple[str, str]:
+    default = field.get_default(call_default_factory=True)
+    shown = "none" if default is None else default
+    return key, f"{field.description or ''} [default: {shown}]"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -15,6 +15,7 @@ from ptuning.artifact import Prefix, PrefixMeta, training_digest
 from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.examples import data_digest
+from ptuning.data.layout import Layout
 from ptuning.data.packing import fill_words
 from ptuning.errors import DataError, MethodError, WrongMethod
 from ptuning.methods.base import Method
@@ -95,18 +96,24 @@ def warm_start(recipe: Recipe, backbone: Backbone, prefix: Prefix) -> tuple[dict
     prefix.check(backbone)
     method = recipe.method
     method.check(backbone.facts)
-    layout = "" if method.layout is None else method.layout.text
-    wanted = (method.shapes(backbone.facts), method.members, layout, method.seen)
-    shapes = [{name: tuple(t.shape) for name, t in own.items()} for own in prefix.members]
-    seen = (shapes[0], len(shapes), prefix.meta.layout, prefix.seen)
+    own = Layout.parse(prefix.meta.layout) if prefix.meta.layout else None
+    wanted = (method.shapes(backbone.facts), method.members, _places(method.layout), method.seen)
+    shapes = [{name: tuple(t.shape) for name, t in one.items()} for one in prefix.members]
+    seen = (shapes[0], len(shapes), _places(own), prefix.seen)
     if seen != wanted:
         raise WrongMethod(
             "the prefix to start from is not of the kind that is trained",
             seen=seen,
             expected=wanted,
-            fix="train with the method and sizes that the prefix was made with",
+            fix="train with the method and settings that the prefix was made with (keys and values "
+            "of PEFT's: method.visibility=window)",
         )
     return tuple({name: t.float() for name, t in own.items()} for own in prefix.members)
+
+
+def _places(layout: Layout | None) -> tuple[tuple[int | str, ...], ...]:
+    """Where virtual tokens stand, however the template says it."""
+    return () if layout is None else (layout.before, layout.after)
 
 
 def prepare(

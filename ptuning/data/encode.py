@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ptuning.errors import DataError, TemplateError
 from ptuning.types import Example, Message
@@ -80,6 +80,13 @@ class Template:
         cls, tokenizer: Any, kind: TemplateKind = "auto", *, encoder_decoder: bool = False
     ) -> Template:
         """`auto` is `chat` where the tokenizer has a chat template, else `plain`."""
+        if kind not in get_args(TemplateKind):
+            raise TemplateError(
+                "no such template",
+                seen=repr(kind),
+                expected=", ".join(get_args(TemplateKind)),
+                fix="leave data.template at auto",
+            )
         has_chat = bool(getattr(tokenizer, "chat_template", None))
         if kind == "chat" and not has_chat:
             raise TemplateError(

@@ -38,7 +38,7 @@ class PrefixTuning(Tuning):
     """Settings of Prefix Tuning, and the method itself."""
 
     type: Literal["prefix"] = Field(
-        "prefix", description="tuning method: prefix (keys and values before every layer's own)"
+        "prefix", description="prefix (keys and values before every layer's own)"
     )
     num_virtual_tokens: int = Field(
         16, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prefix (1-1000)"

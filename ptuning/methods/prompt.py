@@ -29,9 +29,7 @@ Combine = Literal["mean", "vote"]
 class PromptTuning(InputTuning):
     """Settings of Prompt Tuning, and the method itself."""
 
-    type: Literal["prompt"] = Field(
-        "prompt", description="tuning method: prompt (embeddings before the input)"
-    )
+    type: Literal["prompt"] = Field("prompt", description="prompt (embeddings before the input)")
     num_virtual_tokens: int = Field(
         20, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prompt (1-1000)"
     )

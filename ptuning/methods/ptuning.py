@@ -32,7 +32,7 @@ class PTuning(InputTuning):
     """Settings of P-Tuning, and the method itself."""
 
     type: Literal["ptuning"] = Field(
-        "ptuning", description="tuning method: ptuning (embeddings at any place of a template)"
+        "ptuning", description="ptuning (embeddings at any place of a template)"
     )
     template: str = Field(
         "{p:8}{prompt}{p:8}{completion}",

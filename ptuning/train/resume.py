@@ -2,7 +2,7 @@
 
 Beside the prefix file, only where it is asked for (`train.keep_resume`); serving never reads
 it. Going on is exact: under a constant learning rate, epochs 1-2 and then 3-4 give what 1-4 at
-once give. Under a decaying one the rest follows the schedule of the new number of epochs.
+once give. Under one that decays or warms up the rest follows that of the new number of epochs.
 """
 
 from __future__ import annotations

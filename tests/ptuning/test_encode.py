@@ -169,6 +169,11 @@ def test_messages_are_rendered_up_to_the_last_answer() -> None:
     assert supervised(row) == [*chat().ids("fine"), chat().end_token_id]
 
 
+def test_a_template_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(TemplateError, match="auto, chat, plain"):
+        Template.of(make_tokenizer(), "alpaca")  # type: ignore[arg-type]
+
+
 def test_messages_without_a_chat_template_are_one_line_each() -> None:
     row = plain().encode(Example(messages=turns("hi", "hello", "how are you?", "fine")))
     expected = "<s>user: hi\nassistant: hello\nuser: how are you?\nassistant:fine</s>"

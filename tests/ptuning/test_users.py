@@ -133,6 +133,14 @@ def test_only_a_prefix_of_the_same_kind_starts_a_training(method: Method, other:
         warm_start(recipe, BACKBONE, random_prefix(BACKBONE, other, seed=1))
 
 
+def test_a_template_may_be_said_in_another_way_by_what_starts_a_training() -> None:
+    shorter = PTuning(template="{p:3}{prompt} so", encoder="none")
+    longer = PTuning(template="{p:3}{prompt} so{completion}", encoder="none")
+    prefix = random_prefix(BACKBONE, shorter, seed=1)
+    (began,) = warm_start(Recipe(longer, TrainConfig()), BACKBONE, prefix)
+    assert torch.equal(began["embeddings"], prefix.embeddings[0])
+
+
 def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(PromptTuning(), TrainConfig())
     before = identity(recipe, "f", "t", "u", "d")
