@@ -2,6 +2,17 @@
 
 `Backbone` is what everything else talks to. Its three calls (`token_nll`, `capture`,
 `step`) all go through one module, frozen_pass.py's, which DeepSpeed can shard.
+
+No code names a family. Where models differ in more than shapes, the difference is looked for,
+here but for the last two:
+
+    whether positions may be given, to a causal model or to a decoder (`_takes_positions`,
+    `_takes_answer_positions`), and what else tells an answer where it begins (`moves_answers`)
+    relative biases of a decoder, continued before its first token (`_bias_before`): T5
+    layers that drop out by a mode of their own (`_checkpoint_in_eval`): OPT
+    layers that do not attend, experts that tie rows of a batch together: refused
+    decoders that count their tokens themselves (frozen_pass.py, `_decoder_positions`): BART
+    the order in which PEFT reads a decoder's layers (peft_format.py, `_read_by_pairs`)
 """
 
 from __future__ import annotations
