@@ -262,13 +262,16 @@ def test_a_task_has_its_own_rate_where_a_sweep_found_one() -> None:
         for name in methods.BY_NAME
         if name != "base" and rate(name, "lama") != rate(name, "e2e")
     }
-    keys = ("prefix", "prefix-p1", "prefix-p20", "prefix-random", "prefix-top", "prefix-infix")
-    assert tuned == dict.fromkeys(keys, 1e-2)
+    assert tuned == {
+        **dict.fromkeys(("prefix", "prefix-p1", "prefix-p20"), 1e-2),
+        "prefix-random": 2e-2,
+    }
+    assert rate("prefix-top", "lama") == rate("prefix-top", "e2e") == 3e-2  # swept for itself
     assert rate("prefix", "e2e") == 3e-2
     assert rate("prefix", "lama", learning_rate=0.5) == 0.5
     assert rate("prefix-mlp", "lama") == 3e-4  # as the method has it
     for _, name in methods.TUNED_RATES:
-        assert methods.BY_NAME[name].swept == name
+        assert methods.BY_NAME[name].swept == "prefix"
 
 
 def test_a_sweep_tries_smaller_rates_for_encoders_and_no_test_rows() -> None:
@@ -400,7 +403,21 @@ def test_the_readme_has_the_results_files_table() -> None:
     shown = readme.split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0]
     found, message = records.read_records(methods.RESULTS)
     assert message is None
+    found = methods.grid_last(found)
     assert shown == records.overview(found, [*methods.BY_NAME]), "see --overview"
+
+
+def test_tables_report_the_grids_cells_though_others_were_measured_since(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.jsonl"
+    other = record_of(cell_of(learning_rate=0.5), bleu=99.0)
+    path.write_text("".join(json.dumps(one) + "\n" for one in (record_of(cell_of()), other)))
+    for shown in ("--table", "--overview"):
+        assert methods.main(["--results", str(path), shown]) == 0
+        out = capsys.readouterr().out
+        assert "40.0" in out
+        assert "99.0" not in out
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:

@@ -56,8 +56,14 @@ QUICK = ("base", "prefix", "prefix-mlp", "prompt", "ptuning-mlp")
 RATES = (3e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 ENCODER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 # Where a sweep at full size found a task's learning rate to be another than the method's default
-# (infra/decisions.md): by task and the setting that was swept for its kind.
-TUNED_RATES = {("e2e", "prefix"): 3e-2, ("lama", "prefix"): 1e-2}
+# (infra/decisions.md): by task and setting, or the one that was swept for all of its kind.
+TUNED_RATES = {
+    ("e2e", "prefix"): 3e-2,
+    ("lama", "prefix"): 1e-2,
+    ("lama", "prefix-random"): 2e-2,
+    ("lama", "prefix-top"): 3e-2,
+    ("lama", "prefix-infix"): 3e-2,
+}
 GENERATED_ROWS = 64  # that are generated in one batch
 
 
@@ -166,7 +172,8 @@ class Cell:
         method = self.setting.method
         if method is None:
             return None
-        tuned = TUNED_RATES.get((self.task, self.setting.swept), method.default_learning_rate)
+        kind = TUNED_RATES.get((self.task, self.setting.swept), method.default_learning_rate)
+        tuned = TUNED_RATES.get((self.task, self.setting.name), kind)
         return ptuning.TrainConfig(
             epochs=self.epochs,
             batch_size=8,
@@ -516,9 +523,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.table:
             print(tables(options, found), end="")
         if options.overview:
-            print(records.overview(found, [*BY_NAME]), end="")
+            print(records.overview(grid_last(found), [*BY_NAME]), end="")
         if options.plot:
-            records.plot(found, options.plot)
+            records.plot(grid_last(found), options.plot)
         return 0
     if reason := tasks.absent(options.data, options.tasks):
         print(f"skipped: {reason}")
@@ -545,7 +552,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tables(options: argparse.Namespace, found: Sequence[Record]) -> str:
     if options.learning_rates:
         return records.rates_table(found)
-    return records.table(found, [*BY_NAME])
+    return records.table(grid_last(found), [*BY_NAME])
+
+
+def grid_last(found: Sequence[Record]) -> list[Record]:
+    """The lines with those of the grid's cells as they are now at the end: tables report what
+    comes last, and a setting may have been measured with others since."""
+    groups = {cell.group for cell in grid([*tasks.SPECS], seeds=1)}
+    return sorted(found, key=lambda one: one["group"] in groups)
 
 
 if __name__ == "__main__":
