@@ -4,13 +4,11 @@
 `step`) all go through one module, frozen_pass.py's, which DeepSpeed can shard.
 
 No code names a family. Where models differ in more than shapes, the difference is looked for,
-here but for the last two:
+by discover.py when a model is loaded, and:
 
-    whether positions may be given, to a causal model or to a decoder (`_takes_positions`,
+    whether positions may be given, to a causal model or to a decoder, here (`_takes_positions`,
     `_takes_answer_positions`), and what else tells an answer where it begins (`moves_answers`)
-    relative biases of a decoder, continued before its first token (`_bias_before`): T5
-    layers that drop out by a mode of their own (`_checkpoint_in_eval`): OPT
-    layers that do not attend, experts that tie rows of a batch together: refused
+    layers that drop out by a mode of their own, here (`_checkpoint_in_eval`): OPT
     decoders that count their tokens themselves (frozen_pass.py, `_decoder_positions`): BART
     the order in which PEFT reads a decoder's layers (peft_format.py, `_read_by_pairs`)
 """
@@ -19,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,23 +26,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ptuning import attention
-from ptuning.attention import CONTEXT, AttentionCall, AttentionContext, Place
+from ptuning.attention import CONTEXT, AttentionContext
 from ptuning.batch import EMBEDDINGS, Batch, CachedPrefix, PackPrefix, RowPrefix
 from ptuning.data.encode import Template, TemplateKind
+from ptuning.discover import discover
 from ptuning.errors import BackboneChanged, UnsupportedModel
-from ptuning.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
+from ptuning.facts import CROSS, DECODER, ENCODER, Facts
 from ptuning.frozen_pass import FrozenPass
-
-# Transformers' names of layers whose memory is keys and values.
-CHUNKED = "chunked_attention"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", CHUNKED}
-# Of models that take a prefix, for errors about those that do not.
-EXAMPLES = "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5"
 
 
 class Backbone:
@@ -86,7 +78,6 @@ class Backbone:
         self._checkpointed: list[nn.Module] = []
         if gradient_checkpointing:
             self._checkpoint_layers()
-        self._check_rows_are_apart()
         self.facts = self._discover()
 
     @property
@@ -126,108 +117,11 @@ class Backbone:
                 layer.training = False
 
     def _discover(self) -> Facts:
-        """Run a few tokens and note which modules attend, in which order and with which shapes.
+        def run(context: AttentionContext, ids: Tensor, answer: Tensor | None) -> None:
+            with torch.no_grad():
+                self._call(context, ids, torch.ones_like(ids), decoder_input_ids=answer)
 
-        Reading the facts off a real pass works for every family without naming one. An encoder
-        gets three tokens and a decoder two, so that the numbers of queries and keys tell apart
-        a decoder's self-attention (2, 2), an encoder's (3, 3) and cross-attention (2, 3).
-        """
-        context = AttentionContext(record_modules=True)
-        config = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        start = self._decoder_start() if self._is_encoder_decoder else None
-        length = 2 if start is None else 3
-        ids = torch.zeros((1, length), dtype=torch.long, device=self.device)
-        answer = None if start is None else torch.full_like(ids[:, :2], start)
-        with torch.no_grad():
-            self._call(context, ids, torch.ones_like(ids), decoder_input_ids=answer)
-        kinds = {(2, 2): DECODER, (3, 3): ENCODER, (2, 3): CROSS}
-        calls: dict[str, list[AttentionCall]] = {}
-        for call in context.calls:
-            calls.setdefault(kinds[(call.queries, call.keys)], []).append(call)
-        if DECODER not in calls:
-            raise self._unsupported(set())
-        if not all(call.causal for call in calls[DECODER]):
-            raise UnsupportedModel(
-                "the model's tokens see the ones after them, so it cannot predict these",
-                seen=type(self.model).__name__,
-                expected="a causal language model, or an encoder with a decoder",
-                fix="use another backbone",
-            )
-        types = self._layer_types(len(calls[DECODER])) if start is None else set()
-        return Facts(
-            stacks={stack: self._stack(stack, found) for stack, found in calls.items()},
-            hidden_size=int(getattr(self._whole.table, "embedding_dim", config.hidden_size)),
-            vocab_size=int(config.vocab_size),
-            max_positions=getattr(config, "max_position_embeddings", None),
-            takes_embeddings=self._whole.takes_embeddings,
-            decoder_start_id=start,
-            front_stays=CHUNKED not in types,
-        )
-
-    def _check_rows_are_apart(self) -> None:
-        """Experts with a capacity drop tokens because of others in the batch, other users'."""
-        capacity = getattr(self.model.config, "expert_capacity", None)
-        if capacity is not None:
-            raise UnsupportedModel(
-                "the model's experts take a limited number of tokens of a batch, so what one user "
-                "asks could change another's answer",
-                seen=f"{type(self.model).__name__}, expert_capacity {capacity}",
-                expected="experts without a capacity, as Mixtral's or Qwen's",
-                fix="use another backbone",
-            )
-
-    def _stack(self, stack: str, calls: Sequence[AttentionCall]) -> StackFacts:
-        """Mark a stack's attention modules with their places; raises where shapes differ."""
-        shapes = {shape for call in calls for shape in (call.key_shape, call.value_shape)}
-        if len(shapes) != 1:
-            raise self._unsupported(shapes)
-        before = None
-        for layer, call in enumerate(calls):
-            # The first layer's is all layers', unless they have their own. In an encoder virtual
-            # tokens stand nowhere: its rows may be padded on either side.
-            if stack == DECODER and getattr(call.module, "has_relative_attention_bias", False):
-                before = _bias_before(call.module)
-            attention.mark_layer(call.module, Place(stack, layer, len(calls), before))
-        heads, head_dim = shapes.pop()
-        return StackFacts(layers=len(calls), heads=heads, head_dim=head_dim)
-
-    def _layer_types(self, attending: int) -> set[str]:
-        """Transformers' names of a causal model's kinds of layers. Raises where some do not
-        attend: recurrent ones remember a text in states of their own, which no prefix is in."""
-        config = self.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-        types = {*get_layer_types_and_kwargs(config)[0]}
-        if types - ATTENTION_LAYERS or attending < config.num_hidden_layers:
-            raise UnsupportedModel(
-                "the model has layers without attention, which a prefix cannot enter",
-                seen=f"{type(self.model).__name__}: {attending} of {config.num_hidden_layers} "
-                f"layers attend; {', '.join(sorted(types))}",
-                expected=f"attention in every layer, {EXAMPLES}",
-                fix="use another backbone",
-            )
-        return types
-
-    def _unsupported(self, shapes: set[tuple[int, int]]) -> UnsupportedModel:
-        return UnsupportedModel(
-            "the model's keys and values have different shapes"
-            if shapes
-            else "the model does not send its attention through Transformers' attention interface, "
-            "so a prefix cannot enter it",
-            seen=f"{type(self.model).__name__}, shapes (H, D): {sorted(shapes)}",
-            expected=f"one shape in all layers of a stack, {EXAMPLES}",
-            fix="use another backbone",
-        )
-
-    def _decoder_start(self) -> int:
-        """The token that begins every answer, as generation takes it."""
-        for holder in (getattr(self.model, "generation_config", None), self.model.config):
-            start = getattr(holder, "decoder_start_token_id", None)
-            if start is not None:
-                return int(start)
-        raise UnsupportedModel(
-            "the encoder-decoder model has no decoder_start_token_id",
-            seen=type(self.model).__name__,
-            fix="set it in the model's config.json",
-        )
+        return discover(self.model, self._whole, run, self.device)
 
     def _call(
         self,
@@ -490,14 +384,6 @@ class Backbone:
                 expected=before,
                 fix="discard this run's prefixes and report a bug",
             )
-
-
-def _bias_before(module: Any) -> Tensor:
-    """`Place.before` of a layer's biases, which stay the same from its maximal distance on."""
-    count = int(module.relative_attention_max_distance) + 1
-    with torch.no_grad():
-        bias = module.compute_bias(1, count, past_seen_tokens=count - 1)  # [1, heads, 1, N]
-    return bias[0, :, 0].flip(-1).detach()
 
 
 def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

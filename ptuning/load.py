@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging as hf_logging
 
 from ptuning import attention as attention_module
-from ptuning.backbone import EXAMPLES, Backbone
+from ptuning.backbone import Backbone
 from ptuning.data.encode import Template, TemplateKind
+from ptuning.discover import EXAMPLES
 from ptuning.errors import (
     BackboneError,
     ConfigError,

@@ -35,6 +35,7 @@ TIERS = {
     "ptuning.data": 1,
     "ptuning.methods": 1,
     "ptuning.backbone": 1,
+    "ptuning.discover": 1,
     "ptuning.frozen_pass": 1,
     "ptuning.attention": 1,
     "ptuning.batch": 1,
