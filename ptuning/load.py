@@ -284,7 +284,7 @@ def load_backbone(
     OutOfMemory.
     """
     source = locate(name)
-    place = choose_device(device)
+    place = own_device(device)
     kind = choose_attention(attention, place)
     resolved = choose_dtype(dtype, place)
     _check_memory(source, resolved, place)
@@ -373,19 +373,32 @@ def _not_loadable(name: str, error: Exception) -> BackboneError:
 
 
 def choose_device(device: str) -> torch.device:
+    """The named device, which need not be on this machine; `auto` is one that is."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        return torch.device(device)
+    except RuntimeError as error:
+        raise _no_device(device, error) from error
+
+
+def own_device(device: str) -> torch.device:
+    """As `choose_device`. Raises ConfigError where this machine cannot use it."""
+    chosen = choose_device(device)
+    try:
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ConfigError(
-            "no such device on this machine",
-            seen=f"{device!r}: {str(error).splitlines()[0]}",
-            expected="auto, cpu, cuda, cuda:1, …",
-            fix="leave backbone.device at auto",
-        ) from error
+        raise _no_device(device, error) from error
     return chosen
+
+
+def _no_device(device: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        "no such device",
+        seen=f"{device!r}: {str(error).splitlines()[0]}",
+        expected="auto, cpu, cuda, cuda:1, …",
+        fix="leave backbone.device at auto",
+    )
 
 
 def choose_attention(kind: str, device: torch.device) -> str:

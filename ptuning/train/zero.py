@@ -20,11 +20,11 @@ from ptuning.batch import EMBEDDINGS, RowPrefix
 from ptuning.data.encode import TemplateKind
 from ptuning.load import (
     choose_attention,
-    choose_device,
     choose_dtype,
     fingerprint_of,
     load_tokenizer,
     locate,
+    own_device,
     read_model,
 )
 from ptuning.methods.base import Method
@@ -44,7 +44,7 @@ def load_sharded(
 
     The weights are sharded while they are read, so that no rank ever holds the whole model.
     """
-    place = choose_device(device)
+    place = own_device(device)
     if place.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -429,6 +429,16 @@ def test_a_damaged_or_unusable_model_directory_is_an_error_of_ours(
     assert caught.value.seen is not None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_this_machine_lacks_is_refused_where_it_is_used(tiny_model_dir: Path) -> None:
+    """And there only: a run's driver names the device of its workers."""
+    assert load_module.choose_device("cuda:1").type == "cuda"
+    with pytest.raises(ConfigError) as caught:
+        ptuning.load_backbone(str(tiny_model_dir), device="cuda:1")
+    assert "cuda:1" in str(caught.value.seen)
+    assert caught.value.fix
+
+
 @pytest.mark.parametrize(
     "options", [{"dtype": "float12"}, {"device": "warp-drive"}, {"attention": "flash"}]
 )
