@@ -21,6 +21,9 @@ from ptuning.frozen_pass import FrozenPass
 # Transformers' names of layers whose memory is keys and values.
 CHUNKED = "chunked_attention"
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", CHUNKED}
+# Its name of layers without a memory of their own: that attend to another's (Gemma 3n), or do not
+# attend, which shows in the number that do.
+NO_MEMORY = "dummy"
 # Of models that take a prefix, for errors about those that do not.
 EXAMPLES = "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5"
 
@@ -99,7 +102,7 @@ def _layer_types(model: Any, attending: int) -> set[str]:
     recurrent ones remember a text in states of their own, which no prefix is in."""
     config = model.config.get_text_config(decoder=True)
     types = {*get_layer_types_and_kwargs(config)[0]}
-    if types - ATTENTION_LAYERS or attending < config.num_hidden_layers:
+    if types - ATTENTION_LAYERS - {NO_MEMORY} or attending < config.num_hidden_layers:
         raise UnsupportedModel(
             "the model has layers without attention, which a prefix cannot enter",
             seen=f"{type(model).__name__}: {attending} of {config.num_hidden_layers} "

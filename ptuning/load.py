@@ -387,7 +387,7 @@ def own_device(device: str) -> torch.device:
     chosen = choose_device(device)
     try:
         torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # as a build without it has it
         raise _no_device(device, error) from error
     return chosen
 

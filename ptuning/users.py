@@ -146,7 +146,8 @@ def prepare(
 
 def check_init_text(template: Template, method: Method) -> None:
     """Raise MethodError where the words that all users start from have no tokens."""
-    if method.init_text is not None and not template.ids(method.init_text):
+    used = method.start_ids == "words" and method.init_text is not None
+    if used and not template.ids(str(method.init_text)):
         raise MethodError(
             "the words to start from have no tokens",
             seen=f"method.init_text={method.init_text!r}",

@@ -114,7 +114,7 @@ def check_row(raw: Mapping[str, object]) -> Row:
 
 
 def check_example(example: Example) -> None:
-    """A library user's row, held to the rules of `check_row`. Raises DataError."""
+    """A library user's row: Example's types, and the rules of `check_row`. Raises DataError."""
     if not isinstance(example, Example):
         raise DataError(
             f"the row is not an Example but {_kind(example)}",
@@ -134,11 +134,12 @@ def check_example(example: Example) -> None:
     if example.split is not None and example.split not in SPLITS:
         raise DataError(f"split is not one of {', '.join(SPLITS)}", seen=repr(example.split))
     if (stamp := example.timestamp) is not None:
-        if not isinstance(stamp, int):
+        if type(stamp) is not int:
             raise DataError(
-                f"timestamp is not a whole number but {_kind(stamp)}",
+                f"timestamp is not an int but {_kind(stamp)}",
                 seen=repr(stamp),
                 expected="epoch milliseconds",
+                fix="make an int of it",
             )
         _timestamp(stamp)
 

@@ -138,6 +138,13 @@ class Tuning(Config):
 def _unfit(error: ValidationError, method: type[BaseModel]) -> MethodError:
     """Pydantic's complaint about a setting as ours, which says what to change."""
     first, *more = error.errors()
+    if not first["loc"]:
+        return MethodError(
+            "a tuning method's settings are no mapping",
+            seen=repr(first["input"]),
+            expected="settings by name",
+            fix="see the method's fields",
+        )
     key = str(first["loc"][0])
     if key not in method.model_fields:
         return MethodError(

@@ -15,6 +15,7 @@ from tiny_backbones import (
     EAGER_ONLY,
     FAMILIES,
     SEQ2SEQ,
+    SHARING,
     VOCAB,
     WINDOWED,
     build,
@@ -703,7 +704,12 @@ PAIR_USERS: dict[str, Method | None] = {
     "ptuning": PTuning(template="{p:2}{prompt}{p:3} so"),
 }
 # Anything that a batch may hold: windows too, which the texts outgrow.
-SERVED: dict[str, Callable[[], PreTrainedConfig]] = {**PLACES, **CHUNKED, **PAIRS}
+SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
+    **PLACES,
+    **SHARING,
+    **CHUNKED,
+    **PAIRS,
+}
 
 
 def everyone(backbone: Backbone) -> list[Prefix | None]:

@@ -353,6 +353,13 @@ def test_settings_out_of_range_say_what_was_seen_and_what_to_change(
         assert f"method.{field}={value!r}" in str(caught.value.seen) or field == "stacks"
 
 
+def test_settings_that_are_no_mapping_are_refused() -> None:
+    for settings in (5, [1], None):
+        with pytest.raises(MethodError) as caught:
+            PrefixTuning.model_validate(settings)
+        explained(caught.value)
+
+
 # What a backbone refuses
 
 

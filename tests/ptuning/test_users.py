@@ -113,6 +113,8 @@ def test_words_without_tokens_fail_whoever_they_belong_to(monkeypatch: pytest.Mo
             tune(BACKBONE, users, method=everybody, train=settings)
         assert "method.init_text='~'" in str(caught.value.seen)
         assert caught.value.fix
+    unused = PrefixTuning(num_virtual_tokens=2, init="random", init_text="~")
+    assert tune(BACKBONE, users, method=unused, train=settings)["ann"].status == "trained"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +211,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         "both messages and a prompt",
     ),
     "row": ({"prompt": "a", "completion": "b"}, "not an Example but an object"),
-    "time": (Example(prompt="a", completion="b", timestamp="2024-01-01"), "timestamp"),  # type: ignore[arg-type]
+    "time": (Example(prompt="a", completion="b", timestamp="2024-01-01"), "not an int but str"),  # type: ignore[arg-type]
+    "float": (Example(prompt="a", completion="b", timestamp=2.0), "not an int but float"),  # type: ignore[arg-type]
 }
 
 

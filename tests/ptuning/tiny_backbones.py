@@ -138,6 +138,19 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "gemma3": {},
     "qwen3": {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
 }
+# Layers that attend to the keys and values of another.
+SHARING: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma3n": lambda: transformers.Gemma3nTextConfig(
+        **{**_GQA, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+        sliding_window=6,
+    ),
+}
 # Attention in chunks, shorter than most tests' texts: tokens lose what is in front of them.
 CHUNKED: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama4": lambda: transformers.Llama4TextConfig(
