@@ -115,7 +115,8 @@ def _rows_of(progress: RunProgress) -> Any:
     def report(step: str, done: int, total: int) -> None:
         nonlocal shown
         if step != shown:
-            progress.stage(f"partition: {step}", total, unit="tasks")
+            unit = "tasks" if total else "rows"
+            progress.stage(f"partition: {step}", total or None, unit=unit)
             shown = step
         progress.update(done)
 
