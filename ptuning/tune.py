@@ -95,19 +95,15 @@ def tune(
     results: dict[str, TuneResult] = {}
     ready: list[tuple[str, list[Example], UserRows]] = []
     for user_id, examples in users.items():
+        begin = (start or {}).get(user_id), (resume or {}).get(user_id)
         try:
-            for example in examples:
-                check_example(example)
-            if too_few(all_rows := arrange(examples), data.min_examples):
-                reason = why_too_few(all_rows, data.min_examples)
-                results[user_id] = TuneResult(status="too_few", error=reason)
-                continue
-            rows = arrange(examples, data.max_rows)
-            own = prepare(backbone.template, recipe, user_key(user_id), rows)
-            given = (start or {}).get(user_id), (resume or {}).get(user_id)
-            ready.append((user_id, rows, _begun(backbone, recipe, own, rows, *given)))
+            read = _read(backbone, recipe, data, user_id, examples, *begin)
         except (PTuningError, UnicodeError) as error:  # UnicodeError: text that is no Unicode
-            results[user_id] = TuneResult(status="failed", error=str(error))
+            read = TuneResult(status="failed", error=str(error))
+        if isinstance(read, TuneResult):
+            results[user_id] = read
+        else:
+            ready.append((user_id, *read))
     size = recipe.train.pack_users
     for at in range(0, len(ready), size):
         pack = ready[at : at + size]
@@ -125,6 +121,25 @@ def tune(
             results[user_id] = _result(backbone, recipe, artifact, user_id, rows, trained, origin)
     backbone.verify_unchanged(before)
     return {user_id: results[user_id] for user_id in users}
+
+
+def _read(
+    backbone: Backbone,
+    recipe: Recipe,
+    data: DataConfig,
+    user_id: str,
+    examples: Sequence[Example],
+    start: Prefix | None,
+    resume: Resume | None,
+) -> tuple[list[Example], UserRows] | TuneResult:
+    """The user's rows as they are kept and as they are trained, or why they are too few."""
+    for example in examples:
+        check_example(example)
+    if too_few(arranged := arrange(examples), data.min_examples):
+        return TuneResult(status="too_few", error=why_too_few(arranged, data.min_examples))
+    rows = arrange(examples, data.max_rows)
+    own = prepare(backbone.template, recipe, user_key(user_id), rows)
+    return rows, _begun(backbone, recipe, own, rows, start, resume)
 
 
 def _result(
