@@ -150,17 +150,16 @@ def _parse(path: Sequence[str], text: str) -> Any:
         return text
 
 
-def _read_none(tree: dict[str, Any], prefix: str = "") -> None:
+def _read_none(tree: Mapping[str, Any]) -> None:
     """The word `none`, as help has it, is no value where a setting may have none."""
     kinds: dict[str, set[Any]] = {}
     for key, field in known_keys():
         kinds.setdefault(key, set()).update(get_args(field.annotation))
-    for key, value in tree.items():
-        own = kinds.get(f"{prefix}{key}", set())
-        if isinstance(value, dict):
-            _read_none(value, f"{prefix}{key}.")
-        elif value == "none" and NoneType in own and "none" not in own:
-            tree[key] = None
+    for section, settings in tree.items():
+        for name, value in settings.items():
+            own = kinds.get(f"{section}.{name}", set())
+            if value == "none" and NoneType in own and "none" not in own:
+                settings[name] = None
 
 
 def _read_yaml(file: str) -> dict[str, Any]:
