@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipelines.candidates.publish import registry_of
 from pipelines.config import RunConfig
-from pipelines.deploy import registry_of
-from ptuning.artifact import Prefix
-from ptuning.generate import generate
-from ptuning.load import load_backbone
+from ptuning.generation import generate
+from ptuning.model.load import load_backbone
+from ptuning.prefix.artifact import Prefix
 from ptuning.registry import open_registry
 from ptuning.store import Store, read_uri
 from ptuning.types import user_key

@@ -135,8 +135,8 @@ def run(
     config = _load(model, config_file, settings)
     from rich.console import Console
 
-    from pipelines.progress import RunProgress
-    from pipelines.report import print_report
+    from pipelines.report.progress import RunProgress
+    from pipelines.report.summary import print_report
     from pipelines.run import execute
     from ptuning.store import Store
 
@@ -209,7 +209,7 @@ def serve(
     more = [f"serve.host={host}"] if host else []
     more += [f"serve.port={port}"] if port is not None else []
     config = _load(model, config_file, [*settings, *more])
-    from pipelines.deploy import serve_forever
+    from pipelines.candidates.publish import serve_forever
 
     serve_forever(config, store)
     return DONE
@@ -221,7 +221,7 @@ def status(store: str) -> int:
     """List the store's runs: when, how far, and what came of them."""
     from rich.console import Console
 
-    from pipelines.status import print_status
+    from pipelines.report.status import print_status
     from ptuning.store import Store
 
     print_status(Console(), Store(store))

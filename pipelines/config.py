@@ -20,13 +20,13 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipelines.deploy import ServeConfig
-from ptuning.artifact import ArtifactConfig
+from pipelines.candidates.publish import ServeConfig
 from ptuning.data.examples import DataConfig
 from ptuning.errors import ConfigError
-from ptuning.evaluate import GateConfig
-from ptuning.facts import BackboneConfig
+from ptuning.gate import GateConfig
 from ptuning.methods import METHODS, AnyMethod, PrefixTuning
+from ptuning.model.facts import BackboneConfig
+from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.registry.base import RegistryConfig
 from ptuning.train.config import TrainConfig
 from ptuning.types import Config

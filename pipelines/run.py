@@ -19,19 +19,19 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines import cluster
+from pipelines.candidates.judge import gate_all
+from pipelines.candidates.publish import deploy
+from pipelines.candidates.register import hold_overtaken, pack_metrics, register_pack
 from pipelines.config import RunConfig
-from pipelines.deploy import deploy
-from pipelines.evaluate import gate_all
-from pipelines.html_report import html_report
-from pipelines.inputs import find_files
-from pipelines.partition import Partition, partition, read_index
+from pipelines.gangs import cluster
 from pipelines.plan import Plan, PlannedUser, make_packs
-from pipelines.progress import RunProgress
-from pipelines.register import hold_overtaken, pack_metrics, register_pack
-from pipelines.report import RunFacts, summary, users_table
+from pipelines.report.page import html_report
+from pipelines.report.progress import RunProgress
+from pipelines.report.summary import RunFacts, summary, users_table
+from pipelines.rows.inputs import find_files
+from pipelines.rows.partition import Partition, partition, read_index
 from ptuning.errors import RunError
-from ptuning.load import load_template, outline
+from ptuning.model.load import load_template, outline
 from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.store import Store, read_uri
@@ -284,7 +284,7 @@ def _tune(run: Run, progress: RunProgress) -> None:
     }
     total = sum(len(pack.users) for pack in run.plan.packs)
     if total:
-        from pipelines.tune import GangTask, read_done, tune
+        from pipelines.gangs.train import GangTask, read_done, tune
 
         progress.stage("tune", total)
         shape = cluster.gang(run.config)

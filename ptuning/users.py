@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ptuning.artifact import Prefix, PrefixMeta, training_digest
-from ptuning.backbone import Backbone
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.examples import data_digest
 from ptuning.data.layout import Layout
 from ptuning.data.packing import fill_words
 from ptuning.errors import DataError, MethodError, WrongMethod
 from ptuning.methods.base import Method
+from ptuning.model.backbone import Backbone
+from ptuning.prefix.artifact import Prefix, PrefixMeta, training_digest
 from ptuning.train.config import SPEED_ONLY, TrainConfig, UserRows
 from ptuning.train.resume import Belongs, Resume
 from ptuning.types import Example, Split, seed_of

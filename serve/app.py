@@ -26,13 +26,13 @@ from ray.serve.schema import LoggingConfig
 
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
-from ptuning.facts import BackboneConfig
-from ptuning.load import locate
+from ptuning.model.facts import BackboneConfig
+from ptuning.model.load import locate
 from ptuning.registry import RegistryConfig, registry_uri
 from ptuning.store import Store
-from serve.auth import Keys, check_exposure
+from ptuning.system.ports import free_port
 from serve.config import ServeConfig
-from serve.ports import free_port
+from serve.http.auth import Keys, check_exposure
 from serve.replica import EngineReplica, HttpReplica
 
 log = logging.getLogger("ptuning.serve")

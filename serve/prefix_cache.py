@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ptuning.artifact import Prefix
-from ptuning.backbone import Backbone
 from ptuning.errors import ArtifactError
-from ptuning.ready import make_ready
+from ptuning.model.backbone import Backbone
+from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.ready import make_ready
 from ptuning.registry.base import Registry, Version
 from ptuning.store import read_uri
 from serve.config import ServeConfig
-from serve.engine import HeldPrefix
+from serve.engine.engine import HeldPrefix
 from serve.events import PrefixInfo, Refused
 from serve.metrics import Metrics
 

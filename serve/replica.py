@@ -16,14 +16,14 @@ import torch
 from fastapi import FastAPI
 
 from ptuning.data.encode import TemplateKind
-from ptuning.facts import BackboneConfig
-from ptuning.load import load_backbone
+from ptuning.model.facts import BackboneConfig
+from ptuning.model.load import load_backbone
 from ptuning.registry import RegistryConfig, open_registry
 from serve import local_ray
-from serve.api import make_app
-from serve.auth import Keys
 from serve.config import ServeConfig
 from serve.events import Answer, Ask, Event, Failed, Problem
+from serve.http.api import make_app
+from serve.http.auth import Keys
 from serve.metrics import Snapshot
 from serve.service import Service
 

@@ -12,13 +12,13 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from ptuning.backbone import Backbone
 from ptuning.errors import DataError, ServeError
-from ptuning.ready import check_positions
+from ptuning.model.backbone import Backbone
+from ptuning.prefix.ready import check_positions
 from ptuning.registry.base import Registry
-from serve.batcher import QueueFull
 from serve.config import ServeConfig
-from serve.engine import Engine, HeldPrefix, Request
+from serve.engine.batcher import QueueFull
+from serve.engine.engine import Engine, HeldPrefix, Request
 from serve.events import Answer, Ask, Delta, Event, Failed, Finished, Problem, Refused, Started
 from serve.metrics import FAMILIES, Metrics, Snapshot
 from serve.prefix_cache import PrefixCache, file_loader

@@ -16,7 +16,7 @@ from infra.bench import methods, records, tasks
 from infra.bench.products import use_fp32_kernels
 from infra.bench.records import Results, read_records, table
 from ptuning.data.encode import IGNORE
-from ptuning.facts import DECODER, Facts, StackFacts
+from ptuning.model.facts import DECODER, Facts, StackFacts
 
 FACTS = Facts(
     stacks={DECODER: StackFacts(layers=30, heads=3, head_dim=64)},

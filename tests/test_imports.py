@@ -32,25 +32,20 @@ CONFINED = {
 TIERS = {
     "ptuning.types": 0,
     "ptuning.errors": 0,
+    "ptuning.system": 0,
     "ptuning.data": 1,
     "ptuning.methods": 1,
-    "ptuning.backbone": 1,
-    "ptuning.discover": 1,
-    "ptuning.frozen_pass": 1,
-    "ptuning.attention": 1,
-    "ptuning.batch": 1,
-    "ptuning.facts": 1,
-    "ptuning.artifact": 1,
-    "ptuning.load": 1,
-    "ptuning.ready": 1,
+    "ptuning.model": 1,
+    "ptuning.prefix": 1,
+    "ptuning.prefix.peft_format": 2,
     "ptuning.store": 1,
+    "ptuning.gate": 1,
     "ptuning.train": 2,
-    "ptuning.evaluate": 2,
-    "ptuning.generate": 2,
+    "ptuning.scoring": 2,
+    "ptuning.generation": 2,
     "ptuning.registry": 2,
     "ptuning.users": 2,
-    "ptuning.tune": 2,
-    "ptuning.peft_format": 2,
+    "ptuning.tuning": 2,
 }
 
 
@@ -217,7 +212,7 @@ def test_only_deploy_knows_the_service() -> None:
         for one in all_imports()
         if lies_in(one.source, "pipelines")
         and lies_in(one.target, "serve")
-        and one.source != "pipelines.deploy"
+        and one.source != "pipelines.candidates.publish"
     ]
     assert not wrong, "\n".join(map(str, wrong))
 

@@ -32,12 +32,12 @@ from tqdm import tqdm
 import ptuning
 from infra.bench import products, records, tasks
 from infra.bench.records import Record, Results
-from ptuning.artifact import make_prefix, pack_prefix, training_digest
 from ptuning.data.examples import arrange
-from ptuning.evaluate import score_split
-from ptuning.facts import Facts
 from ptuning.methods import AnyMethod
 from ptuning.methods.base import Method
+from ptuning.model.facts import Facts
+from ptuning.prefix.artifact import make_prefix, pack_prefix, training_digest
+from ptuning.scoring import score_split
 from ptuning.train.config import SPEED_ONLY, Trained
 from ptuning.train.packed import train_pack
 from ptuning.train.step import LocalDriver
@@ -351,7 +351,7 @@ Prefixes = dict[str, ptuning.Prefix | None]
 def train(
     backbone: ptuning.Backbone, cell: Cell, rows: tasks.Rows
 ) -> tuple[list[Trained], Prefixes]:
-    """What `ptuning.tune` does, keeping the counts of steps, tokens and new starts, and choosing
+    """What `ptuning.tuning` does, keeping the counts of steps, tokens and new starts, and choosing
     the best epoch whatever the number of validation tokens."""
     method, config = cell.setting.method, cell.train
     if method is None or config is None:

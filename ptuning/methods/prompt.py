@@ -12,9 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ptuning.batch import EMBEDDINGS
 from ptuning.data.layout import Layout, front
-from ptuning.facts import Facts
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
     InputTuning,
@@ -22,6 +20,8 @@ from ptuning.methods.base import (
     StartIds,
     check_start,
 )
+from ptuning.model.batch import EMBEDDINGS
+from ptuning.model.facts import Facts
 
 Combine = Literal["mean", "vote"]
 

@@ -14,10 +14,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ptuning.batch import EMBEDDINGS
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
-from ptuning.facts import Facts
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
     InputTuning,
@@ -26,6 +24,8 @@ from ptuning.methods.base import (
     check_start,
 )
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
+from ptuning.model.batch import EMBEDDINGS
+from ptuning.model.facts import Facts
 
 
 class PTuning(InputTuning):

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.data.packing import epoch_batches, microbatches
 from ptuning.methods.base import Method, Parameters
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.train.config import (
     MAX_RESETS,
     RESET_SCALE,

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.data.encode import Encoded
 from ptuning.data.packing import epoch_batches
 from ptuning.methods.base import Method, Parameters
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.train.config import (
     BETAS,
     EPS,

@@ -19,10 +19,10 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from ptuning.artifact import write_file
 from ptuning.errors import CorruptArtifact, WrongBackbone, WrongMethod, WrongUser
-from ptuning.facts import Facts
 from ptuning.methods.base import Method
+from ptuning.model.facts import Facts
+from ptuning.prefix.artifact import write_file
 from ptuning.train.state import TrainState
 from ptuning.types import EpochLoss
 

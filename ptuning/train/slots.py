@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ptuning.batch import PackPrefix
-from ptuning.facts import Facts
 from ptuning.methods.base import Method, Parameters
+from ptuning.model.batch import PackPrefix
+from ptuning.model.facts import Facts
 from ptuning.train.config import BETAS, EPS, TrainConfig
 from ptuning.train.state import TrainState
 

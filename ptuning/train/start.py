@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ptuning.batch import EMBEDDINGS
 from ptuning.data.encode import Encoded, Template
 from ptuning.data.packing import fill_words
-from ptuning.facts import Facts
 from ptuning.methods.base import Method
+from ptuning.model.batch import EMBEDDINGS
+from ptuning.model.facts import Facts
 from ptuning.train.config import Trained, UserRows
 from ptuning.types import EpochLoss, seed_of
 

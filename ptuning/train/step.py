@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ptuning.batch import Batch, Dropout, PackPrefix, RowPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import microbatches
+from ptuning.model.batch import Batch, Dropout, PackPrefix, RowPrefix
 
 if TYPE_CHECKING:  # it brings in Transformers
-    from ptuning.backbone import Backbone
+    from ptuning.model.backbone import Backbone
 
 
 @dataclass(frozen=True)

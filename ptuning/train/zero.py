@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, RowPrefix
 from ptuning.data.encode import TemplateKind
-from ptuning.load import (
+from ptuning.methods.base import Method
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, RowPrefix
+from ptuning.model.load import (
     choose_attention,
     choose_dtype,
     fingerprint_of,
@@ -27,7 +28,6 @@ from ptuning.load import (
     own_device,
     read_model,
 )
-from ptuning.methods.base import Method
 from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
 
 

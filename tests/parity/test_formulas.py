@@ -18,14 +18,14 @@ import torch
 from tiny_backbones import FAMILIES, SEQ2SEQ, build, build_model, encoded, prefix_rows, random_ids
 from torch import Tensor
 
-from ptuning.artifact import Prefix, PrefixMeta
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, PackPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.layout import Layout
-from ptuning.facts import CROSS, DECODER, ENCODER
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, PackPrefix
+from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.prefix.artifact import Prefix, PrefixMeta
 from ptuning.train.step import collate
 
 torch.set_num_threads(1)

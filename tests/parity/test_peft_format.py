@@ -22,10 +22,6 @@ from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ptuning import peft_format
-from ptuning.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix
-from ptuning.attention import implementation
-from ptuning.backbone import Backbone
 from ptuning.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -34,12 +30,16 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
-from ptuning.facts import DECODER
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
-from ptuning.peft_format import CONFIG, OURS, TENSOR, WEIGHTS, load_peft, save_peft
+from ptuning.model.attention import implementation
+from ptuning.model.backbone import Backbone
+from ptuning.model.facts import DECODER
+from ptuning.prefix import peft_format
+from ptuning.prefix.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix
+from ptuning.prefix.peft_format import CONFIG, OURS, TENSOR, WEIGHTS, load_peft, save_peft
 
 torch.set_num_threads(1)
 P = 5

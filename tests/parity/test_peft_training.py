@@ -39,18 +39,18 @@ from tiny_backbones import (
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, Trainer, TrainingArguments
 
-from ptuning.artifact import Prefix
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, PackPrefix
 from ptuning.data.encode import IGNORE, Encoded, Template
 from ptuning.data.packing import epoch_batches
-from ptuning.facts import DECODER
-from ptuning.generate import generate
+from ptuning.generation import generate
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
-from ptuning.peft_format import flattened, load_peft, unflattened
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, PackPrefix
+from ptuning.model.facts import DECODER
+from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.peft_format import flattened, load_peft, unflattened
 from ptuning.registry import MemoryRegistry
 from ptuning.registry.base import PackRecord, Registration
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at

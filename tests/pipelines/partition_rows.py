@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipelines.partition import Partition, read_index, read_users
+from pipelines.rows.partition import Partition, read_index, read_users
 from ptuning.data.examples import DataConfig, arrange
 from ptuning.store import Store
 from ptuning.types import Example

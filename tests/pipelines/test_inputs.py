@@ -26,8 +26,8 @@ from partition_rows import (
 )
 from tiny_model import make_tokenizer
 
-from pipelines.inputs import find_files, inspect, read_piece
-from pipelines.partition import partition
+from pipelines.rows.inputs import find_files, inspect, read_piece
+from pipelines.rows.partition import partition
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
 from ptuning.errors import DataError

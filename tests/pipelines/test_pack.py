@@ -12,20 +12,20 @@ from blown import Blown
 from runs import user_rows
 from tiny_backbones import FAMILIES, build
 
-import pipelines.pack
-from pipelines.evaluate import gate_all
-from pipelines.pack import PackJob, pack_machine
+import pipelines.gangs.worker
+from pipelines.candidates.judge import gate_all
+from pipelines.gangs.worker import PackJob, pack_machine
 from pipelines.plan import Pack, PlannedUser
-from ptuning.artifact import ArtifactConfig, Prefix
-from ptuning.backbone import Backbone
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.examples import arrange, data_digest
 from ptuning.data.layout import Arrangement
-from ptuning.evaluate import GateConfig
-from ptuning.load import load_backbone
+from ptuning.gate import GateConfig
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.backbone import Backbone
+from ptuning.model.load import load_backbone
+from ptuning.prefix.artifact import ArtifactConfig, Prefix
 from ptuning.store import Store, prefix_path
 from ptuning.train.config import TrainConfig
 from ptuning.train.step import LocalDriver, predicted
@@ -56,7 +56,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Example]]:
     ) -> dict[str, list[Example]]:
         return {user: found for user, found in held.items() if user_key(user) in set(keys)}
 
-    monkeypatch.setattr(pipelines.pack, "read_users", read)
+    monkeypatch.setattr(pipelines.gangs.worker, "read_users", read)
     return held
 
 

@@ -26,7 +26,7 @@ from partition_rows import (
 )
 from tiny_model import make_tokenizer
 
-from pipelines.partition import partition, read_index, read_partition, read_users
+from pipelines.rows.partition import partition, read_index, read_partition, read_users
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig, data_digest
 from ptuning.errors import DataError, RunError
@@ -222,7 +222,7 @@ def test_a_finished_partition_is_found_again_wherever_the_data_lies(
 KILLED = """
     import os, signal, sys
     import ray
-    from pipelines.partition import partition
+    from pipelines.rows.partition import partition
     from ptuning.data.examples import DataConfig
     from ptuning.store import Store
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.deploy import deploy
+from pipelines.candidates.publish import deploy
+from pipelines.candidates.register import hold_overtaken, register_pack
 from pipelines.plan import PlannedUser
-from pipelines.register import hold_overtaken, register_pack
 from ptuning.errors import ConfigError, RunError
 from ptuning.registry import MemoryRegistry, RegistryConfig, registry_uri
 from ptuning.registry.base import PackRecord

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from pipelines.html_report import DUMBBELLS_SHOWN, USERS_SHOWN, html_report
-from pipelines.progress import RunProgress
-from pipelines.report import (
+from pipelines.report.page import DUMBBELLS_SHOWN, USERS_SHOWN, html_report
+from pipelines.report.progress import RunProgress
+from pipelines.report.summary import (
     STAGES,
     USERS_SCHEMA,
     RunFacts,

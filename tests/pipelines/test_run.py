@@ -12,7 +12,7 @@ from runs import config_of, user_rows, write_rows
 from safetensors.torch import load_file
 
 from pipelines.config import RunConfig
-from pipelines.progress import RunProgress
+from pipelines.report.progress import RunProgress
 from pipelines.run import execute
 from ptuning.registry import open_registry
 from ptuning.store import Store, prefix_path

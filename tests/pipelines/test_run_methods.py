@@ -16,11 +16,11 @@ from tiny_backbones import SEQ2SEQ, build_model
 from tiny_model import make_tokenizer, save_encoder_decoder
 
 from pipelines.config import RunConfig, load_config
-from pipelines.progress import RunProgress
+from pipelines.report.progress import RunProgress
 from pipelines.run import execute
-from ptuning.artifact import Prefix
-from ptuning.generate import generate
-from ptuning.load import load_backbone
+from ptuning.generation import generate
+from ptuning.model.load import load_backbone
+from ptuning.prefix.artifact import Prefix
 from ptuning.registry import open_registry
 from ptuning.store import Store, read_uri, resume_path
 from ptuning.types import user_key

@@ -13,7 +13,7 @@ import torch
 from tiny_model import make_tokenizer
 
 if TYPE_CHECKING:
-    from ptuning.backbone import Backbone
+    from ptuning.model.backbone import Backbone
 
 torch.set_num_threads(1)
 
@@ -26,6 +26,6 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def backbone(tiny_model_dir: Path) -> Backbone:
     """The tiny Llama in fp32, loaded as a user would."""
-    from ptuning.load import load_backbone
+    from ptuning.model.load import load_backbone
 
     return load_backbone(str(tiny_model_dir), dtype="float32", device="cpu")

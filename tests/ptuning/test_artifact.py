@@ -25,8 +25,6 @@ from safetensors.torch import save as save_safetensors
 from tiny_backbones import FAMILIES, build, random_kv
 from tiny_model import make_tokenizer
 
-from ptuning.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix, training_digest
-from ptuning.backbone import Backbone
 from ptuning.errors import (
     ArtifactError,
     CorruptArtifact,
@@ -36,8 +34,10 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
-from ptuning.facts import DECODER
 from ptuning.methods.prefix import PrefixTuning
+from ptuning.model.backbone import Backbone
+from ptuning.model.facts import DECODER
+from ptuning.prefix.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix, training_digest
 from ptuning.types import user_key
 
 P = 4
@@ -130,7 +130,7 @@ def test_the_file_is_plain_safetensors_with_a_tensor_kv(backbone: Backbone, tmp_
 GOLDEN = "2d4d6ca119114dda698aedafc351f6f550fd1da7990d696864ebacfa8795b50c"
 _DIGEST_SCRIPT = """
 import torch
-from ptuning.artifact import PrefixMeta, make_prefix
+from ptuning.prefix.artifact import PrefixMeta, make_prefix
 meta = PrefixMeta(
     method={"type": "prefix", "num_virtual_tokens": 2, "init": "words", "z": None, "a": 1},
     backbone="b \\u00e9", backbone_fingerprint="f" * 64, template_digest="t" * 64,

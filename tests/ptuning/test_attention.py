@@ -25,13 +25,13 @@ from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import DynamicCache
 
-from ptuning.attention import AttentionContext, implementation
-from ptuning.backbone import Backbone
-from ptuning.batch import Dropout, PackPrefix, RowPrefix
 from ptuning.errors import UnsupportedModel
-from ptuning.facts import CROSS, DECODER, ENCODER
-from ptuning.load import load_backbone
 from ptuning.methods.prefix import PrefixTuning
+from ptuning.model.attention import AttentionContext, implementation
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import Dropout, PackPrefix, RowPrefix
+from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.model.load import load_backbone
 from ptuning.train.step import LocalDriver, Train, collate
 
 KINDS = ("eager", "sdpa")

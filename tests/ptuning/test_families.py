@@ -31,20 +31,20 @@ from tiny_backbones import (
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig
 
-from ptuning.artifact import Prefix, pack_prefix
-from ptuning.attention import AttentionContext, Place, implementation, mark_layer
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, PackPrefix, RowPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.errors import DataError
-from ptuning.evaluate import score_split
-from ptuning.facts import CROSS, DECODER, ENCODER
-from ptuning.generate import _answer_steps, _causal_steps, generate
+from ptuning.generation import _answer_steps, _causal_steps, generate
 from ptuning.methods.base import Method, Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
-from ptuning.ready import combined, make_ready, rows_of
+from ptuning.model.attention import AttentionContext, Place, implementation, mark_layer
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix
+from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.prefix.artifact import Prefix, pack_prefix
+from ptuning.prefix.ready import combined, make_ready, rows_of
+from ptuning.scoring import score_split
 from ptuning.train.config import TrainConfig, Trained, UserRows
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user

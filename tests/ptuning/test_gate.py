@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ptuning.evaluate import GateConfig, decide
+from ptuning.gate import GateConfig, decide
 from ptuning.types import Gate, SplitLosses
 
 TOKENS = (20, 30, 10, 25, 40, 15, 20, 30)
@@ -175,7 +175,7 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None
 def test_resamples_in_chunks_give_what_they_give_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     base, candidate = losses(4.5), losses(4.4, noise=0.3)
     whole = gate(base, candidate)
-    monkeypatch.setattr("ptuning.evaluate._CHUNK", 1000)
+    monkeypatch.setattr("ptuning.gate._CHUNK", 1000)
     assert gate(base, candidate) == whole
 
 

@@ -12,14 +12,14 @@ from tiny_backbones import FAMILIES, build, logits_of, prefix_rows, random_kv, r
 from tiny_model import make_tokenizer
 from tokenizers import processors
 
-from ptuning.artifact import Prefix, PrefixMeta, make_prefix
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS
 from ptuning.errors import BackboneError, ConfigError, CorruptArtifact, DataError, WrongBackbone
-from ptuning.facts import DECODER
-from ptuning.generate import generate, stop_ids
+from ptuning.generation import generate, stop_ids
 from ptuning.methods.prompt import PromptTuning
-from ptuning.ready import combined, elected, make_ready, rows_of
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS
+from ptuning.model.facts import DECODER
+from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.prefix.ready import combined, elected, make_ready, rows_of
 
 PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
 
@@ -149,7 +149,7 @@ def test_generation_stops_at_the_end_token_of_each_row_alone(
     with torch.no_grad():
         (logits,) = logits_of(backbone, [ids], prefix_rows(backbone, prefixes[:1]))
     first = int(logits[-1].argmax())
-    module = sys.modules["ptuning.generate"]  # `ptuning.generate` is the function
+    module = sys.modules["ptuning.generation"]  # `ptuning.generation` is the function
     monkeypatch.setattr(module, "stop_ids", lambda _backbone: {first})
     stopped = generate(backbone, PROMPTS, prefixes, max_new_tokens=8)
     assert stopped[0] == ""
@@ -285,7 +285,7 @@ def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.Mon
     # The first member's answer ends after two tokens.
     begun = backbone.template.encode_prompt(PROMPTS[0])
     stops = {greedy_ids(backbone, begun, alone[0], 3)[2]}
-    monkeypatch.setattr(sys.modules["ptuning.generate"], "stop_ids", lambda _: stops)
+    monkeypatch.setattr(sys.modules["ptuning.generation"], "stop_ids", lambda _: stops)
     answers = [spoken(backbone, PROMPTS[0], one, stops) for one in alone]
     texts = [text for text, _ in answers]
     assert len(set(texts)) == (3 if winner == "the commonest" else 4)

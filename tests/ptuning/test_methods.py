@@ -26,10 +26,6 @@ from tiny_backbones import (
 from tiny_model import make_tokenizer
 from torch import Tensor, nn
 
-from ptuning.artifact import Prefix
-from ptuning.attention import implementation
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS
 from ptuning.data.encode import IGNORE, Encoded, Template
 from ptuning.data.layout import Arrangement, Layout, between, front
 from ptuning.errors import (
@@ -42,18 +38,22 @@ from ptuning.errors import (
     WrongMethod,
     WrongShape,
 )
-from ptuning.facts import CROSS, DECODER, ENCODER
-from ptuning.load import outline
 from ptuning.methods.base import Method
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.attention import implementation
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS
+from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.model.load import outline
+from ptuning.prefix.artifact import Prefix
 from ptuning.train.config import TrainConfig
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
 from ptuning.train.step import LocalDriver
-from ptuning.tune import tune
+from ptuning.tuning import tune
 from ptuning.types import Example
 from ptuning.users import Recipe, prepare
 

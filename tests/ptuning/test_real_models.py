@@ -10,8 +10,8 @@ import importlib.util
 import pytest
 
 import ptuning
-from ptuning.load import ALIASES
 from ptuning.methods.base import Method
+from ptuning.model.load import ALIASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -19,9 +19,6 @@ from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, ra
 from tiny_model import make_tokenizer
 from torch import Tensor
 
-from ptuning.attention import implementation
-from ptuning.backbone import Backbone
-from ptuning.batch import PackPrefix
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import epoch_batches, fill_words, microbatches
 from ptuning.errors import (
@@ -32,12 +29,15 @@ from ptuning.errors import (
     WrongMethod,
     WrongUser,
 )
-from ptuning.evaluate import score_split
-from ptuning.facts import DECODER
 from ptuning.methods.base import Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.attention import implementation
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import PackPrefix
+from ptuning.model.facts import DECODER
+from ptuning.scoring import score_split
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user

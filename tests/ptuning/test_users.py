@@ -9,17 +9,17 @@ import pytest
 import torch
 from tiny_backbones import FAMILIES, build, random_prefix
 
-from ptuning.artifact import ArtifactConfig
 from ptuning.data.encode import Template
 from ptuning.data.examples import arrange
 from ptuning.errors import ConfigError, DataError, MethodError, WrongMethod
-from ptuning.evaluate import nll
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.prefix.artifact import ArtifactConfig
+from ptuning.scoring import nll
 from ptuning.train.config import TrainConfig
-from ptuning.tune import TuneResult, tune
+from ptuning.tuning import TuneResult, tune
 from ptuning.types import Example, Message
 from ptuning.users import Recipe, identity, prepare, warm_start
 

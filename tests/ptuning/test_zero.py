@@ -16,8 +16,8 @@ from tiny_model import make_tokenizer
 from torch import Tensor
 from zero_rank import CONFIG, KINDS, champion_nats, share
 
-from ptuning.backbone import Backbone
-from ptuning.load import load_backbone
+from ptuning.model.backbone import Backbone
+from ptuning.model.load import load_backbone
 from ptuning.train.packed import train_pack
 from ptuning.train.step import LocalDriver
 

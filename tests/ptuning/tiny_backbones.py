@@ -12,14 +12,14 @@ from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
-from ptuning.artifact import Prefix, PrefixMeta, make_prefix
-from ptuning.attention import AttentionContext, implementation
-from ptuning.backbone import Backbone
-from ptuning.batch import EMBEDDINGS, PackPrefix, RowPrefix
 from ptuning.data.encode import IGNORE, Encoded
-from ptuning.facts import DECODER
 from ptuning.methods.base import Method
-from ptuning.ready import make_ready, rows_of
+from ptuning.model.attention import AttentionContext, implementation
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix
+from ptuning.model.facts import DECODER
+from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.prefix.ready import make_ready, rows_of
 from ptuning.train.config import UserRows
 from ptuning.types import seed_of
 

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny_backbones import random_prefix, user_rows
 
-from ptuning.artifact import pack_prefix
-from ptuning.backbone import Backbone
-from ptuning.evaluate import score_split
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.backbone import Backbone
+from ptuning.prefix.artifact import pack_prefix
+from ptuning.scoring import score_split
 from ptuning.train.config import TrainConfig, UserRows
 from ptuning.train.step import Machine
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from serving import Heard, MakeRequest, save_llama
 
-from ptuning.backbone import Backbone
-from ptuning.load import load_backbone
-from serve.engine import HeldPrefix, Request
+from ptuning.model.backbone import Backbone
+from ptuning.model.load import load_backbone
+from serve.engine.engine import HeldPrefix, Request
 
 
 @pytest.fixture(autouse=True)

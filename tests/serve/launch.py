@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from ptuning.facts import BackboneConfig
+from ptuning.model.facts import BackboneConfig
 from ptuning.registry import RegistryConfig
 from serve.app import run
 from serve.config import ServeConfig

@@ -11,14 +11,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ptuning.artifact import Prefix, PrefixMeta
-from ptuning.backbone import Backbone
-from ptuning.batch import RowPrefix, Seen
-from ptuning.facts import DECODER
-from ptuning.ready import Member, ReadyPrefix
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import RowPrefix, Seen
+from ptuning.model.facts import DECODER
+from ptuning.prefix.artifact import Prefix, PrefixMeta
+from ptuning.prefix.ready import Member, ReadyPrefix
 from ptuning.registry import PackRecord, Registration, Registry, Version
 from ptuning.types import user_key
-from serve.engine import Engine, HeldPrefix, Request
+from serve.engine.engine import Engine, HeldPrefix, Request
 from serve.events import Delta, Event, Failed, Finished, PrefixInfo, Started
 
 SPECIALS = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")

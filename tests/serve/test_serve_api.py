@@ -13,13 +13,13 @@ import httpx
 import pytest
 from serving import Files, oracle, prefix_file
 
-from ptuning.backbone import Backbone
-from ptuning.facts import DECODER
+from ptuning.model.backbone import Backbone
+from ptuning.model.facts import DECODER
 from ptuning.registry import MemoryRegistry
 from ptuning.types import Message
-from serve.api import make_app
-from serve.auth import Keys
 from serve.config import ServeConfig
+from serve.http.api import make_app
+from serve.http.auth import Keys
 from serve.metrics import Snapshot
 from serve.service import Service
 

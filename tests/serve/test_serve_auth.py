@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ptuning.errors import ConfigError
-from serve.auth import Keys, check_exposure, is_loopback
 from serve.config import ServeConfig
 from serve.events import Refused
+from serve.http.auth import Keys, check_exposure, is_loopback
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])

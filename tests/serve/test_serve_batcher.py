@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ptuning.errors import ServeError
-from serve.batcher import Batcher, Move, QueueFull, State
+from serve.engine.batcher import Batcher, Move, QueueFull, State
 
 
 def test_requests_are_admitted_in_order_of_arrival_into_the_next_slots() -> None:

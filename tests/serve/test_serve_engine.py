@@ -24,14 +24,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from ptuning.backbone import Backbone
-from ptuning.batch import Seen
 from ptuning.errors import ServeError
-from ptuning.facts import DECODER
-from ptuning.load import load_backbone
-from ptuning.ready import Member, ReadyPrefix
-from serve.batcher import QueueFull
-from serve.engine import Engine, HeldPrefix, Request
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import Seen
+from ptuning.model.facts import DECODER
+from ptuning.model.load import load_backbone
+from ptuning.prefix.ready import Member, ReadyPrefix
+from serve.engine.batcher import QueueFull
+from serve.engine.engine import Engine, HeldPrefix, Request
 from serve.events import Delta, Failed, Finished
 from serve.metrics import render
 

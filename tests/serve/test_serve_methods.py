@@ -9,15 +9,15 @@ import pytest
 from serving import Heard, make_engine, started_of, text_of
 from tiny_backbones import FAMILIES, SEQ2SEQ, build, random_prefix
 
-from ptuning.artifact import Prefix
-from ptuning.backbone import Backbone
-from ptuning.generate import generate
+from ptuning.generation import generate
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
-from ptuning.ready import make_ready
-from serve.engine import HeldPrefix, Request
+from ptuning.model.backbone import Backbone
+from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.ready import make_ready
+from serve.engine.engine import HeldPrefix, Request
 from serve.events import Delta, Event, Finished, PrefixInfo, Started
 
 METHODS: dict[str, Method] = {

@@ -25,16 +25,16 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from ptuning.artifact import Prefix
-from ptuning.backbone import Backbone
 from ptuning.errors import UnsupportedModel
-from ptuning.facts import DECODER
-from ptuning.generate import generate
-from ptuning.load import load_backbone
-from ptuning.ready import make_ready
-from serve.engine import HeldPrefix, Request
+from ptuning.generation import generate
+from ptuning.model.backbone import Backbone
+from ptuning.model.facts import DECODER
+from ptuning.model.load import load_backbone
+from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.ready import make_ready
+from serve.engine.engine import HeldPrefix, Request
+from serve.engine.runner import SlotRunner
 from serve.events import PrefixInfo
-from serve.runner import SlotRunner
 
 
 def save_sliding(kind: str, directory: Path) -> Path:

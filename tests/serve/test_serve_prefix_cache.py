@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import pytest
 from serving import Files, prefix_file
 
-from ptuning.artifact import Prefix
-from ptuning.backbone import Backbone
 from ptuning.errors import RegistryError
-from ptuning.facts import DECODER
+from ptuning.model.backbone import Backbone
+from ptuning.model.facts import DECODER
+from ptuning.prefix.artifact import Prefix
 from ptuning.registry import MemoryRegistry, Version
 from ptuning.types import user_key
 from serve.config import ServeConfig

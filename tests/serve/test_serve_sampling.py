@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from serve.sampling import choose, generator_of
+from serve.engine.sampling import choose, generator_of
 
 
 def draw(

@@ -21,14 +21,14 @@ import psutil
 import pytest
 from serving import Files, prefix_file, save_llama
 
-from ptuning.artifact import Prefix
-from ptuning.backbone import Backbone
 from ptuning.errors import ServeError
-from ptuning.load import load_backbone
+from ptuning.model.backbone import Backbone
+from ptuning.model.load import load_backbone
+from ptuning.prefix.artifact import Prefix
 from ptuning.registry import RegistryConfig, open_registry
 from ptuning.store import Store
-from serve.auth import is_loopback
 from serve.config import ServeConfig
+from serve.http.auth import is_loopback
 
 pytestmark = pytest.mark.slow
 
@@ -294,7 +294,7 @@ def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Ser
 
 
 def test_a_port_in_use_is_said_before_anything_starts(served: Served, tmp_path: Path) -> None:
-    from ptuning.facts import BackboneConfig
+    from ptuning.model.facts import BackboneConfig
     from serve.app import run
 
     port = int(served.address.rsplit(":", 1)[1])

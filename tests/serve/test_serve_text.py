@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from serving import byte_tokenizer
 
 from ptuning.data.encode import Template
-from serve.text import TextStream
+from serve.engine.text import TextStream
 
 TEMPLATE = Template.of(byte_tokenizer(), "chat")
 

@@ -1,0 +1,266 @@
+"""Train a plan's packs on one Ray Train gang whose workers load the backbone once.
+
+A worker that dies takes the gang's processes with it; the gang starts again and goes on with
+the packs that have no done-record. Outputs are committed by writing that record, once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.config import RayConfig
+from pipelines.gangs.cluster import Gang
+from pipelines.gangs.worker import PackJob, losses_from_json, losses_to_json, pack_machine
+from pipelines.plan import Pack, Plan, assign
+from ptuning.data.encode import TemplateKind
+from ptuning.errors import RunError
+from ptuning.model.backbone import Backbone
+from ptuning.model.facts import BackboneConfig
+from ptuning.model.load import load_backbone
+from ptuning.prefix.artifact import ArtifactConfig
+from ptuning.store import Store
+from ptuning.train.step import Driver, LocalDriver, Machine, Train
+from ptuning.types import UserReport
+from ptuning.users import Recipe
+
+TICK_S = 0.5  # how often a worker reports tokens, and the driver looks
+
+Progress = Callable[[int, int], None]  # users done, tokens trained
+
+
+@dataclass(frozen=True)
+class GangTask:
+    """What a worker is told. Plain values only: it travels to other hosts."""
+
+    store: str
+    run_id: str
+    partition_id: str
+    recipe: Recipe
+    artifact: ArtifactConfig
+    backbone: BackboneConfig  # dtype and attention resolved
+    template: TemplateKind
+    threads: int
+
+
+def done_name(run_id: str, pack_id: str) -> str:
+    """Name of a pack's done-record, the commit of its users."""
+    return f"runs/{run_id}/done/{pack_id}.json"
+
+
+def read_done(store: Store, run_id: str, packs: Iterable[Pack]) -> dict[str, list[UserReport]]:
+    """Reports of the committed packs, by pack id."""
+    names = set(store.list(f"runs/{run_id}/done"))
+    done = {}
+    for pack in packs:
+        if f"{pack.pack_id}.json" in names:
+            record = store.read_json(done_name(run_id, pack.pack_id))
+            done[pack.pack_id] = [_report_from_json(user) for user in record["users"]]
+    return done
+
+
+def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: Progress) -> None:
+    """Train every pack that has no done-record. Raises RunError if the gang cannot finish."""
+    store = Store(task.store)
+    done = read_done(store, task.run_id, plan.packs)
+    remaining = [pack for pack in plan.packs if pack.pack_id not in done]
+    before = sum(len(reports) for reports in done.values())
+    progress(before, 0)
+    if not remaining:
+        return
+    # A sharded gang keeps all its workers, since each holds a part of the weights.
+    whole = task.backbone.sharding == "replicate"
+    workers = min(shape.workers, len(remaining)) if whole else shape.workers
+    board = _Board.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"task": task, "plan": plan, "board": board},
+        torch_config=TorchConfig(
+            backend="nccl" if shape.gpus else "gloo", timeout_s=int(config.timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=bool(shape.gpus),
+            resources_per_worker={
+                "CPU": shape.cpus,
+                **({"GPU": shape.gpus} if shape.gpus else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"gang-{task.run_id}",
+            storage_path=_scratch(store, task.run_id),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    with _Watch(board, progress, before):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise RunError(
+                "the training gang failed",
+                seen=_root_cause(error),
+                fix="mend the cause and run the same command again; committed users are kept",
+            ) from error
+    missing = len(plan.packs) - len(read_done(store, task.run_id, plan.packs))
+    if missing:
+        raise RunError("the gang ended without training every pack", seen=f"{missing} packs left")
+
+
+def _scratch(store: Store, run_id: str) -> str:
+    """Where Ray Train keeps its own state: it is not part of the run's results."""
+    return store.path("runs", run_id, "ray")
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [f"worker {rank}: {failure}" for rank, failure in sorted(failures.items())]
+    lines = [line for line in "\n".join(causes or [str(error)]).splitlines() if line.strip()]
+    return " | ".join(lines[:1] + lines[-2:]) if len(lines) > 3 else " | ".join(lines)
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Counts of the gang in progress, for the driver's progress bar."""
+
+    def __init__(self) -> None:
+        self._users = self._tokens = 0
+
+    def add(self, users: int, tokens: int) -> None:
+        self._users, self._tokens = self._users + users, self._tokens + tokens
+
+    def read(self) -> tuple[int, int]:
+        return self._users, self._tokens
+
+
+class _Watch:
+    """Feeds the progress bar from the board while the gang runs."""
+
+    def __init__(self, board: Any, progress: Progress, before: int) -> None:
+        self._board, self._progress, self._before = board, progress, before
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def _follow(self) -> None:
+        while not self._stop.wait(TICK_S):
+            try:
+                users, tokens = ray.get(self._board.read.remote(), timeout=10)
+            except ray.exceptions.RayError:
+                continue  # the bar can wait; the gang's own errors are raised by fit()
+            self._progress(self._before + users, tokens)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=15)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """A gang member: load the backbone, then train its share of what is not done yet."""
+    task: GangTask = config["task"]
+    torch.set_num_threads(max(1, task.threads))
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    store = Store(task.store)
+    plan: Plan = config["plan"]
+    done = read_done(store, task.run_id, plan.packs)
+    # Shares are of the whole plan: ranks that list `done` at different moments must agree.
+    share = [pack for pack in assign(plan.packs, size)[rank] if pack.pack_id not in done]
+    if task.backbone.sharding == "replicate" and not share:
+        return
+    backbone, driver = _load(task)
+    job = PackJob(store, task.partition_id, task.recipe, task.artifact)
+    attempt = f"{rank}-{os.getpid()}"
+    driver.run(
+        _counted(_all_packs(backbone, job, task, share, attempt, config["board"]), config["board"])
+    )
+
+
+def _load(task: GangTask) -> tuple[Backbone, Driver]:
+    chosen = task.backbone
+    settings: dict[str, Any] = {
+        "dtype": chosen.dtype,
+        "attention": chosen.attention,
+        "device": str(ray.train.torch.get_device()) if chosen.device == "auto" else chosen.device,
+        "template": task.template,
+        "gradient_checkpointing": chosen.gradient_checkpointing,
+    }
+    if chosen.sharding == "zero3":
+        from ptuning.train.zero import LockstepDriver, load_sharded
+
+        backbone = load_sharded(chosen.name, **settings)
+        return backbone, LockstepDriver(backbone, task.recipe.method)
+    backbone = load_backbone(chosen.name, **settings)
+    return backbone, LocalDriver(backbone)
+
+
+def _all_packs(
+    backbone: Backbone, job: PackJob, task: GangTask, share: list[Pack], attempt: str, board: Any
+) -> Machine[None]:
+    """A worker's whole work as one machine: idle peers of a sharded gang wait inside it."""
+    before = backbone.checksum()
+    for pack in share:
+        start = time.monotonic()
+        reports = yield from pack_machine(backbone, job, pack)
+        backbone.verify_unchanged(before)
+        record = {
+            "pack_id": pack.pack_id,
+            "attempt": attempt,
+            "seconds": round(time.monotonic() - start, 3),
+            "users": [_report_to_json(report) for report in reports],
+        }
+        if job.store.write_once(done_name(task.run_id, pack.pack_id), record):
+            board.add.remote(len(reports), 0)
+
+
+def _counted(machine: Machine[None], board: Any) -> Machine[None]:
+    """The same machine, telling the board now and then how many tokens were trained."""
+    result, tokens, told = None, 0, time.monotonic()
+    while True:
+        try:
+            work = machine.send(result)  # type: ignore[arg-type]
+        except StopIteration:
+            board.add.remote(0, tokens)
+            return
+        if isinstance(work, Train):
+            batch = work.batch
+            tokens += int((batch.attention_mask * (batch.input_ids >= 0)).sum())
+        if time.monotonic() - told > TICK_S:
+            board.add.remote(0, tokens)
+            tokens, told = 0, time.monotonic()
+        result = yield work
+
+
+def _report_to_json(report: UserReport) -> dict[str, Any]:
+    value = {
+        name: getattr(report, name)
+        for name in ("user_key", "status", "digest", "error", "stage", "steps", "tokens", "details")
+    }
+    history = [
+        {name: _finite(loss) for name, loss in dict(epoch).items()} for epoch in report.history
+    ]
+    return {**value, "history": history, "losses": losses_to_json(report)}
+
+
+def _report_from_json(value: dict[str, Any]) -> UserReport:
+    return UserReport(**{**value, "losses": losses_from_json(value["losses"])})
+
+
+def _finite(loss: object) -> object:
+    """JSON has no NaN; the error of a failed user says what it was."""
+    return (
+        loss
+        if not isinstance(loss, float) or (loss == loss and abs(loss) != float("inf"))
+        else None
+    )

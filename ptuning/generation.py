@@ -1,0 +1,215 @@
+"""Generate text for many users in one batch, each row with its own prefix or none.
+
+The plain version: one batch from start to end, the prefix put before the keys at every
+step. `serve/engine.py` is the fast one (rows join and leave between steps); tests hold them
+equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ptuning.errors import ConfigError, DataError
+from ptuning.model.backbone import Backbone
+from ptuning.model.batch import RowPrefix
+from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.ready import (
+    Member,
+    ReadyPrefix,
+    check_positions,
+    combined,
+    elected,
+    log_probability,
+    make_ready,
+    rows_of,
+)
+from ptuning.types import seed_of
+
+
+def generate(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    prefixes: Sequence[Prefix | None],
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_length: int = 512,
+) -> list[str]:
+    """Continue each prompt, encoded as a training prompt, with that row's prefix.
+
+    `temperature` 0 is greedy. A row's random draws depend on `seed` and the row's place and
+    on nothing else in the batch. Prompts longer than `max_length` tokens lose their oldest.
+    """
+    if len(prompts) != len(prefixes):
+        raise ConfigError(
+            "one prefix or None per prompt",
+            seen=f"{len(prompts)} prompts, {len(prefixes)} prefixes",
+            expected="as many prefixes as prompts",
+            fix="give None for a row that the base model is to answer",
+        )
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise ConfigError(
+            "text cannot be generated with these numbers",
+            seen=f"max_new_tokens={max_new_tokens}, temperature={temperature}",
+            expected="max_new_tokens of at least 1, a finite temperature of at least 0",
+            fix="leave them out for 64 and 0 (greedy)",
+        )
+    if not prompts:
+        return []
+    ready = [None if prefix is None else make_ready(prefix, backbone) for prefix in prefixes]
+    encoded = [backbone.template.encode_prompt(prompt, max_length) for prompt in prompts]
+    if not all(encoded):
+        raise DataError(
+            "a prompt has no tokens, so there is nothing to continue",
+            seen=f"prompt {encoded.index([])}: {prompts[encoded.index([])]!r}",
+            expected="text; this backbone's template puts no token before it",
+        )
+    around = [
+        ids if own is None else own.around.prompt(ids)
+        for ids, own in zip(encoded, ready, strict=True)
+    ]
+    for prompt, own in zip(around, ready, strict=True):
+        check_positions(backbone, own, prompt, max_new_tokens)
+    return _generate(backbone, around, ready, max_new_tokens, temperature, seed)
+
+
+def stop_ids(backbone: Backbone) -> set[int]:
+    """Tokens that end a completion: the template's end and the model's own."""
+    ends = {backbone.template.end_token_id}
+    model: Any = backbone.model
+    for holder in (getattr(model, "generation_config", None), model.config):
+        own = getattr(holder, "eos_token_id", None)
+        ends.update(int(t) for t in (own if isinstance(own, list) else [own]) if t is not None)
+    return ends
+
+
+@dataclass
+class _Voice:
+    """One answer in the making, by `rows` rows that choose its tokens together."""
+
+    prompt: int
+    rows: int
+    alone: bool  # nothing to be compared with
+    generator: torch.Generator
+    ids: list[int] = field(default_factory=list)
+    log_p: float = 0.0
+    done: bool = False
+
+    def take(self, logits_RV: Tensor, temperature: float, stops: set[int]) -> int:
+        """The next token."""
+        logits = combined(logits_RV)
+        token = _choose(logits, temperature, self.generator)
+        if not self.done:
+            self.log_p += 0.0 if self.alone else log_probability(logits, token)
+            self.done = token in stops
+            if not self.done:
+                self.ids.append(token)
+        return token
+
+    @property
+    def score(self) -> float:
+        return self.log_p / (len(self.ids) + self.done)
+
+
+def _generate(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    prefixes: Sequence[ReadyPrefix | None],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    """Each prompt's answer. An ensemble is as many rows as it has members. They speak with one
+    voice, or, where they vote, each with its own; then one of the answers is given."""
+    members: list[tuple[Member | None, ...]] = [
+        (None,) if prefix is None else prefix.members for prefix in prefixes
+    ]
+    rows = [prompts[n] for n, own in enumerate(members) for _ in own]
+    prefix = rows_of(backbone, [member for own in members for member in own])
+    steps = (_answer_steps if backbone.facts.decoder_start_id is not None else _causal_steps)(
+        backbone, rows, prefix
+    )
+    stops, voices = stop_ids(backbone), _voices(prefixes, seed)
+    logits = next(steps)
+    for _ in range(max_new_tokens):
+        by_voice = logits.cpu().split([voice.rows for voice in voices])
+        chosen = [
+            voice.take(own, temperature, stops) for voice, own in zip(voices, by_voice, strict=True)
+        ]
+        if all(voice.done for voice in voices):
+            break
+        logits = steps.send(
+            [token for voice, token in zip(voices, chosen, strict=True) for _ in range(voice.rows)]
+        )
+    given: list[list[tuple[str, float]]] = [[] for _ in prompts]
+    for voice in voices:
+        given[voice.prompt].append((backbone.template.decode(voice.ids), voice.score))
+    return [own[elected(own)][0] for own in given]
+
+
+def _voices(prefixes: Sequence[ReadyPrefix | None], seed: int) -> list[_Voice]:
+    """In the order of their rows. Those of one prompt draw alike: what differs is their members."""
+    voices = []
+    for n, prefix in enumerate(prefixes):
+        rows, count = (1, 1) if prefix is None else (len(prefix.members), prefix.voices)
+        for _ in range(count):
+            generator = torch.Generator().manual_seed(seed_of(seed, "row", n))
+            voices.append(_Voice(n, rows // count, count == 1, generator))
+    return voices
+
+
+Steps = Generator[Tensor, list[int], None]  # logits [R, V]; is sent each row's next token
+
+
+def _causal_steps(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefix: RowPrefix | None
+) -> Steps:
+    rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
+    ids = torch.zeros((rows, longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # padded on the left: the last column is real
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask = ids.to(backbone.device), mask.to(backbone.device)
+    index, lengths, cache = (mask.cumsum(-1) - 1).clamp_min(0), mask.sum(-1), DynamicCache()
+    while True:
+        chosen = yield backbone.step(ids, mask, index, prefix, cache, prompt_lengths=lengths)
+        ids = torch.tensor(chosen, device=backbone.device)[:, None]
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        index = index[:, -1:] + 1
+
+
+def _answer_steps(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], prefix: RowPrefix | None
+) -> Steps:
+    """An encoder reads the prompts once; the decoder reads each answer anew at every step."""
+    start = backbone.facts.decoder_start_id
+    assert start is not None
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long, device=backbone.device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        mask[row, : len(prompt)] = 1
+    encoded = backbone.encode_source(ids, mask, prefix)
+    answer = torch.full((len(prompts), 1), start, device=backbone.device)
+    while True:
+        last = torch.full((len(prompts),), answer.shape[1] - 1, device=backbone.device)
+        chosen = yield backbone.answer_step(encoded, mask, answer, prefix, last)
+        answer = torch.cat([answer, torch.tensor(chosen, device=backbone.device)[:, None]], dim=1)
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The next token of one row from its logits `[V]`."""
+    if temperature == 0.0:
+        return int(logits.argmax())
+    # Differences are divided, so that the smallest temperature overflows to none but -inf.
+    chances = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
+    return int(torch.multinomial(chances, 1, generator=generator))

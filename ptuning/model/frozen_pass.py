@@ -1,0 +1,142 @@
+"""One forward pass of the frozen model: the only module that is ever called or sharded."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptuning.errors import UnsupportedModel
+from ptuning.model.attention import CONTEXT, AttentionContext
+
+
+class FrozenPass(nn.Module):
+    """The model, called with what a prefix needs of it.
+
+    Logits are computed where they are asked for and nowhere else: a hook on the output
+    embedding picks the hidden states, so whatever a model does after it (scaling, soft caps)
+    still happens.
+    """
+
+    def __init__(self, model: nn.Module, *, always_embed: bool = False) -> None:
+        """`always_embed`: look embeddings up here in every call, so that the ranks of a sharded
+        model visit its modules in one order whatever each of them computes."""
+        super().__init__()
+        self._always_embed = always_embed
+        self.model = model
+        self.takes_embeddings = "inputs_embeds" in inspect.signature(model.forward).parameters
+        # Each thread its own: a service compiles a prefix while its engine takes a step.
+        self._local = threading.local()
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if head is None:
+            raise UnsupportedModel(
+                "the model has no output embedding, so it cannot predict tokens",
+                seen=type(model).__name__,
+                expected="a causal language model",
+            )
+        head.register_forward_pre_hook(self._pick)
+        self.moves_decoder = False
+        for table in _decoder_positions(model):
+            table.register_forward_pre_hook(self._at_positions, with_kwargs=True)
+            table.register_forward_hook(self._by_rows)
+            self.moves_decoder = True
+
+    def _pick(self, _head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        select = getattr(self._local, "select", None)
+        if select is None:
+            return args
+        rows, cols = select
+        return (args[0][rows, cols].unsqueeze(0), *args[1:])
+
+    def _at_positions(
+        self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A decoder that counts its own tokens gets the positions of ours, one long row of them:
+        it has one list of positions for a whole batch, and our rows' differ."""
+        positions = getattr(self._local, "answer_positions", None)
+        if positions is None:
+            return None
+        bound = inspect.signature(table.forward).bind(*args, **kwargs)
+        bound.arguments["position_ids"] = positions.flatten()
+        return bound.args, bound.kwargs
+
+    def _by_rows(self, _table: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        positions = getattr(self._local, "answer_positions", None)
+        return output if positions is None else output.view(*positions.shape, -1)
+
+    def forward(
+        self,
+        context: AttentionContext,
+        select: tuple[Tensor, Tensor] | None,
+        targets: Tensor | None,
+        members: int,
+        **inputs: Any,
+    ) -> Tensor:
+        """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`.
+
+        With `members` the rows are an ensemble's, all of one member after all of another, and
+        its nll is `[N / members]`.
+        """
+        virtual = None if context.prefix is None else context.prefix.embeddings
+        ids = inputs["input_ids"]  # None where the encoder has read them already
+        here = context.capture or self._always_embed
+        wanted = virtual is not None or (here and self.takes_embeddings)
+        if ids is not None and wanted:
+            # The ids themselves stay away from the model: sharded ranks must all look their
+            # embeddings up equally often.
+            inputs["input_ids"] = None
+            inputs["inputs_embeds"] = context.embedded = self.embed(ids, virtual)
+        self._local.select, self._local.answer_positions = select, context.answer_positions
+        try:
+            output = self.model(**inputs, **{CONTEXT: context})
+        finally:
+            self._local.select = self._local.answer_positions = None
+        logits: Tensor = output.logits if select is None else output.logits[0]
+        if targets is None:
+            return logits
+        if members > 1:
+            return _ensemble_nll(logits, targets, members)
+        return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    @property
+    def table(self) -> nn.Module:
+        """The input embedding. An encoder's own, which need not be shared with the decoder's."""
+        model: Any = self.model
+        reader = model.get_encoder() if model.config.is_encoder_decoder else model
+        table: nn.Module = reader.get_input_embeddings()
+        return table
+
+    def embed(self, ids: Tensor, virtual: Tensor | None) -> Tensor:
+        """Input embeddings `[R, T, E]`; id -1-k is row r's `virtual[r, k]`."""
+        real: Tensor = self.table(ids.clamp_min(0))
+        if virtual is None:
+            return real
+        index = (-1 - ids).clamp_min(0)[..., None].expand(-1, -1, virtual.shape[-1])
+        own = virtual.gather(1, index).to(real.dtype)
+        return torch.where((ids < 0)[..., None], own, real)
+
+
+def _decoder_positions(model: Any) -> list[nn.Module]:
+    """The position embeddings of a decoder (BART's and its kin's) that can be told where its
+    tokens stand, but not through the model's own arguments."""
+    if not model.config.is_encoder_decoder:
+        return []
+    encoder = set(model.get_encoder().modules())
+    return [
+        module
+        for module in model.get_decoder().modules()
+        if isinstance(module, nn.Embedding)
+        and module not in encoder
+        and "position_ids" in inspect.signature(module.forward).parameters
+    ]
+
+
+def _ensemble_nll(logits_NV: Tensor, targets: Tensor, members: int) -> Tensor:
+    """-log of the normalised mean (geometric) of the members' probabilities, `[N / members]`."""
+    log_p = functional.log_softmax(logits_NV.float(), dim=-1).unflatten(0, (members, -1)).mean(0)
+    wanted = targets[: len(log_p), None]
+    return log_p.logsumexp(-1) - log_p.gather(-1, wanted)[:, 0]
