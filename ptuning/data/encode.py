@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,28 @@ from ptuning.types import Example, Message
 
 IGNORE = -100  # label of an unsupervised position, as in torch.nn.functional.cross_entropy
 TemplateKind = Literal["auto", "chat", "plain"]
+
+# Texts that show how a tokenizer cuts: its digest holds the ids it gives them. Between them
+# they meet what normalizers and pre-tokenizers treat apart.
+_PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two leading blanks, two trailing  ",
+    "tab\tline\nbreak\r\nblank line\n\n\nend",
+    "I'm you're he'll we've they'd it's DON'T O'Neil",
+    "0 1 12 123 1234 12345 3.14159 1,000,000 -7 +8 1e-5 0x1F ½ ²",
+    "UPPER lower CamelCase snake_case kebab-case dotted.name",
+    "café cafe\u0301 ﬁ Å A\u030a ẞ ß İ ı",
+    "日本語のテキスト 中文字符 한국어 텍스트",
+    "русский ελληνικά עברית العربية हिन्दी ไทย",
+    "👍 👩‍👩‍👧‍👦 🇩🇪 🏽 ☕️",
+    "def f(x):\n    return x ** 2  # comment",
+    '{"key": [1, 2.5, null], "s": "a\\n"}',
+    "https://example.org/a?b=c&d=%20#e user@example.org @name #tag",
+    "(a) [b] {c} <d> «e» “f” ‘g’ … – — ! ? ; : / \\ | ~ ^ ` $ % & * + =",
+    "zero\u200bwidth no\u00a0break soft\u00adhyphen \ufeffmark",
+    "<s> </s> <pad> <unk> <|endoftext|> <|im_start|> [CLS] [SEP] [MASK]",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+)
 
 # A private-use character that no text of a template holds: it marks where a message's
 # content stands in the rendered template.
@@ -68,18 +90,28 @@ class Template:
     """A tokenizer together with the way a row is written for it (`chat` or `plain`).
 
     `encoder_decoder`: the prompt is a text of its own, with all tokens that the tokenizer puts
-    around one, and the completion another.
+    around one, and the completion another. `vocab_size`: how many token ids the model has
+    embeddings for (None: not known); a tokenizer may know more. `parts`: the chat template takes
+    a message's content as a list of parts, not as text.
     """
 
     tokenizer: Any
     kind: Literal["chat", "plain"]
     encoder_decoder: bool = False
+    vocab_size: int | None = None
+    parts: bool = False
 
     @classmethod
     def of(
-        cls, tokenizer: Any, kind: TemplateKind = "auto", *, encoder_decoder: bool = False
+        cls,
+        tokenizer: Any,
+        kind: TemplateKind = "auto",
+        *,
+        encoder_decoder: bool = False,
+        vocab_size: int | None = None,
     ) -> Template:
-        """`auto` is `chat` where the tokenizer has a chat template, else `plain`."""
+        """`auto` is `chat` where the tokenizer has a chat template, else `plain`. Raises
+        TemplateError where the chat template cannot be used: it would lose what users say."""
         if kind not in get_args(TemplateKind):
             raise TemplateError(
                 "no such template",
@@ -94,19 +126,52 @@ class Template:
                 fix="set data.template to 'plain' or 'auto'",
             )
         resolved: Literal["chat", "plain"] = "chat" if has_chat and kind != "plain" else "plain"
-        return cls(tokenizer, resolved, encoder_decoder)
+        template = cls(tokenizer, resolved, encoder_decoder, vocab_size)
+        return template._that_shows_messages() if resolved == "chat" else template
+
+    def _that_shows_messages(self) -> Template:
+        """This template, or the one that hands messages over as parts: whichever renders them.
+
+        A template made for parts walks over the letters of a text and renders nothing, and
+        nobody would notice: every prompt would be the same.
+        """
+        mark = _MARK.format(0)
+        for template in (self, replace(self, parts=True)):
+            try:
+                rendered = template._render([{"role": "user", "content": mark}], generation=True)
+            except TemplateError:
+                if template.parts:
+                    raise
+                continue
+            if mark in rendered:
+                return template
+        raise TemplateError(
+            "the chat template leaves out what a user says",
+            seen=f"{mark!r} as a user's message is not in {rendered[:200]!r}",
+            expected="a template that renders a message's content, as text or as parts",
+            fix="mend the model's chat template, or set data.template to 'plain'",
+        )
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides how text becomes tokens."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        """SHA-256 of all that decides how text becomes tokens.
+
+        Of what the tokenizer does (its vocabulary, its merges or scores, and the ids of texts that
+        meet its rules), not of how a release of the `tokenizers` package writes it down: a new
+        field in that file must not refuse every user's prefix.
+        """
         parts = {
             "kind": self.kind,
-            "chat_template": self.tokenizer.chat_template if self.kind == "chat" else None,
+            "chat_template": self._undated if self.kind == "chat" else None,
+            "parts": self.parts,
             "begin": self._begin,
-            **({"after_prompt": self._tail} if self.encoder_decoder else {}),
+            "after_prompt": self._tail,
             "end": self.end_token_id,
-            "tokenizer": backend.to_str() if backend is not None else self.tokenizer.get_vocab(),
+            "vocabulary": self.tokenizer.get_vocab(),
+            "pieces": _pieces(self.tokenizer),
+            "probes": [
+                self.tokenizer(text, add_special_tokens=False).input_ids for text in _PROBES
+            ],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
@@ -162,7 +227,7 @@ class Template:
             completion, turns = example.messages[-1].content, example.messages[:-1]
         else:
             raise DataError("the example has neither a completion nor messages")
-        answer = [*self.ids(completion), self.end_token_id]
+        answer = self._known([*self.ids(completion), self.end_token_id])
         if len(answer) == 1:
             raise DataError("the completion has no tokens", seen=repr(completion[:80]))
         prompt = self.encode_prompt(
@@ -177,7 +242,8 @@ class Template:
         return Encoded([*prompt, *answer], [IGNORE] * len(prompt) + answer)
 
     def encode_prompt(self, prompt: str | Sequence[Message], max_length: int = 512) -> list[int]:
-        """Ids of a prompt (text, or the turns before the answer), at most `max_length` of them."""
+        """Ids of a prompt (text, or the turns before the answer), at most `max_length` of them.
+        Raises DataError where the model has no embedding for one."""
         if self.kind == "plain":
             text = prompt if isinstance(prompt, str) else _plain_turns(prompt)
             own = self.ids(text)
@@ -190,6 +256,7 @@ class Template:
                 else [{"role": turn.role, "content": turn.content} for turn in prompt]
             )
             ids, removable = self._chat_ids(turns)
+        self._known(ids)
         excess = len(ids) - max_length
         if excess <= 0:
             return ids
@@ -207,6 +274,27 @@ class Template:
             else:
                 kept.append(token)
         return kept
+
+    @cached_property
+    def exceeds_vocabulary(self) -> bool:
+        """Whether the tokenizer has ids that the model has no embedding for: text that holds one
+        of them cannot be read. Such tokens are usually added by hand and never used."""
+        if self.vocab_size is None:
+            return False
+        return max(self.tokenizer.get_vocab().values(), default=0) >= self.vocab_size
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, which the model has embeddings for. On a GPU one that it has not would end the
+        process, and with it everybody's request."""
+        if self.exceeds_vocabulary and ids and max(ids) >= (self.vocab_size or 0):
+            unknown = next(token for token in ids if token >= (self.vocab_size or 0))
+            raise DataError(
+                "the text has a token that the model has no embedding for",
+                seen=f"{self.tokenizer.convert_ids_to_tokens(unknown)!r}, id {unknown}",
+                expected=f"ids below {self.vocab_size}",
+                fix="leave that token out, or resize the model's embeddings to the tokenizer",
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens."""
@@ -233,16 +321,29 @@ class Template:
         A macro, because Transformers hands no function to a template; `+%}` keeps a line break
         that the template may begin with.
         """
-        template = str(self.tokenizer.get_chat_template())
+        try:
+            template = str(self.tokenizer.get_chat_template())
+        except ValueError as error:  # several by name, and none of them the default
+            raise TemplateError(
+                "the tokenizer's chat template cannot be chosen",
+                seen=str(error),
+                expected="one chat template, or one named 'default'",
+                fix="name one of the model's templates 'default', or set data.template to 'plain'",
+            ) from error
         if "strftime_now" not in template:
             return template
         text = "format" + "".join(f" | replace('{code}', '{it}')" for code, it in _DAY.items())
         return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro +%}}{template}"
 
     def _render(self, turns: list[dict[str, str]], *, generation: bool) -> str:
+        shown: list[Any] = list(turns)
+        if self.parts:
+            shown = [
+                turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns
+            ]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                turns,
+                shown,
                 tokenize=False,
                 chat_template=self._undated,
                 add_generation_prompt=generation,
@@ -251,8 +352,11 @@ class Template:
         except Exception as error:  # jinja raises what the template's author chose
             raise TemplateError(
                 "the chat template refuses these messages",
-                seen=f"roles {[turn['role'] for turn in turns]}: {error}",
-                fix="use roles the model's template knows, alternating user and assistant",
+                seen=f"roles {[turn['role'] for turn in turns]}: {type(error).__name__}: {error}",
+                expected="a template that renders these roles in this order",
+                fix="use roles the model's template knows, alternating user and assistant; where a "
+                "single user's message is refused the template itself is at fault: mend it, or set "
+                "data.template to 'plain'",
             ) from error
         return str(rendered)
 
@@ -284,6 +388,18 @@ class Template:
             spans.append((at, at + len(content)))
             at += len(content)
         return spans if rendered[at:] == rest else []
+
+
+def _pieces(tokenizer: Any) -> list[str]:
+    """A tokenizer's merges in order, or its pieces with their scores; [] where it has neither."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return []
+    model = json.loads(backend.to_str())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+    if merges or not isinstance(model.get("vocab"), list):
+        return merges
+    return [f"{piece} {score:.6g}" for piece, score in model["vocab"]]
 
 
 def _unicode(text: str) -> str:

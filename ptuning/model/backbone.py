@@ -66,6 +66,7 @@ class Backbone:
             tokenizer,
             template,
             encoder_decoder=bool(model.config.is_encoder_decoder),  # type: ignore[union-attr]
+            vocab_size=_embeddings_of(model),
         )
         self._whole = FrozenPass(model, always_embed=shard is not None)
         self.runner: nn.Module = self._whole if shard is None else shard(self._whole)
@@ -384,6 +385,12 @@ class Backbone:
                 expected=before,
                 fix="discard this run's prefixes and report a bug",
             )
+
+
+def _embeddings_of(model: Any) -> int | None:
+    """How many token ids the input embedding has rows for."""
+    rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    return rows
 
 
 def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

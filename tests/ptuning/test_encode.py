@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -380,15 +381,91 @@ def test_a_prompt_alone_is_the_beginning_of_its_training_row() -> None:
         assert supervised(row) == row.input_ids[len(asked) :]
 
 
-def test_the_digest_of_a_known_template_never_changes_by_itself() -> None:
-    """Every stored prefix names it; a change makes all of them unusable."""
-    template = plain()
-    parts = {
-        "kind": "plain",
-        "chat_template": None,
-        "begin": [template.tokenizer.bos_token_id],
-        "end": template.tokenizer.eos_token_id,
-        "tokenizer": template.tokenizer.backend_tokenizer.to_str(),
-    }
-    text = json.dumps(parts, sort_keys=True)
-    assert template.digest == hashlib.sha256(text.encode()).hexdigest()
+@pytest.mark.parametrize(
+    ("make", "digest"),
+    [
+        (plain, "81122ab80585ae55e0ff89b6d05e13501ddaddbc043914983aa9449cba17a1bd"),
+        (chat, "00b436a85b2d6dfe8480cf865549c92961aabc031d736c0c95427352884ac2a4"),
+    ],
+    ids=["plain", "chat"],
+)
+def test_the_digest_of_a_known_template_never_changes_by_itself(
+    make: Callable[[], Template], digest: str
+) -> None:
+    """Every stored prefix names it; a change makes all of them unusable. Where a new release of
+    a library changed these, find out what it does differently before you write new values."""
+    assert make().digest == digest
+
+
+def test_a_new_field_in_the_tokenizers_file_does_not_change_the_digest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template, serialised = plain(), plain().tokenizer.backend_tokenizer.to_str()
+    newer = json.loads(serialised) | {"version": "9.9", "a_new_field": False}
+
+    class Newer:
+        def to_str(self) -> str:
+            return json.dumps(newer)
+
+    class Wrapped(type(template.tokenizer)):  # type: ignore[misc]
+        backend_tokenizer = Newer()
+
+    same = copy.copy(template.tokenizer)
+    same.__class__ = Wrapped
+    assert Template.of(same, "plain").digest == template.digest
+
+
+PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for p in m.content %}{{ p['text'] }}{% endfor %}"
+    "</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def with_chat_template(text: object) -> Any:
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def test_a_template_that_takes_parts_gets_parts() -> None:
+    """It walked over the letters of a text and rendered nothing: every prompt was the same."""
+    template = Template.of(with_chat_template(PARTS))
+    ids = template.encode_prompt("What is the capital of France?")
+    assert "capital of France" in template.tokenizer.decode(ids)
+    assert ids != template.encode_prompt("Sing!")
+    long = template.encode_prompt("old " * 50 + "new", 30)
+    assert len(long) == 30
+    assert template.tokenizer.decode(long).endswith("new</s><|assistant|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}<|{{ m.role }}|>{% endfor %}", "leaves out"),
+        ("{{ raise_exception('no tools given') }}", "no tools given"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ({"rag": "{{ messages }}", "tool_use": "{{ messages }}"}, "chosen"),
+    ],
+    ids=["drops the text", "needs tools", "broken", "none is the default"],
+)
+def test_a_chat_template_that_cannot_show_a_message_is_refused(template: object, says: str) -> None:
+    with pytest.raises(TemplateError, match=says) as caught:
+        Template.of(with_chat_template(template))
+    assert "plain" in str(caught.value.fix)
+
+
+def test_a_token_without_an_embedding_is_refused_in_prompts_and_completions() -> None:
+    tokenizer = copy.deepcopy(make_tokenizer())
+    known = len(tokenizer)
+    tokenizer.add_tokens(["<ann>"])
+    template = Template.of(tokenizer, "plain", vocab_size=known)
+    assert template.exceeds_vocabulary
+    for row in (
+        Example(prompt="hi <ann>", completion="ok"),
+        Example(prompt="hi", completion="<ann>"),
+    ):
+        with pytest.raises(DataError, match="embedding") as caught:
+            template.encode(row)
+        assert "<ann>" in str(caught.value.seen)
+    assert template.encode(Example(prompt="hi", completion="ok"))
+    assert not Template.of(tokenizer, "plain", vocab_size=len(tokenizer)).exceeds_vocabulary

@@ -1,0 +1,20 @@
+"""Transformers without its bars and advice."""
+
+from __future__ import annotations
+
+from transformers.utils import logging as hf_logging
+
+
+class quiet_transformers:
+    """No progress bars or advice from Transformers while it loads; errors still raise."""
+
+    def __enter__(self) -> None:
+        self._level = hf_logging.get_verbosity()
+        self._bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_exc: object) -> None:
+        hf_logging.set_verbosity(self._level)
+        if self._bars:
+            hf_logging.enable_progress_bar()
