@@ -27,7 +27,7 @@ from ray.serve.schema import LoggingConfig
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
 from ptuning.model.facts import BackboneConfig
-from ptuning.model.load import locate
+from ptuning.model.locate import locate
 from ptuning.registry import RegistryConfig, registry_uri
 from ptuning.store import Store
 from ptuning.system.ports import free_port

@@ -26,16 +26,11 @@ import ray._private.ray_constants as ray_constants
 
 from pipelines.config import RayConfig, RunConfig
 from ptuning.errors import ConfigError, RunError
-from ptuning.model.load import (
-    choose_attention,
-    choose_device,
-    choose_dtype,
-    fingerprint_of,
-    free_memory,
-    load_template,
-    locate,
-    weight_bytes,
-)
+from ptuning.model.devices import choose_attention, choose_device, choose_dtype, free_memory
+from ptuning.model.fingerprint import fingerprint_of
+from ptuning.model.load import load_template, model_class, read_config, weight_bytes
+from ptuning.model.locate import locate
+from ptuning.system.private import set_private
 
 _WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, measured
 
@@ -49,7 +44,7 @@ def session(config: RayConfig) -> Iterator[float]:
         # A Ray of our own is for this machine alone: it listens on loopback only. The name
         # speaks of Windows; what it does is to make the node's address 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        ray_constants.ENABLE_RAY_CLUSTER = False
+        set_private(ray_constants, "ENABLE_RAY_CLUSTER", False)
     if ours:
         try:
             ray.init(
@@ -121,7 +116,8 @@ def _workers_in_memory(config: RunConfig, cores: int) -> int:
     if free is None or config.backbone.sharding == "zero3":
         return max(1, cores)
     dtype = choose_dtype(config.backbone.dtype, choose_device("cpu"))
-    each = weight_bytes(locate(config.backbone.name), dtype) + _WORKER_BYTES
+    source = locate(config.backbone.name)
+    each = weight_bytes(source, read_config(source), dtype) + _WORKER_BYTES
     return max(1, min(cores, int(free // 2 // each)))
 
 
@@ -133,7 +129,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     chosen = config.backbone
     device = choose_device(chosen.device)
-    kind = choose_attention(chosen.attention, device)
+    built_as = model_class(read_config(locate(chosen.name)))
+    kind = choose_attention(chosen.attention, device, built_as)
     dtype = chosen.dtype
     if dtype == "auto":
         votes = _probe_hosts(str(device))
@@ -170,6 +167,6 @@ def backbone_identity(config: RunConfig) -> dict[str, Any]:
     template = load_template(config.backbone.name, config.data.template)
     return {
         "backbone_name": source.name,
-        "fingerprint": fingerprint_of(source),
+        "fingerprint": fingerprint_of(source, read_config(source)),
         "template_digest": template.digest,
     }

@@ -17,15 +17,17 @@ import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.config import RayConfig
 from pipelines.gangs.cluster import Gang
+from pipelines.gangs.meeting import join_peers, leave_peers
 from pipelines.gangs.worker import PackJob, losses_from_json, losses_to_json, pack_machine
 from pipelines.plan import Pack, Plan, assign
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import RunError
 from ptuning.model.backbone import Backbone
+from ptuning.model.devices import choose_device
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import ArtifactConfig
@@ -82,12 +84,17 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
     whole = task.backbone.sharding == "replicate"
     workers = min(shape.workers, len(remaining)) if whole else shape.workers
     board = _Board.remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
+    # Without a process group: replicated workers have nothing to say to each other, and nothing
+    # that listens is opened for it. Sharded ones join one themselves (meeting.py).
+    trainer = DataParallelTrainer(
         _worker,
-        train_loop_config={"task": task, "plan": plan, "board": board},
-        torch_config=TorchConfig(
-            backend="nccl" if shape.gpus else "gloo", timeout_s=int(config.timeout_s)
-        ),
+        train_loop_config={
+            "task": task,
+            "plan": plan,
+            "board": board,
+            "backend": "nccl" if shape.gpus else "gloo",
+            "timeout_s": config.timeout_s,
+        },
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=bool(shape.gpus),
@@ -177,31 +184,32 @@ def _worker(config: dict[str, Any]) -> None:
     done = read_done(store, task.run_id, plan.packs)
     # Shares are of the whole plan: ranks that list `done` at different moments must agree.
     share = [pack for pack in assign(plan.packs, size)[rank] if pack.pack_id not in done]
-    if task.backbone.sharding == "replicate" and not share:
+    sharded = task.backbone.sharding == "zero3"
+    if not sharded and not share:
         return
-    backbone, driver = _load(task)
-    job = PackJob(store, task.partition_id, task.recipe, task.artifact)
-    attempt = f"{rank}-{os.getpid()}"
-    driver.run(
-        _counted(_all_packs(backbone, job, task, share, attempt, config["board"]), config["board"])
-    )
+    if sharded:
+        join_peers(config["backend"], config["timeout_s"])
+    try:
+        backbone, driver = _load(task)
+        job = PackJob(store, task.partition_id, task.recipe, task.artifact)
+        attempt = f"{rank}-{os.getpid()}"
+        board = config["board"]
+        driver.run(_counted(_all_packs(backbone, job, task, share, attempt, board), board))
+    finally:
+        leave_peers()
 
 
 def _load(task: GangTask) -> tuple[Backbone, Driver]:
     chosen = task.backbone
-    settings: dict[str, Any] = {
-        "dtype": chosen.dtype,
-        "attention": chosen.attention,
-        "device": str(ray.train.torch.get_device()) if chosen.device == "auto" else chosen.device,
-        "template": task.template,
-        "gradient_checkpointing": chosen.gradient_checkpointing,
-    }
+    if chosen.device == "auto":  # Ray shows a worker its own GPUs only
+        device = str(choose_device("auto"))
+        chosen = chosen.model_copy(update={"device": device})
     if chosen.sharding == "zero3":
         from ptuning.train.zero import LockstepDriver, load_sharded
 
-        backbone = load_sharded(chosen.name, **settings)
+        backbone = load_sharded(chosen, template=task.template)
         return backbone, LockstepDriver(backbone, task.recipe.method)
-    backbone = load_backbone(chosen.name, **settings)
+    backbone = load_backbone(chosen, template=task.template)
     return backbone, LocalDriver(backbone)
 
 

@@ -178,7 +178,9 @@ def test_the_settings_of_a_known_model_never_change_by_themselves() -> None:
         tie_word_embeddings=True,
     )
     digest = hashlib.sha256(settings_text(config).encode()).hexdigest()
-    assert digest == "58325f37e3dc026744ef3343e845537921a0e77f9c2984c5a05bdd7d09667015", settings_text(config)
+    assert digest == "58325f37e3dc026744ef3343e845537921a0e77f9c2984c5a05bdd7d09667015", (
+        settings_text(config)
+    )
 
 
 def test_sdpa_is_not_chosen_for_models_that_cannot_do_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import ptuning
 from ptuning.methods.base import Method
-from ptuning.model.load import ALIASES
+from ptuning.model.locate import ALIASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -93,11 +93,12 @@ def main() -> None:
 
 
 def train_and_score(kind: str, directory: str) -> dict[str, torch.Tensor]:
+    from ptuning.model.facts import BackboneConfig
     from ptuning.train.packed import train_pack
     from ptuning.train.zero import LockstepDriver, load_sharded
 
     methods, champions = KINDS[kind]
-    backbone = load_sharded(directory, dtype="float32")
+    backbone = load_sharded(BackboneConfig(name=directory, dtype="float32"))
     trained = {}
     for name, method in methods.items():
         users = share(dist.get_rank())

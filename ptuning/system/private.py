@@ -1,0 +1,28 @@
+"""Other libraries' private names, which a release may take away."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from ptuning.errors import PTuningError
+
+
+def private(module: ModuleType, name: str) -> Any:
+    """A private name of a library that we rely on. Raises PTuningError where it has gone: going on
+    without it would, for instance, leave a port open that nobody knows of."""
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise PTuningError(
+            "a library no longer has something that ptuning relies on",
+            seen=f"no {module.__name__}.{name}",
+            expected="a release that ptuning was tested with (constraints.txt)",
+            fix=f"install the tested release of {module.__name__.split('.')[0]}",
+        ) from error
+
+
+def set_private(module: ModuleType, name: str, value: object) -> None:
+    """Give a private name another value. Raises PTuningError where it has gone."""
+    private(module, name)
+    setattr(module, name, value)
