@@ -265,7 +265,7 @@ def compare(
     leaves = list(pack.tensors.values())
     with torch.no_grad():
         zero = PackPrefix(
-            {name: torch.zeros_like(p) for name, p in pack.tensors.items()}, pack.seen
+            {name: torch.zeros_like(p) for name, p in pack.tensors.items()}, pack.visibility
         )
         other = backbone.token_nll(batch, zero.of_rows(torch.tensor(SLOTS), torch.float32))
     assert (ours - other).abs().max() > 1e-2, "the prefix changed nothing"
