@@ -107,7 +107,7 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
         query: Tensor,  # [R, heads, T, D]
         key: Tensor,  # [R, H, S, Dk]
         value: Tensor,  # [R, H, S, Dv]
-        _mask: Tensor | None,  # the model's own: none was made
+        attention_mask: Tensor | None,  # the model's own: none was made
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         plan: Plan | None = kwargs.pop(PLAN, None)

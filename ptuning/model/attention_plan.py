@@ -166,9 +166,11 @@ def plan_attention(
     prefix = prefix or RowPrefix({})
     first = prefix.first_with_prefix(prompt_lengths)
     layers = {}
-    for stack, own in tokens.items():
+    for stack in tokens.keys() & facts.layers.keys():  # some encoders attend in other ways
         _check_depth(stack, prefix, facts)
-        layers[stack] = _plan_stack(facts.layers[stack], own, prefix, first, facts.mask_dtype)
+        layers[stack] = _plan_stack(
+            facts.layers[stack], tokens[stack], prefix, first, facts.mask_dtype
+        )
     decoder = tokens.get(DECODER)
     return AttentionPlan(layers, None if decoder is None else _positions(decoder, prefix, first))
 
