@@ -33,6 +33,7 @@ from ptuning.errors import (
 )
 from ptuning.model import attention as attention_module
 from ptuning.model.backbone import Backbone
+from ptuning.model.cache import cache_directory
 from ptuning.model.discover import EXAMPLES
 from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 
@@ -70,12 +71,6 @@ class Source:
 
     name: str
     path: str
-
-
-def cache_directory() -> Path:
-    """`$PTUNING_CACHE`, else `ptuning` in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PTUNING_CACHE") or Path(home) / "ptuning")
 
 
 def locate(name: str) -> Source:

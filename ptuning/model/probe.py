@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ptuning.errors import UnsupportedModel
+from ptuning.model.cache import cache_directory
 
 # The small copy's sizes, in tokens. A row of each length is tried beside a short one.
 SHORT, ORIGINAL, POSITIONS = 5, 16, 32
@@ -71,8 +72,6 @@ def check_isolation(model: Any) -> Isolation:
 
 
 def _cached(digest: str, model: Any) -> Isolation:
-    from ptuning.model.load import cache_directory  # it imports the backbone, which imports this
-
     path = cache_directory() / "isolation" / f"{digest}.json"
     try:
         return Isolation(**json.loads(path.read_text()))
