@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptuning.errors import ConfigError, DataError
+from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import RowPrefix
 from ptuning.prefix.artifact import Prefix
@@ -24,10 +25,10 @@ from ptuning.prefix.ready import (
     Member,
     ReadyPrefix,
     check_positions,
-    combined,
-    elected,
+    combine_logits,
     log_probability,
     make_ready,
+    pick_winner,
     rows_of,
 )
 from ptuning.types import seed_of
@@ -104,7 +105,7 @@ class _Voice:
 
     def take(self, logits_RV: Tensor, temperature: float, stops: set[int]) -> int:
         """The next token."""
-        logits = combined(logits_RV)
+        logits = combine_logits(logits_RV)
         token = _choose(logits, temperature, self.generator)
         if not self.done:
             self.log_p += 0.0 if self.alone else log_probability(logits, token)
@@ -138,12 +139,12 @@ def _generate(
     )
     stops, voices = stop_ids(backbone), _voices(prefixes, seed)
     logits = next(steps)
-    for _ in range(max_new_tokens):
+    for made in range(1, max_new_tokens + 1):
         by_voice = logits.cpu().split([voice.rows for voice in voices])
         chosen = [
             voice.take(own, temperature, stops) for voice, own in zip(voices, by_voice, strict=True)
         ]
-        if all(voice.done for voice in voices):
+        if made == max_new_tokens or all(voice.done for voice in voices):
             break
         logits = steps.send(
             [token for voice, token in zip(voices, chosen, strict=True) for _ in range(voice.rows)]
@@ -151,7 +152,7 @@ def _generate(
     given: list[list[tuple[str, float]]] = [[] for _ in prompts]
     for voice in voices:
         given[voice.prompt].append((backbone.template.decode(voice.ids), voice.score))
-    return [own[elected(own)][0] for own in given]
+    return [own[pick_winner(own)][0] for own in given]
 
 
 def _voices(prefixes: Sequence[ReadyPrefix | None], seed: int) -> list[_Voice]:
@@ -178,12 +179,12 @@ def _causal_steps(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(backbone.device), mask.to(backbone.device)
-    index, lengths, cache = (mask.cumsum(-1) - 1).clamp_min(0), mask.sum(-1), DynamicCache()
+    lengths, cache = mask.sum(-1), DynamicCache()
     while True:
-        chosen = yield backbone.step(ids, mask, index, prefix, cache, prompt_lengths=lengths)
+        tokens = Tokens.of_mask(mask, ids.shape[1])
+        chosen = yield backbone.step(ids, tokens, prefix, cache, prompt_lengths=lengths)
         ids = torch.tensor(chosen, device=backbone.device)[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        index = index[:, -1:] + 1
 
 
 def _answer_steps(

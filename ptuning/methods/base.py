@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ptuning.data.layout import Layout
 from ptuning.errors import MethodError
-from ptuning.model.batch import EMBEDDINGS, Seen
+from ptuning.model.batch import EMBEDDINGS, Visibility
 from ptuning.model.facts import Facts
 from ptuning.types import Config
 
@@ -61,7 +61,7 @@ class Method(Protocol):
         ...
 
     @property
-    def seen(self) -> Seen: ...
+    def seen(self) -> Visibility: ...
 
     @property
     def members(self) -> int:
@@ -127,8 +127,8 @@ class Tuning(Config):
         return None
 
     @property
-    def seen(self) -> Seen:
-        return Seen()
+    def seen(self) -> Visibility:
+        return Visibility()
 
     @property
     def members(self) -> int:
@@ -168,8 +168,8 @@ class InputTuning(Tuning):
     """What methods share whose virtual tokens stand at the input only."""
 
     @property
-    def seen(self) -> Seen:
-        return Seen(windowed=True)  # they are tokens like others
+    def seen(self) -> Visibility:
+        return Visibility(windowed=True)  # they are tokens like others
 
     def check(self: Method, facts: Facts) -> None:
         check_virtual_tokens(self, facts)

@@ -28,7 +28,7 @@ from ptuning.methods.base import (
     check_virtual_tokens,
 )
 from ptuning.methods.encoders import initial_linear, linear
-from ptuning.model.batch import EMBEDDINGS, Seen
+from ptuning.model.batch import EMBEDDINGS, Visibility
 from ptuning.model.facts import Facts
 
 Stack = Literal["encoder", "decoder", "cross"]
@@ -97,10 +97,10 @@ class PrefixTuning(Tuning):
         return (between if self.placement == "infix" else front)(self.num_virtual_tokens)
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> Visibility:
         if self.embedding_only:
-            return Seen(windowed=True)  # they are tokens like others
-        return Seen(infix=self.placement == "infix", windowed=self.visibility == "window")
+            return Visibility(windowed=True)  # they are tokens like others
+        return Visibility(infix=self.placement == "infix", windowed=self.visibility == "window")
 
     @property
     def default_learning_rate(self) -> float:

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,13 +32,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from ptuning.data.encode import Template, TemplateKind
-from ptuning.errors import BackboneChanged, UnsupportedModel
-from ptuning.model import attention
-from ptuning.model.attention import CONTEXT, AttentionContext
-from ptuning.model.batch import EMBEDDINGS, Batch, CachedPrefix, PackPrefix, RowPrefix
+from ptuning.errors import BackboneChanged
+from ptuning.model.attention import PLAN, Capture, EntryCheck, Plan, kind_of
+from ptuning.model.attention_plan import (
+    AttentionFacts,
+    AttentionPlan,
+    Tokens,
+    pair_tokens,
+    plan_attention,
+)
+from ptuning.model.batch import EMBEDDINGS, Batch, PackPrefix, RowPrefix
 from ptuning.model.discover import discover
-from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts
+from ptuning.model.facts import DECODER, ENCODER, Facts
 from ptuning.model.frozen_pass import FrozenPass
+from ptuning.model.probe import check_isolation
 
 
 class Backbone:
@@ -53,7 +62,10 @@ class Backbone:
         template: TemplateKind = "auto",
         gradient_checkpointing: bool = False,
         shard: Callable[[nn.Module], nn.Module] | None = None,
+        debug: bool | None = None,
     ) -> None:
+        """`debug`: hold every call to it that each attention layer took its inputs, which is
+        otherwise checked once, here. None: as `PTUNING_DEBUG=1` in the environment says."""
         model.requires_grad_(False)
         model.eval()
         self.model, self.tokenizer, self.name, self.fingerprint = (
@@ -79,18 +91,22 @@ class Backbone:
         self._checkpointed: list[nn.Module] = []
         if gradient_checkpointing:
             self._checkpoint_layers()
-        self.facts = self._discover()
+        facts, self.attention = self._discover()
+        self.facts = facts
+        self._debug = True
+        self._check_entry()
+        limit = check_isolation(model).limit(facts.max_positions)
+        self.facts = replace(facts, max_positions=limit)
+        self._debug = os.environ.get("PTUNING_DEBUG") == "1" if debug is None else debug
 
     @property
     def moves_answers(self) -> bool:
         """Whether real tokens of the decoder stand behind its virtual ones. A decoder that counts
-        its tokens in a way of its own (M2M100's) does not hear of them."""
+        its tokens in a way of its own (M2M100's) ignores the prefix."""
         if not self._is_encoder_decoder or self._takes_answer_positions:
             return True
-        places = (attention.place_of(module) for module in self.model.modules())
-        return self._whole.moves_decoder or any(
-            place.before is not None for place in places if place and place.stack == DECODER
-        )
+        biased = any(layer.bias is not None for layer in self.attention.layers[DECODER])
+        return self._whole.moves_decoder or biased
 
     def _checkpoint_layers(self) -> None:
         # The second name is that of Transformers before 5.23.
@@ -105,9 +121,9 @@ class Backbone:
 
     @contextmanager
     def _checkpointing(self, active: bool) -> Iterator[None]:
-        """Layers are checkpointed in training mode only, and drop a cache then without a word:
-        they are in that mode while a gradient is wanted, themselves and not what they contain
-        (dropout must stay off)."""
+        """Layers are checkpointed in training mode only, and silently drop a cache then: they are
+        in that mode while a gradient is wanted, themselves and not what they contain (dropout must
+        stay off)."""
         layers = self._checkpointed if active else []
         for layer in layers:
             layer.training = True
@@ -117,22 +133,47 @@ class Backbone:
             for layer in layers:
                 layer.training = False
 
-    def _discover(self) -> Facts:
-        def run(context: AttentionContext, ids: Tensor, answer: Tensor | None) -> None:
+    def _discover(self) -> tuple[Facts, AttentionFacts]:
+        def run(ids: Tensor, answer: Tensor | None) -> None:
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+            if answer is not None:
+                inputs["decoder_input_ids"] = answer
             with torch.no_grad():
-                self._call(context, ids, torch.ones_like(ids), decoder_input_ids=answer)
+                self.runner(AttentionPlan({}, None), None, None, 1, None, None, **inputs)
 
-        return discover(self.model, self._whole, run, self.device)
+        whole = self._whole
+        return discover(self.model, whole.table, whole.takes_embeddings, run, self.device)
 
-    def _call(
+    def _check_entry(self) -> None:
+        """A tiny call with a prefix in every layer. Raises UnsupportedModel where one stays out."""
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+        answers = ids if self._is_encoder_decoder else None
+        mask, prefix = torch.ones_like(ids), self.empty_prefix(1)
+        with torch.no_grad():
+            self._run(self._plan(mask, prefix, None, answers), prefix, ids, mask, answers=answers)
+
+    def _plan(
         self,
-        context: AttentionContext,
+        mask: Tensor,
+        prefix: RowPrefix | None,
+        prompt_lengths: Tensor | None,
+        answers: Tensor | None,
+    ) -> AttentionPlan:
+        """The attention of a call without a cache; `mask` is Long `[R, T]`."""
+        if answers is not None:
+            tokens = pair_tokens(mask, answers.shape[1])
+            return plan_attention(tokens, prefix, self.attention)
+        tokens = {DECODER: Tokens.of_mask(mask, mask.shape[1])}
+        return plan_attention(tokens, prefix, self.attention, prompt_lengths)
+
+    def _run(
+        self,
+        plan: Plan,
+        prefix: RowPrefix | None,
         input_ids: Tensor | None,
-        attention_mask: Tensor | dict[str, Tensor],
+        mask: Tensor | None,
         *,
-        index: Tensor | None = None,
-        prompt_lengths: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
+        answers: Tensor | None = None,
         encoder_outputs: Any = None,
         select: tuple[Tensor, Tensor] | None = None,
         targets: Tensor | None = None,
@@ -140,71 +181,54 @@ class Backbone:
         cache: Any = None,
     ) -> Tensor:
         """The seam: every call of the backbone is this line, whatever it is for (but for
-        `encode_source`, which calls the encoder alone and never trains).
-
-        `index` (see AttentionContext) is counted from the mask where it is not given. An
-        encoder-decoder model needs none: its rows are padded on the right, so columns count.
-        """
+        `encode_source`, which calls the encoder alone and never trains)."""
+        kind_of(self.model)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            "attention_mask": mask,
             "use_cache": cache is not None,
         }
-        if not self._is_encoder_decoder:
-            if index is None:
-                assert isinstance(attention_mask, Tensor)
-                # Masked tokens get any valid position.
-                index = (attention_mask.cumsum(-1) - 1).clamp_min(0)
-            context.index = index
-            if context.prefix is not None and prompt_lengths is not None:
-                context.after = context.prefix.after(prompt_lengths)
+        answer_positions = None
+        if answers is None:
             if self._takes_positions:
-                inputs["position_ids"] = context.positions()
-        if decoder_input_ids is not None:
-            inputs["decoder_input_ids"] = decoder_input_ids
-            if context.prefix is not None and DECODER in context.prefix.layers:
-                positions = self._answer_positions(context.prefix, decoder_input_ids)
-                context.answer_positions = positions
-                if self._takes_answer_positions:
-                    inputs["decoder_position_ids"] = positions
+                inputs["position_ids"] = plan.positions
+        else:
+            inputs["decoder_input_ids"] = answers
+            answer_positions = self._answer_positions(plan, prefix)
+            if self._takes_answer_positions and answer_positions is not None:
+                inputs["decoder_position_ids"] = answer_positions
         if encoder_outputs is not None:
             inputs["encoder_outputs"] = encoder_outputs
         if cache is not None:
             inputs["past_key_values"] = cache
-        with self._checkpointing(torch.is_grad_enabled() and cache is None):
-            output: Tensor = self.runner(context, select, targets, members, **inputs)
-        # With the encoder's states at hand only the decoder's two stacks were called.
-        stacks = (DECODER, CROSS) if encoder_outputs is not None else (DECODER, ENCODER, CROSS)
-        self._check_prefix_entered(context, stacks)
+        virtual = None if prefix is None else prefix.embeddings
+        with (
+            self._entry_checked(plan) as read,
+            self._checkpointing(torch.is_grad_enabled() and cache is None),
+        ):
+            output: Tensor = self.runner(
+                read, select, targets, members, virtual, answer_positions, **inputs
+            )
         return output
 
-    def _answer_positions(self, prefix: RowPrefix, answers: Tensor) -> Tensor:
+    @contextmanager
+    def _entry_checked(self, plan: Plan) -> Iterator[Plan]:
+        """In a backbone with `debug`, a plan that holds layers to reading it."""
+        if not self._debug or not isinstance(plan, AttentionPlan):
+            yield plan
+            return
+        check = EntryCheck(plan)
+        yield check
+        check.verify()
+
+    def _answer_positions(self, plan: Plan, prefix: RowPrefix | None) -> Tensor | None:
         """Long `[R, S]`: an encoder-decoder model's answer begins where its decoder's prefix
-        ends, as behind a cache of P keys."""
-        rows, length = answers.shape
-        moved = prefix.offsets(rows).to(self.device)
-        if DECODER in prefix.depths:
-            moved = moved * (prefix.depths[DECODER] > 0)
-        positions = torch.arange(length, device=self.device) + moved[:, None]
+        ends, as behind a cache of P keys. None: at 0, which the model does by itself."""
+        if prefix is None or DECODER not in prefix.layers or plan.positions is None:
+            return None
         # What pads a short answer may stand anywhere.
         limit = self.facts.max_positions
-        return positions if limit is None else positions.clamp_max(limit - 1)
-
-    def _check_prefix_entered(self, context: AttentionContext, stacks: tuple[str, ...]) -> None:
-        if context.prefix is None:
-            return
-        expected = {
-            (stack, self.facts.stacks[stack].layers - 1 - below_top)
-            for stack, layers in context.prefix.layers.items()
-            for below_top in range(len(layers))
-            if stack in stacks
-        }
-        if context.used != expected:
-            raise UnsupportedModel(
-                "the prefix did not enter every attention layer",
-                seen=f"{len(context.used)} layers",
-                expected=f"{len(expected)} layers",
-            )
+        return plan.positions if limit is None else plan.positions.clamp_max(limit - 1)
 
     def token_nll(self, batch: Batch, prefix: RowPrefix | None, members: int = 1) -> Tensor:
         """Negative log-likelihood of each supervised token in nats, fp32 `[N]`; of `[N / members]`
@@ -212,12 +236,13 @@ class Backbone:
 
         Differentiable with respect to the prefix; the weights never take a gradient.
         """
-        return self._call(
-            AttentionContext(prefix=prefix),
+        mask, answers = batch.attention_mask, batch.decoder_input_ids
+        return self._run(
+            self._plan(mask, prefix, batch.prompt_lengths, answers),
+            prefix,
             batch.input_ids,
-            batch.attention_mask,
-            prompt_lengths=batch.prompt_lengths,
-            decoder_input_ids=batch.decoder_input_ids,
+            mask,
+            answers=answers,
             select=(batch.rows, batch.cols),
             targets=batch.targets,
             members=members,
@@ -234,25 +259,21 @@ class Backbone:
         (negative ids), what they are in every layer. The second value is one logit row: what a
         sharded backbone needs to run a backward pass beside its peers.
         """
-        context = AttentionContext(capture=True, prefix=prefix)
+        mask = torch.ones_like(input_ids)
+        # The words stand at the decoder's input too: its own prefix is what they are there.
+        answers = input_ids.clamp_min(0) if self._is_encoder_decoder else None
         first = torch.zeros(1, dtype=torch.long, device=self.device)
-        logits = self._call(
-            context,
-            input_ids,
-            torch.ones_like(input_ids),
-            # The words stand at the decoder's input too: its own prefix is what they are there.
-            decoder_input_ids=input_ids.clamp_min(0) if self._is_encoder_decoder else None,
-            select=(first, first),
-        )
-        kept = {
+        capture = Capture(self._plan(mask, prefix, None, answers))
+        logits = self._run(capture, prefix, input_ids, mask, answers=answers, select=(first, first))
+        found = {
             stack: torch.stack(
-                [context.captured[(stack, layer)] for layer in range(facts.layers)], dim=1
+                [torch.stack(capture.keys_and_values[stack, n], 1) for n in range(facts.layers)], 1
             )
             for stack, facts in self.facts.stacks.items()
         }
-        if context.embedded is not None:
-            kept[EMBEDDINGS] = context.embedded
-        return {name: values.detach().float() for name, values in kept.items()}, logits
+        if capture.embedded is not None:
+            found[EMBEDDINGS] = capture.embedded
+        return {name: values.detach().float() for name, values in found.items()}, logits
 
     def keys_and_values(self, embeddings: Tensor) -> Tensor:
         """`[R, L, 2, H, P, D]` of virtual tokens `[R, P, E]` that come before all real ones.
@@ -291,49 +312,39 @@ class Backbone:
     def step(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | dict[str, Tensor],
-        index: Tensor,
+        tokens: Tokens,
         prefix: RowPrefix | None,
         cache: Any,
         last: Tensor | None = None,
         *,
         prompt_lengths: Tensor | None = None,
-        cached: CachedPrefix | None = None,
     ) -> Tensor:
         """Logits `[R, V]` at the last column, fp32; `cache` is updated in place.
 
-        For generation. `attention_mask` is `[R, S+T]` over cached and new tokens (or an
-        already prepared 4D mask, or one per layer type), `index` `[R, T]` each new token's
-        number among its row's real tokens, or its position where a prefix is `cached`.
-        `last`, Long `[R]`, names each row's last column where rows are padded on the right.
+        For generation. `tokens` says what the new ids and the key columns are, cached ones
+        included. `last`, Long `[R]`, names each row's last column where rows are padded on the
+        right.
         """
-        context = AttentionContext(prefix=prefix, cached=cached)
         rows = torch.arange(input_ids.shape[0], device=self.device)
         if last is None:
             last = torch.full_like(rows, input_ids.shape[1] - 1)
         with torch.no_grad():
-            return self._call(
-                context,
-                input_ids,
-                attention_mask,
-                index=index,
-                prompt_lengths=prompt_lengths,
-                select=(rows, last),
-                cache=cache,
+            plan = plan_attention({DECODER: tokens}, prefix, self.attention, prompt_lengths)
+            return self._run(
+                plan, prefix, input_ids, tokens.real, select=(rows, last), cache=cache
             ).float()
 
     def encode_source(
         self, input_ids: Tensor, attention_mask: Tensor, prefix: RowPrefix | None
     ) -> Tensor:
         """Hidden states `[R, T, E]` of an encoder-decoder model's encoder, for `answer_step`."""
-        context = AttentionContext(prefix=prefix)
+        kind_of(self.model)
+        tokens = {ENCODER: Tokens.of_columns(attention_mask.shape[1], attention_mask)}
+        plan = plan_attention(tokens, prefix, self.attention)
         encoder: Any = self.model.get_encoder()  # type: ignore[operator]
-        with torch.no_grad():
+        with torch.no_grad(), self._entry_checked(plan) as read:
             embedded = self._whole.embed(input_ids, None if prefix is None else prefix.embeddings)
-            output = encoder(
-                inputs_embeds=embedded, attention_mask=attention_mask, **{CONTEXT: context}
-            )
-        self._check_prefix_entered(context, (ENCODER,))
+            output = encoder(inputs_embeds=embedded, attention_mask=attention_mask, **{PLAN: read})
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -348,12 +359,15 @@ class Backbone:
         """Logits `[R, V]` at column `last[r]` of each row's answer so far, fp32, with the
         encoder's hidden states at hand. Nothing is cached: the plain way."""
         rows = torch.arange(decoder_input_ids.shape[0], device=self.device)
+        tokens = pair_tokens(attention_mask, decoder_input_ids.shape[1])
+        del tokens[ENCODER]
         with torch.no_grad():
-            return self._call(
-                AttentionContext(prefix=prefix),
+            return self._run(
+                plan_attention(tokens, prefix, self.attention),
+                prefix,
                 None,
                 attention_mask,
-                decoder_input_ids=decoder_input_ids,
+                answers=decoder_input_ids,
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
                 select=(rows, last),
             ).float()
@@ -365,14 +379,8 @@ class Backbone:
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
-            held = getattr(tensor, "ds_tensor", tensor).detach()
-            octets = held.contiguous().flatten().view(torch.uint8)
-            words = functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
-            # A sum and a position-weighted sum of 64-bit words, exact modulo 2**64: about the
-            # speed of memory, and any single changed weight changes both.
-            places = torch.arange(1, len(words) + 1, dtype=torch.int64, device=words.device)
-            sums = (int(words.sum()), int((words * places).sum()))
-            digest.update(f"{name}:{tuple(held.shape)}:{sums}".encode())
+            weights = getattr(tensor, "ds_tensor", tensor).detach()
+            digest.update(f"{name}:{tuple(weights.shape)}:{_sums(weights)}".encode())
         return digest.hexdigest()
 
     def verify_unchanged(self, before: str) -> None:
@@ -391,6 +399,27 @@ def _embeddings_of(model: Any) -> int | None:
     """How many token ids the input embedding has rows for."""
     rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return rows
+
+
+_CHUNK = 1 << 24  # 64-bit words that a checksum reads at once
+
+
+def _sums(weights: Tensor) -> tuple[int, int]:
+    """A sum and a position-weighted sum of a tensor's 64-bit words, exact modulo 2**64: about the
+    speed of memory, and any single changed weight changes both. Read in chunks, since a large
+    embedding table has no room for copies of itself."""
+    octets = weights.contiguous().flatten().view(torch.uint8)
+    plain = weighted = 0
+    for start in range(0, max(1, len(octets)), 8 * _CHUNK):
+        chunk = octets[start : start + 8 * _CHUNK]
+        if len(chunk) % 8:
+            chunk = functional.pad(chunk, (0, -len(chunk) % 8))
+        words = chunk.view(torch.int64)
+        first = start // 8 + 1
+        places = torch.arange(first, first + len(words), dtype=torch.int64, device=words.device)
+        plain += int(words.sum())
+        weighted += int((words * places).sum())
+    return plain % 2**64, weighted % 2**64
 
 
 def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,6 +1,8 @@
 """What a call of the backbone takes: a batch's tokens, and the prefix of every row.
 
 Torch alone: configuration and methods know these, and load without Transformers.
+Shapes: U users, R rows, K layers, H key-value heads, P virtual tokens, D head dimension, E hidden
+size.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Which real tokens see the virtual ones.
+class Visibility:
+    """Which real tokens attend to the virtual ones.
 
     `infix`: only the last prompt token and those after it; else all. `windowed`: in layers with
     a sliding window only those within it, counted in positions, as where a prefix lies in a
@@ -57,22 +59,53 @@ class Seen:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Zero each value with probability `rate` and scale the rest; row r draws from `seeds[r]`,
-    so that its draws depend on nothing else in the batch."""
+    """Zero each value with probability `rate` and scale the rest.
+
+    Whether a value stays is a hash of its row's seed and its place in the row, computed where the
+    values are: it depends on no neighbour, and is the same on every device.
+    """
 
     rate: float
     seeds: tuple[int, ...]
 
     def __call__(self, name: str, values_R: Tensor) -> Tensor:
-        kept = torch.stack(
-            [
-                torch.rand(
-                    values_R.shape[1:], generator=torch.Generator().manual_seed(seed_of(seed, name))
-                )
-                for seed in self.seeds
-            ]
+        device, count = values_R.device, values_R[0].numel()
+        words = [seed_of(seed, name) for seed in self.seeds]
+        low_R1 = torch.tensor([_signed(word) for word in words], dtype=torch.int32, device=device)
+        high_R1 = torch.tensor(
+            [_signed(word >> 32) for word in words], dtype=torch.int32, device=device
         )
-        return values_R * (kept >= self.rate).to(values_R) / (1.0 - self.rate)
+        places = _mixed(torch.arange(count, dtype=torch.int32, device=device))
+        draws = _mixed((places ^ low_R1[:, None]) + high_R1[:, None])
+        # A uniform 32-bit word, as an integer from -2**31.
+        stays = draws >= int(self.rate * 2**32) - 2**31
+        return values_R * stays.view(values_R.shape).to(values_R) / (1.0 - self.rate)
+
+
+def _signed(word: int) -> int:
+    """The low 32 bits of a word as a signed integer, which is all that torch has."""
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """MurmurHash3's finaliser on int32 words, a new tensor: every bit depends on every bit."""
+    words = words ^ ((words >> 16) & 0xFFFF)
+    words.mul_(_signed(0x85EBCA6B))
+    words.bitwise_xor_((words >> 13) & 0x7FFFF)
+    words.mul_(_signed(0xC2B2AE35))
+    return words.bitwise_xor_((words >> 16) & 0xFFFF)
+
+
+Layers = tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, [R, H, P, D]
+
+
+def split_layers(kv_RK2HPD: Tensor) -> Layers:
+    """Each layer's keys and values.
+
+    `unbind` rather than a slice per layer: the backward of K slices would add K tensors of the
+    full size.
+    """
+    return tuple(kv_R2HPD.unbind(1) for kv_R2HPD in kv_RK2HPD.unbind(1))
 
 
 @dataclass(frozen=True)
@@ -85,26 +118,22 @@ class PackPrefix:
     """
 
     tensors: dict[str, Tensor]
-    seen: Seen = Seen()
+    visibility: Visibility = Visibility()
 
     def of_rows(
         self, slots_R: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> RowPrefix:
-        """Gather each row's prefix (differentiable).
-
-        `unbind` rather than a slice per layer: the backward of K slices would add K tensors
-        of the full size.
-        """
+        """Gather each row's prefix (differentiable)."""
         rows = {name: kv.index_select(0, slots_R) for name, kv in self.tensors.items()}
         if dropout is not None:
             rows = {name: dropout(name, values) for name, values in rows.items()}
         embeddings = rows.pop(EMBEDDINGS, None)
         count = len(slots_R)
         return RowPrefix(
-            {stack: values.to(dtype).unbind(1) for stack, values in rows.items()},
+            {stack: split_layers(values.to(dtype)) for stack, values in rows.items()},
             embeddings=embeddings,
-            infix=_flags(self.seen.infix, count, slots_R.device),
-            windowed=_flags(self.seen.windowed, count, slots_R.device),
+            infix=_flags(self.visibility.infix, count, slots_R.device),
+            windowed=_flags(self.visibility.windowed, count, slots_R.device),
         )
 
 
@@ -116,17 +145,17 @@ def _flags(value: bool, rows: int, device: torch.device) -> Tensor | None:
 class RowPrefix:
     """The prefix of every row of one batch.
 
-    `layers[stack]` are the stack's top K layers, each `[R, 2, H, P, D]`: keys (as after rotary
-    embedding) and values. `visible` is a bool `[R, P]` where rows have prefixes of different
-    lengths (or none): False columns are padding, on the left. None means that every column is
-    visible. `embeddings` `[R, P, E]` stand where the row's ids are negative (data/layout.py).
-    `infix` and `windowed`, bool `[R]`: see Seen; None where it holds for no row.
+    `layers[stack]` are the keys (as after rotary embedding) and values of the stack's top K
+    layers; empty where the prefixes lie in the first columns of a cache already. `lengths`, Long
+    `[R]`: how many virtual tokens each row has; the columns before them, on the left, are padding.
+    None: all P. `embeddings` `[R, P, E]` stand where the row's ids are negative (data/layout.py).
+    `infix` and `windowed`, bool `[R]`: see Visibility; None where it holds for no row.
     `depths[stack]`, Long `[R]`: how many of the stack's top layers row r's prefix has, where
     rows differ.
     """
 
-    layers: dict[str, tuple[Tensor, ...]]
-    visible: Tensor | None = None
+    layers: dict[str, Layers]
+    lengths: Tensor | None = None
     embeddings: Tensor | None = None
     infix: Tensor | None = None
     windowed: Tensor | None = None
@@ -136,25 +165,10 @@ class RowPrefix:
     def length(self) -> int:
         """P, the columns put before the row's own keys."""
         first = next(iter(self.layers.values()), None)
-        return 0 if first is None else int(first[0].shape[-2])
+        return 0 if first is None else int(first[0][0].shape[-2])
 
-    def offsets(self, rows: int) -> Tensor:
-        """How many virtual keys each row has, Long `[R]`: how far real positions are moved."""
-        if self.visible is None:
-            return torch.full((rows,), self.length, dtype=torch.long)
-        return self.visible.sum(-1)
-
-    def after(self, prompt_lengths_R: Tensor) -> Tensor | None:
-        """Each row's first real token that sees the prefix, Long `[R]`; None: all do."""
-        if self.infix is None:
+    def first_with_prefix(self, prompt_lengths_R: Tensor | None) -> Tensor | None:
+        """Each row's first real token that attends to the prefix, Long `[R]`; None: all do."""
+        if self.infix is None or prompt_lengths_R is None:
             return None
         return torch.where(self.infix, (prompt_lengths_R - 1).clamp_min(0), 0)
-
-
-@dataclass(frozen=True)
-class CachedPrefix:
-    """Prefixes in a cache's first columns: how many columns and top layers each row has, both
-    Long `[R]` on the CPU."""
-
-    lengths: Tensor
-    layers: Tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptuning.errors import UnsupportedModel
-from ptuning.model.attention import CONTEXT, AttentionContext
+from ptuning.model.attention import PLAN, Capture, Plan
 
 
 class FrozenPass(nn.Module):
@@ -70,29 +70,31 @@ class FrozenPass(nn.Module):
 
     def forward(
         self,
-        context: AttentionContext,
+        plan: Plan,
         select: tuple[Tensor, Tensor] | None,
         targets: Tensor | None,
         members: int,
+        virtual: Tensor | None,
+        answer_positions: Tensor | None,
         **inputs: Any,
     ) -> Tensor:
         """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`.
 
         With `members` the rows are an ensemble's, all of one member after all of another, and
-        its nll is `[N / members]`.
+        its nll is `[N / members]`. `virtual`, `[R, P, E]`, stand where ids are negative.
         """
-        virtual = None if context.prefix is None else context.prefix.embeddings
         ids = inputs["input_ids"]  # None where the encoder has read them already
-        here = context.capture or self._always_embed
-        wanted = virtual is not None or (here and self.takes_embeddings)
-        if ids is not None and wanted:
+        here = isinstance(plan, Capture) or self._always_embed
+        if ids is not None and (virtual is not None or (here and self.takes_embeddings)):
             # The ids themselves stay away from the model: sharded ranks must all look their
             # embeddings up equally often.
             inputs["input_ids"] = None
-            inputs["inputs_embeds"] = context.embedded = self.embed(ids, virtual)
-        self._local.select, self._local.answer_positions = select, context.answer_positions
+            inputs["inputs_embeds"] = self.embed(ids, virtual)
+            if isinstance(plan, Capture):
+                plan.embedded = inputs["inputs_embeds"]
+        self._local.select, self._local.answer_positions = select, answer_positions
         try:
-            output = self.model(**inputs, **{CONTEXT: context})
+            output = self.model(**inputs, **{PLAN: plan})
         finally:
             self._local.select = self._local.answer_positions = None
         logits: Tensor = output.logits if select is None else output.logits[0]

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptuning.errors import ModelNotFound
+from ptuning.model.cache import cache_directory
 from ptuning.model.quiet import quiet_transformers
 from ptuning.system.files import write_atomic
 
@@ -56,12 +57,6 @@ class Source:
 
     name: str
     path: str
-
-
-def cache_directory() -> Path:
-    """`$PTUNING_CACHE`, else `ptuning` in the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PTUNING_CACHE") or Path(home) / "ptuning")
 
 
 def locate(name: str) -> Source:

@@ -36,7 +36,7 @@ from ptuning.errors import (
 )
 from ptuning.methods import METHODS, AnyMethod
 from ptuning.methods.base import Method
-from ptuning.model.batch import EMBEDDINGS, PackPrefix, Seen
+from ptuning.model.batch import EMBEDDINGS, PackPrefix, Visibility
 from ptuning.model.facts import DECODER, Facts
 from ptuning.types import Config
 
@@ -113,11 +113,11 @@ class Prefix:
         return str(self.meta.method.get("combine", "mean"))
 
     @property
-    def seen(self) -> Seen:
+    def seen(self) -> Visibility:
         if self.embeddings:
-            return Seen(windowed=True)
+            return Visibility(windowed=True)
         method = self.meta.method
-        return Seen(
+        return Visibility(
             infix=method.get("placement") == "infix",
             windowed=method.get("visibility") == "window",
         )

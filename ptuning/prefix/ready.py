@@ -17,7 +17,7 @@ from torch import Tensor
 from ptuning.data.layout import Arrangement
 from ptuning.errors import BackboneError, CorruptArtifact, DataError
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS, RowPrefix, Seen
+from ptuning.model.batch import EMBEDDINGS, Layers, RowPrefix, Visibility, split_layers
 from ptuning.prefix.artifact import Prefix
 
 
@@ -30,7 +30,7 @@ class Member:
 
     kv: dict[str, Tensor]
     embeddings: Tensor | None
-    seen: Seen
+    visibility: Visibility
 
     @property
     def length(self) -> int:
@@ -94,7 +94,7 @@ def check_positions(
 def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
     """Check a prefix against the backbone and prepare it. Raises an ArtifactError."""
     prefix.check(backbone)
-    around, seen = prefix.arrangement(backbone.template), prefix.seen
+    around = prefix.arrangement(backbone.template)
     facts = backbone.facts
     compiles = facts.decoder_start_id is None and facts.front_stays and around.in_front > 0
     members = []
@@ -108,7 +108,7 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
         member = Member(
             {stack: kv.to(backbone.dtype) for stack, kv in own.items()},
             None if embeddings is None else embeddings.to(backbone.dtype),
-            seen,
+            prefix.seen,
         )
         if not member.finite:
             raise CorruptArtifact(
@@ -122,41 +122,48 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
     )
 
 
-def rows_of(backbone: Backbone, members: Sequence[Member | None]) -> RowPrefix | None:
-    """One batch's prefixes, padded on the left to the longest; None where no row has one."""
-    held = [member for member in members if member is not None]
-    if not held:
+def rows_of(
+    backbone: Backbone, members: Sequence[Member | None], *, cached: bool = False
+) -> RowPrefix | None:
+    """One batch's prefixes, padded on the left to the longest; None where no row has one.
+
+    `cached`: their keys and values lie in the first columns of a cache already. What depends on
+    lengths and depths is decided here, on the host, so that a forward pass reads nothing back.
+    """
+    if not any(member is not None for member in members):
         return None
     device = backbone.device
-    prefix = RowPrefix(_layers(backbone, members), embeddings=_embeddings(backbone, members))
-    length = prefix.length
-    if length:
-        own = [0 if member is None else member.length for member in members]
-        lengths = torch.tensor(own, device=device)[:, None]
-        columns = torch.arange(length, device=device)
-        visible = columns >= length - lengths
-        prefix.visible = None if bool(visible.all()) else visible
-        prefix.depths = _depths(backbone, members)
-    infix = [member is not None and member.seen.infix for member in members]
-    windowed = [member is not None and member.seen.windowed for member in members]
-    prefix.infix = torch.tensor(infix, device=device) if any(infix) else None
-    prefix.windowed = torch.tensor(windowed, device=device) if any(windowed) else None
-    return prefix
+    lengths = [0 if member is None else member.length for member in members]
+    ragged = cached or len(set(lengths)) > 1
+    infix = [member is not None and member.visibility.infix for member in members]
+    windowed = [member is not None and member.visibility.windowed for member in members]
+    return RowPrefix(
+        {} if cached else _layers(backbone, members, max(lengths)),
+        lengths=torch.tensor(lengths, device=device) if ragged else None,
+        embeddings=_embeddings(backbone, members),
+        infix=torch.tensor(infix, device=device) if any(infix) else None,
+        windowed=torch.tensor(windowed, device=device) if any(windowed) else None,
+        depths=_depths(backbone, members, cached),
+    )
 
 
-def _depths(backbone: Backbone, members: Sequence[Member | None]) -> dict[str, Tensor]:
-    """How many layers of each stack each row's prefix has, for stacks where rows differ."""
+def _depths(
+    backbone: Backbone, members: Sequence[Member | None], cached: bool
+) -> dict[str, Tensor]:
+    """How many layers of each stack each row's prefix has, for stacks where rows differ; in a
+    cache, where some do not have all, since its columns are there in every layer."""
     depths = {}
-    for stack in backbone.facts.stacks:
+    for stack, facts in backbone.facts.stacks.items():
         own = [0 if member is None else len(member.kv.get(stack, ())) for member in members]
-        if len(set(own)) > 1:
+        with_columns = {n for n, member in zip(own, members, strict=True) if member and member.kv}
+        differ = bool(with_columns - {facts.layers}) if cached else len(set(own)) > 1
+        if differ:
             depths[stack] = torch.tensor(own, device=backbone.device)
     return depths
 
 
-def _layers(backbone: Backbone, members: Sequence[Member | None]) -> dict[str, tuple[Tensor, ...]]:
+def _layers(backbone: Backbone, members: Sequence[Member | None], length: int) -> dict[str, Layers]:
     layers = {}
-    length = max((member.length for member in members if member is not None), default=0)
     for stack in backbone.facts.stacks:
         own = [None if member is None else member.kv.get(stack) for member in members]
         depth = max((len(kv) for kv in own if kv is not None), default=0)
@@ -167,7 +174,7 @@ def _layers(backbone: Backbone, members: Sequence[Member | None]) -> dict[str, t
         for row, kv in enumerate(own):
             if kv is not None:
                 rows[row, depth - len(kv) :, ..., length - kv.shape[-2] :, :] = kv
-        layers[stack] = rows.unbind(1)
+        layers[stack] = split_layers(rows)
     return layers
 
 
@@ -184,7 +191,7 @@ def _embeddings(backbone: Backbone, members: Sequence[Member | None]) -> Tensor 
     return rows
 
 
-def combined(logits_MV: Tensor) -> Tensor:
+def combine_logits(logits_MV: Tensor) -> Tensor:
     """One row of logits `[V]` of what speaks with one voice: its only member's, or the mean of
     the members' log-probabilities. Raises BackboneError where they are not finite."""
     if len(logits_MV) == 1:
@@ -198,7 +205,7 @@ def combined(logits_MV: Tensor) -> Tensor:
     return logits_V
 
 
-def elected(answers: Sequence[tuple[str, float]]) -> int:
+def pick_winner(answers: Sequence[tuple[str, float]]) -> int:
     """Which of an ensemble's answers (text, log-probability per token by who gave it) is given:
     the commonest (Lester et al. 2021, section 6), among equally common ones the likeliest."""
     votes = Counter(text for text, _ in answers)

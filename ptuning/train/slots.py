@@ -43,7 +43,7 @@ class Slots:
         """As `compiled`, as leaves that collect a step's gradient over its microbatches."""
         compiled = self.compiled()
         leaves = {name: p.detach().requires_grad_() for name, p in compiled.tensors.items()}
-        return PackPrefix(leaves, compiled.seen)
+        return PackPrefix(leaves, compiled.visibility)
 
     def keep_best(self, slot: int, compiled: PackPrefix) -> None:
         """Remember the slot's prefix as its best so far."""

@@ -167,17 +167,20 @@ class LockstepDriver:
         for stack in dict.fromkeys((*prefix.layers, *empty.layers)):
             own, wanted = prefix.layers.get(stack, ()), len(empty.layers.get(stack, ()))
             depth = self.backbone.facts.stacks[stack]
-            shape = (rows, 2, depth.heads, length, depth.head_dim)
-            missing = [
-                torch.zeros(shape, dtype=self.backbone.dtype, device=self.backbone.device)
-                for _ in range(wanted - len(own))
-            ]
+            shape = (rows, depth.heads, length, depth.head_dim)
+            nothing = torch.zeros(shape, dtype=self.backbone.dtype, device=self.backbone.device)
+            missing = [(nothing, nothing) for _ in range(wanted - len(own))]
             if missing:
                 held = torch.full((rows,), len(own), device=self.backbone.device)
                 prefix.depths = {**prefix.depths, stack: prefix.depths.get(stack, held)}
             layers = [*missing, *own]
             bound = len(layers) - wanted  # below it peers have no gradient
             prefix.layers[stack] = tuple(
-                kv.detach().requires_grad_(n >= bound) for n, kv in enumerate(layers)
+                (_leaf(keys, n >= bound), _leaf(values, n >= bound))
+                for n, (keys, values) in enumerate(layers)
             )
         return prefix
+
+
+def _leaf(values: Tensor, requires_grad: bool) -> Tensor:
+    return values.detach().requires_grad_(requires_grad)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ptuning.errors import ServeError
 from ptuning.generation import stop_ids
 from ptuning.model.backbone import Backbone
-from ptuning.prefix.ready import Member, ReadyPrefix, combined, elected, log_probability
+from ptuning.prefix.ready import Member, ReadyPrefix, combine_logits, log_probability, pick_winner
 from serve.engine.batcher import Batcher, State
 from serve.engine.runner import make_runner
 from serve.engine.sampling import choose, generator_of
@@ -99,7 +99,7 @@ class _Running:
     def by_voice(self, logits_MV: Tensor) -> list[Tensor]:
         """Logits `[V]` of each voice, of all members' rows."""
         size = len(logits_MV) // len(self.voices)
-        return [combined(own) for own in logits_MV.split(size)]
+        return [combine_logits(own) for own in logits_MV.split(size)]
 
 
 class Engine:
@@ -315,7 +315,7 @@ def _finish(running: _Running) -> None:
     """Say how the answer ended; of several the one that is given, whole, since only now it is
     known which."""
     voices = running.voices
-    given = voices[elected([(voice.said, voice.log_p / voice.count) for voice in voices])]
+    given = voices[pick_winner([(voice.said, voice.log_p / voice.count) for voice in voices])]
     if len(voices) > 1 and given.said:
         _emit(running.request, Delta(text=given.said))
     assert given.reason is not None

@@ -1,27 +1,25 @@
 """Forward passes over slots: prefill of newcomers, one decoding step of all rows.
 
-Every call goes through `Backbone.step` with a mask and positions made here, because no
-model's own mask knows rows that stand at different columns.
+Every call goes through `Backbone.step`, which plans masks and positions as for any other call; all
+that is said here is at which columns of the slots a row's tokens and its prefix lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ptuning.errors import UnsupportedModel
+from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import CachedPrefix, RowPrefix, Seen
+from ptuning.model.batch import RowPrefix, Visibility
 from ptuning.model.facts import DECODER
 from ptuning.prefix.ready import Member, rows_of
 from serve.engine.slots import SlotCache, View
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Runner(Protocol):
@@ -66,20 +64,6 @@ class _Slot:
         """P, columns before the row's first token."""
         return 0 if self.member is None else self.member.length
 
-    @property
-    def after(self) -> int:
-        """The row's first token that sees the prefix."""
-        infix = self.member is not None and self.member.seen.infix
-        return max(0, self.prompt - 1) if infix else 0
-
-    @property
-    def windowed(self) -> bool:
-        return self.member is not None and self.member.seen.windowed
-
-    def depth(self, layers: int) -> int:
-        """K, the top layers with a prefix; all of them where there is none to hide."""
-        return len(next(iter(self.member.kv.values()))) if self.member and self.length else layers
-
 
 class SlotRunner:
     """A causal backbone with `rows` slots.
@@ -97,24 +81,24 @@ class SlotRunner:
             )
         self.backbone = backbone
         self.cache = SlotCache(facts, rows, backbone.dtype, backbone.device)
-        self._layers = facts.layers
-        self._windows = _windows(backbone)
-        # Transformers' eager attention adds its mask, SDPA takes a boolean one.
-        self._adds_mask = "eager" in str(backbone.model.config._attn_implementation)  # type: ignore[union-attr]
         self._slots = [_Slot() for _ in range(rows)]
+        self._prefixes: dict[tuple[int, int], RowPrefix | None] = {}  # of slots first, count
         self._check()
 
     def enter(self, slot: int, member: Member | None) -> None:
         self._slots[slot] = _Slot(member)
+        self._prefixes.clear()
         self.cache.enter(slot, None if member is None else member.kv.get(DECODER))
 
     def leave(self, slot: int) -> None:
         self.cache.clear(slot)
         self._slots[slot] = _Slot()
+        self._prefixes.clear()
 
     def move(self, source: int, target: int) -> None:
         self.cache.move(source, target)
         self._slots[target], self._slots[source] = self._slots[source], _Slot()
+        self._prefixes.clear()
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         device = self.backbone.device
@@ -124,88 +108,43 @@ class SlotRunner:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
             slots[row].prompt = len(prompt)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        offsets = torch.tensor([slot.length for slot in slots])
         # Padding is on the right: it is written beyond the row's end, which no query of the row
         # sees before its own tokens overwrite it.
-        columns = torch.arange(longest)[None] + offsets[:, None]
-        last = (lengths - 1).to(device)
-        embeddings = None
-        if any(slot.member is not None and slot.member.embeddings is not None for slot in slots):
-            embeddings = rows_of(
-                self.backbone,
-                [slot.member and replace(slot.member, kv={}) for slot in slots],
-            )
-        return self._step(first, ids.to(device), columns, last, embeddings)
+        columns = [[slot.length + n for n in range(longest)] for slot in slots]
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        return self._step(first, ids.to(device), columns, last)
 
     def decode(self, tokens: Sequence[int], columns: Sequence[int]) -> Tensor:
-        at = torch.tensor(columns)[:, None]
-        ids = torch.tensor(tokens)[:, None].to(self.backbone.device)
-        return self._step(0, ids, at, None, None)
+        ids = torch.tensor(tokens, device=self.backbone.device)[:, None]
+        return self._step(0, ids, [[column] for column in columns], None)
 
     def _step(
-        self,
-        first: int,
-        ids: Tensor,
-        columns: Tensor,
-        last: Tensor | None,
-        embeddings: RowPrefix | None,
+        self, first: int, ids: Tensor, columns: Sequence[Sequence[int]], last: Tensor | None
     ) -> Tensor:
-        device = self.backbone.device
-        width = int(columns.max()) + 1
-        self.cache.look(View(first, columns.to(device), width))
-        slots = self._slots[first : first + len(ids)]
-        masks = {
-            kind: self._mask(columns, slots, width, window).to(device)
-            for kind, window in self._windows.items()
-        }
-        mask = next(iter(masks.values())) if len(masks) == 1 else masks
+        device, slots = self.backbone.device, self._slots[first : first + len(ids)]
+        width = max(row[-1] for row in columns) + 1
+        at = torch.tensor(columns, device=device)
+        self.cache.look(View(first, at, width))
+        prefix = self._prefix(first, len(ids))
+        lengths = torch.zeros(len(ids), dtype=torch.long, device=device)
+        if prefix is not None and prefix.lengths is not None:
+            lengths = prefix.lengths
         return self.backbone.step(
             ids,
-            mask,
-            self._positions(columns, slots, last).to(device),
-            embeddings,
+            Tokens.of_slots(at, lengths, width, last),
+            prefix,
             self.cache,
             last,
-            cached=self._shallow(slots),
+            prompt_lengths=torch.tensor([slot.prompt for slot in slots], device=device),
         )
 
-    def _positions(self, columns: Tensor, slots: Sequence[_Slot], last: Tensor | None) -> Tensor:
-        """Where each token stands: at its column, or, before an infix, as if there were none."""
-        lengths = torch.tensor([slot.length for slot in slots])[:, None]
-        before = columns - lengths < torch.tensor([slot.after for slot in slots])[:, None]
-        positions = torch.where(before, columns - lengths, columns)
-        if last is not None:  # padding: never past the row's end
-            positions = positions.minimum(lengths + last.cpu()[:, None])
-        return positions
-
-    def _shallow(self, slots: Sequence[_Slot]) -> CachedPrefix | None:
-        """The rows' prefixes, where one of them has fewer layers than the model."""
-        depths = [slot.depth(self._layers) for slot in slots]
-        if min(depths) == self._layers:
-            return None
-        return CachedPrefix(torch.tensor([slot.length for slot in slots]), torch.tensor(depths))
-
-    def _mask(
-        self, columns: Tensor, slots: Sequence[_Slot], width: int, window: int | None
-    ) -> Tensor:
-        """`[R, 1, T, S]`: own columns up to the query's, and the prefix as its Seen says."""
-        key = torch.arange(width)
-        query = columns[:, :, None]
-        lengths = torch.tensor([slot.length for slot in slots])[:, None, None]
-        inside = key < lengths
-        seen = key <= query
-        if window is not None:
-            windowed = torch.tensor([slot.windowed for slot in slots])[:, None, None]
-            seen = seen & ((query - key < window) | (inside & ~windowed))
-        if any(slot.after for slot in slots):
-            after = torch.tensor([slot.after for slot in slots])[:, None, None]
-            seen = seen & ~(inside & (query - lengths < after))
-        seen = seen[:, None]
-        if not self._adds_mask:
-            return seen
-        dtype = self.backbone.dtype
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    def _prefix(self, first: int, count: int) -> RowPrefix | None:
+        """The prefixes of slots `first..first+count-1`, which lie in the cache but for virtual
+        tokens among the prompt's. The same until a row comes, goes or moves."""
+        if (first, count) not in self._prefixes:
+            members = [slot.member for slot in self._slots[first : first + count]]
+            self._prefixes[first, count] = rows_of(self.backbone, members, cached=True)
+        return self._prefixes[first, count]
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -219,7 +158,7 @@ class SlotRunner:
         shape = backbone.facts.kv_shape(DECODER, 3)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         kv = (0.1 * noise).to(backbone.device, backbone.dtype)
-        entered = [Member({DECODER: kv}, None, Seen()), None][:slots]
+        entered = [Member({DECODER: kv}, None, Visibility()), None][:slots]
         for slot, member in enumerate(entered):
             self.enter(slot, member)
         self.prefill(0, [ids[:-1].tolist()] * slots)
@@ -242,21 +181,5 @@ class SlotRunner:
 def _plain(backbone: Backbone, ids: Tensor, member: Member | None) -> Tensor:
     """Logits `[1, V]` after `ids` without any cache."""
     row = ids[None].to(backbone.device)
-    index = torch.arange(len(ids), device=backbone.device)[None]
-    return backbone.step(row, torch.ones_like(row), index, rows_of(backbone, [member]), None)
-
-
-def _windows(backbone: Backbone) -> dict[str, int | None]:
-    """The model's kinds of layers, each with its sliding window in tokens (None: sees all)."""
-    config = backbone.model.config.get_text_config()  # type: ignore[union-attr, operator]
-    kinds, settings = get_layer_types_and_kwargs(config)
-    unknown = set(kinds) - {FULL, SLIDING}
-    if unknown:
-        raise UnsupportedModel(
-            "the model has layers that keep more than keys and values",
-            seen=", ".join(sorted(unknown)),
-            expected=f"{FULL} or {SLIDING}",
-        )
-    return {
-        kind: setting.get("sliding_window") for kind, setting in zip(kinds, settings, strict=True)
-    }
+    tokens = Tokens.of_mask(torch.ones_like(row), row.shape[1])
+    return backbone.step(row, tokens, rows_of(backbone, [member]), None)

@@ -22,6 +22,7 @@ from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.layout import Layout
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, PackPrefix
 from ptuning.model.facts import CROSS, DECODER, ENCODER
@@ -265,7 +266,7 @@ def compare(
     leaves = list(pack.tensors.values())
     with torch.no_grad():
         zero = PackPrefix(
-            {name: torch.zeros_like(p) for name, p in pack.tensors.items()}, pack.seen
+            {name: torch.zeros_like(p) for name, p in pack.tensors.items()}, pack.visibility
         )
         other = backbone.token_nll(batch, zero.of_rows(torch.tensor(SLOTS), torch.float32))
     assert (ours - other).abs().max() > 1e-2, "the prefix changed nothing"
@@ -427,8 +428,7 @@ def test_a_template_is_answered_as_it_was_trained(family: str, template: str) ->
         assert ids.tolist() == [around.prompt(prompt)]
     ours = backbone.step(
         ids,
-        torch.ones_like(ids),
-        torch.arange(ids.shape[1])[None],
+        Tokens.of_mask(torch.ones_like(ids), ids.shape[1]),
         prefix_rows(backbone, [prefix]),
         None,
     )[0]

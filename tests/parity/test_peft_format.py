@@ -35,6 +35,7 @@ from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
+from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
 from ptuning.model.facts import DECODER
 from ptuning.prefix import peft_format
@@ -116,14 +117,12 @@ def prefix_for(backbone: Backbone, method: Method | None = None, **changes: Any)
 def our_logits(backbone: Backbone, prefix: Prefix) -> Tensor:
     """`[T, V]`."""
     ids = torch.tensor([IDS])
-    positions = torch.arange(len(IDS))[None]
     rows = []
     for length in range(1, len(IDS) + 1):
         rows.append(
             backbone.step(
                 ids[:, :length],
-                torch.ones_like(ids[:, :length]),
-                positions[:, :length],
+                Tokens.of_mask(torch.ones_like(ids[:, :length]), length),
                 prefix_rows(backbone, [prefix]),
                 transformers.DynamicCache(),
             )[0]

@@ -46,6 +46,7 @@ from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, PackPrefix
 from ptuning.model.facts import DECODER
@@ -514,8 +515,7 @@ def test_what_transformers_trainer_trained_in_peft_answers_the_same_here(
             logits = loaded(input_ids=ids, attention_mask=mask).logits[0, -1]
         here = backbone.step(
             ids,
-            mask,
-            torch.arange(ids.shape[1])[None],
+            Tokens.of_mask(mask, ids.shape[1]),
             prefix_rows(backbone, [prefix]),
             DynamicCache(),
         )[0]
@@ -596,9 +596,8 @@ def test_padding_on_the_left_moves_a_text_behind_pefts_prompt_but_not_behind_our
         )
         theirs.append(made.logits[0][0])
         real = torch.tensor([[0] * padding + [1] * (len(around) + len(text))])
-        index = (real.cumsum(-1) - 1).clamp_min(0)
         row = torch.tensor([[0] * padding + around + text])
-        ours.append(backbone.step(row, real, index, prefix, None)[0])
+        ours.append(backbone.step(row, Tokens.of_mask(real, row.shape[1]), prefix, None)[0])
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[1], ours[0], atol=1e-5, rtol=1e-5)
     moved = (theirs[1] - theirs[0]).abs().max()

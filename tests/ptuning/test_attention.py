@@ -27,9 +27,9 @@ from transformers import DynamicCache
 
 from ptuning.errors import UnsupportedModel
 from ptuning.methods.prefix import PrefixTuning
-from ptuning.model.attention import AttentionContext, implementation
+from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import Dropout, PackPrefix, RowPrefix
+from ptuning.model.batch import Dropout, PackPrefix, RowPrefix, split_layers
 from ptuning.model.facts import CROSS, DECODER, ENCODER
 from ptuning.model.load import load_backbone
 from ptuning.train.step import LocalDriver, Train, collate
@@ -156,11 +156,9 @@ def test_rows_with_prefixes_of_different_lengths_equal_each_alone(family: str, k
     own = [random_kv(backbone, length, seed=length)[0] for length in lengths]
     longest = max(lengths)
     padded = torch.full((3, *backbone.facts.kv_shape(DECODER, longest)), 7.0)  # must not be seen
-    visible = torch.zeros((3, longest), dtype=torch.bool)
     for row, length in enumerate(lengths):
         padded[row, ..., longest - length :, :] = own[row]
-        visible[row, longest - length :] = True
-    mixed = RowPrefix({DECODER: padded.unbind(1)}, visible)
+    mixed = RowPrefix({DECODER: split_layers(padded)}, torch.tensor(lengths))
     with torch.no_grad():
         together = logits_of(backbone, rows, mixed)
         for row, length in enumerate(lengths):
@@ -288,33 +286,66 @@ def test_keys_and_values_of_different_shapes_are_refused() -> None:
         build(config)
 
 
-def test_a_call_in_which_a_layer_did_not_take_the_prefix_raises() -> None:
+def test_a_prefix_of_more_layers_than_the_model_has_is_refused() -> None:
     backbone = build(FAMILIES["llama"]())
     prefix = row_prefix(random_kv(backbone, 2, seed=1), [0])
     prefix.layers[DECODER] = (*prefix.layers[DECODER], prefix.layers[DECODER][0])  # a third layer
-    with pytest.raises(UnsupportedModel, match="every attention layer"):
+    with pytest.raises(UnsupportedModel, match="more layers than the model"):
         logits_of(backbone, [[3, 4]], prefix)
-    # A model that stops using our function is noticed too.
+
+
+def test_a_model_that_stopped_using_our_attention_is_refused_at_the_next_call() -> None:
+    backbone = build(FAMILIES["llama"](), debug=False)
     backbone.model.set_attn_implementation("eager")
-    with pytest.raises((UnsupportedModel, TypeError)):
+    with pytest.raises(UnsupportedModel, match="does not use this library's attention"):
         logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
+
+
+def test_a_model_called_without_a_plan_raises_rather_than_sees_the_future() -> None:
+    """No mask is made for it then, so its tokens would attend to the ones after them."""
+    backbone = build(FAMILIES["llama"]())
+    with pytest.raises(UnsupportedModel, match="without a plan"):
+        backbone.model(input_ids=torch.tensor([[3, 4]]))
+
+
+def test_in_debug_mode_a_layer_that_did_not_take_its_prefix_raises() -> None:
+    backbone = build(FAMILIES["llama"](), debug=True)
+    attention = backbone.model.model.layers[1].self_attn  # type: ignore[union-attr]
+    attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    with pytest.raises(UnsupportedModel, match="every attention layer"):
+        logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
+
+
+def test_a_layer_that_attends_at_first_and_not_with_a_prefix_is_refused_at_load() -> None:
+    model = build_model(FAMILIES["llama"](), implementation("eager"))
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def forget(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+        return forward(hidden_states, **kwargs)
+
+    attention.forward = forget
+    with pytest.raises(UnsupportedModel, match="every attention layer"):
+        Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)
 
 
 def test_an_attention_module_that_appears_after_loading_is_refused() -> None:
     backbone = build(FAMILIES["llama"]())
     attention = backbone.model.model.layers[1].self_attn  # type: ignore[union-attr]
     del attention._ptuning_layer
-    with pytest.raises(UnsupportedModel, match="not seen when the backbone was loaded"):
+    with pytest.raises(UnsupportedModel, match="not there when the backbone was loaded"):
         logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
 
 
-def test_an_attention_call_without_a_mask_is_refused_rather_than_guessed() -> None:
-    backbone = build(FAMILIES["llama"]())
-    attention = backbone.model.model.layers[0].self_attn  # type: ignore[union-attr]
+@pytest.mark.parametrize("mask", [None, torch.zeros((1, 1, 2, 2))])
+def test_a_layer_with_a_mask_of_its_own_making_is_refused_rather_than_guessed(mask: Any) -> None:
+    model = build_model(FAMILIES["llama"](), implementation("eager"))
+    attention = model.model.layers[0].self_attn
     forward = attention.forward
-    attention.forward = lambda *a, **k: forward(*a, **(k | {"attention_mask": None}))
-    with pytest.raises(UnsupportedModel, match="without a mask"):
-        logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
+    attention.forward = lambda *a, **k: forward(*a, **(k | {"attention_mask": mask}))
+    with pytest.raises(UnsupportedModel, match="way of its own"):
+        Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)
 
 
 def test_captured_words_are_the_keys_and_values_that_continue_the_text() -> None:
@@ -386,16 +417,14 @@ def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:
 
 
 def test_only_supervised_positions_are_scored_with_the_plain_models_loss() -> None:
-    backbone = build(FAMILIES["gpt2"]())
+    backbone, plain = build(FAMILIES["gpt2"]()), build_model(FAMILIES["gpt2"](), "eager")
     rows = [encoded(9, 6, 1), encoded(6, 3, 2)]
     batch = collate(rows, backbone.device)
     with torch.no_grad():
         nll = backbone.token_nll(batch, None)
         expected = []
         for row in rows:
-            logits = backbone.model(
-                input_ids=torch.tensor([row.input_ids]), ptuning_context=AttentionContext()
-            ).logits[0]
+            logits = plain(input_ids=torch.tensor([row.input_ids])).logits[0]
             loss = torch.nn.functional.cross_entropy(
                 logits[:-1], torch.tensor(row.labels[1:]), reduction="none", ignore_index=-100
             )

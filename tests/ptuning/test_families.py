@@ -18,8 +18,10 @@ from tiny_backbones import (
     SHARING,
     VOCAB,
     WINDOWED,
+    batch_logits,
     build,
     build_model,
+    call,
     encoded,
     logits_of,
     prefix_rows,
@@ -38,12 +40,19 @@ from ptuning.methods.base import Method, Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
-from ptuning.model.attention import AttentionContext, Place, implementation, mark_layer
+from ptuning.model.attention import PLAN, implementation, mark_layer
+from ptuning.model.attention_plan import (
+    AttentionFacts,
+    AttentionLayer,
+    Reach,
+    Tokens,
+    plan_attention,
+)
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix
+from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix, split_layers
 from ptuning.model.facts import CROSS, DECODER, ENCODER
 from ptuning.prefix.artifact import Prefix, pack_prefix
-from ptuning.prefix.ready import combined, make_ready, rows_of
+from ptuning.prefix.ready import combine_logits, make_ready, rows_of
 from ptuning.scoring import score_split
 from ptuning.train.config import TrainConfig, Trained, UserRows
 from ptuning.train.packed import train_pack
@@ -313,18 +322,8 @@ def test_a_stack_that_is_switched_off_hears_no_prefix(family: str, kind: str) ->
     batch = collate([encoded(9, 6, 1)], backbone.device, backbone.facts.decoder_start_id)
 
     def loss(stacks: Sequence[str]) -> float:
-        layers = {stack: tuple(whole.kv[stack][:, None]) for stack in stacks}
-        context = AttentionContext(prefix=RowPrefix({k: tuple(v) for k, v in layers.items()}))
-        nll = backbone._call(
-            context,
-            batch.input_ids,
-            batch.attention_mask,
-            decoder_input_ids=batch.decoder_input_ids,
-            select=(batch.rows, batch.cols),
-            targets=batch.targets,
-        )
-        assert {stack for stack, _ in context.used} == set(stacks)
-        return float(nll.sum())
+        prefix = RowPrefix({stack: split_layers(whole.kv[stack][None]) for stack in stacks})
+        return float(backbone.token_nll(batch, prefix).sum())
 
     subsets = [(), (ENCODER,), (DECODER,), (CROSS,), (DECODER, CROSS), (ENCODER, CROSS),
                (ENCODER, DECODER), (ENCODER, DECODER, CROSS)]  # fmt: skip
@@ -543,8 +542,8 @@ def answer_logits(
     ids, mask = (torch.zeros((len(sources), longest), dtype=torch.long) for _ in range(2))
     for r, row in enumerate(sources):
         ids[r, : len(row)], mask[r, : len(row)] = torch.tensor(row), 1
-    context = AttentionContext(prefix=prefix_rows(backbone, prefixes))
-    return backbone._call(context, ids, mask, decoder_input_ids=torch.tensor(answers))
+    prefix = prefix_rows(backbone, prefixes)
+    return call(backbone, ids, mask, prefix, answers=torch.tensor(answers))
 
 
 @with_kinds([*PAIRS])
@@ -594,12 +593,8 @@ def test_where_positions_are_relative_padding_on_the_left_is_no_matter(
         ([*source, 0, 0, 0], [1] * 7 + [0] * 3),
         ([0, 0, 0, *source], [0] * 3 + [1] * 7),
     ):
-        context = AttentionContext(prefix=prefix)
-        results.append(
-            backbone._call(
-                context, torch.tensor([padded]), torch.tensor([mask]), decoder_input_ids=answer
-            )
-        )
+        ids = torch.tensor([padded])
+        results.append(call(backbone, ids, torch.tensor([mask]), prefix, answers=answer))
     close(results[1], results[0])
     close(results[2], results[0])
 
@@ -652,19 +647,10 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
                     torch.tensor([0]), backbone.dtype
                 )
                 with torch.no_grad():
-                    members.append(
-                        backbone._call(
-                            AttentionContext(prefix=rows_prefix),
-                            batch.input_ids,
-                            batch.attention_mask,
-                            prompt_lengths=batch.prompt_lengths,
-                            decoder_input_ids=batch.decoder_input_ids,
-                            select=(batch.rows, batch.cols),
-                        )
-                    )
+                    members.append(batch_logits(backbone, batch, rows_prefix))
             assert ready.combine == combine
             at_each = torch.stack(members, dim=1)  # [N, members, V]
-            log_p = torch.stack([combined(one) for one in at_each]).log_softmax(-1)
+            log_p = torch.stack([combine_logits(one) for one in at_each]).log_softmax(-1)
             expected.append(float(-log_p[range(3), batch.targets].sum()))
     for budget in (1, 40, 4096):
         machine = score_split(backbone, users, pack_prefix(prefixes, backbone), budget, 3)
@@ -794,14 +780,8 @@ def test_generation_hears_what_training_heard(family: str, kind: str) -> None:
         ready = make_ready(prefix, backbone)
         for member in range(len(prefix.members)):
             with torch.no_grad():
-                whole = backbone._call(
-                    AttentionContext(prefix=trained.of_rows(torch.tensor([member]), torch.float32)),
-                    batch.input_ids,
-                    batch.attention_mask,
-                    prompt_lengths=batch.prompt_lengths,
-                    decoder_input_ids=batch.decoder_input_ids,
-                    select=(batch.rows, batch.cols),
-                )
+                prefix_row = trained.of_rows(torch.tensor([member]), torch.float32)
+                whole = batch_logits(backbone, batch, prefix_row)
             run = steps(
                 backbone, [ready.around.prompt(prompt)], rows_of(backbone, [ready.members[member]])
             )
@@ -857,8 +837,9 @@ def bert_by_hand(ids: Tensor, kv_LPHD: Tensor) -> Tensor:
 @pytest.mark.parametrize("padding", [0, 3])
 def test_on_bert_the_attention_is_the_formulas_with_its_gradients(kind: str, padding: int) -> None:
     model = bert(implementation(kind))
-    for layer, block in enumerate(model.encoder.layer):
-        mark_layer(block.attention.self, Place(ENCODER, layer, 2))
+    layers = tuple(AttentionLayer(ENCODER, n, 2, Reach()) for n in range(2))
+    for layer, block in zip(layers, model.encoder.layer, strict=True):
+        mark_layer(block.attention.self, layer)
     kv = torch.randn((2, 2, 2, 4, 5, 8), generator=torch.Generator().manual_seed(1))
     ours, by_hand = kv.clone().requires_grad_(), kv.clone().requires_grad_()
     rows = torch.tensor([random_ids(7, 1), random_ids(7, 2)])
@@ -866,13 +847,12 @@ def test_on_bert_the_attention_is_the_formulas_with_its_gradients(kind: str, pad
     mask = torch.ones_like(ids)
     mask[:, 7:] = 0
     prefix = PackPrefix({ENCODER: ours}).of_rows(torch.tensor([0, 1]), torch.float32)
-    context = AttentionContext(prefix=prefix)
-    hidden = model(
-        input_ids=ids, attention_mask=mask if padding else None, ptuning_context=context
-    ).last_hidden_state[:, :7]
+    dtype = torch.float32 if kind == "eager" else torch.bool
+    tokens = {ENCODER: Tokens.of_columns(ids.shape[1], mask)}
+    plan = plan_attention(tokens, prefix, AttentionFacts({ENCODER: layers}, dtype))
+    hidden = model(input_ids=ids, attention_mask=mask, **{PLAN: plan}).last_hidden_state[:, :7]
     expected = torch.cat([bert_by_hand(rows[r : r + 1], by_hand[r]) for r in range(2)])
     close(hidden, expected)
-    assert context.used == {(ENCODER, 0), (ENCODER, 1)}
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     (hidden * weights).sum().backward()
     (expected * weights).sum().backward()

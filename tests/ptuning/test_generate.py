@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import FAMILIES, build, logits_of, prefix_rows, random_kv, random_prefix
+from tiny_backbones import (
+    FAMILIES,
+    build,
+    build_model,
+    logits_of,
+    prefix_rows,
+    random_kv,
+    random_prefix,
+)
 from tiny_model import make_tokenizer
 from tokenizers import processors
 
@@ -19,7 +27,7 @@ from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS
 from ptuning.model.facts import DECODER
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
-from ptuning.prefix.ready import combined, elected, make_ready, rows_of
+from ptuning.prefix.ready import combine_logits, make_ready, pick_winner, rows_of
 
 PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
 
@@ -94,7 +102,7 @@ def test_greedy_steps_equal_whole_passes_over_the_growing_text(family: str) -> N
 def test_a_row_without_a_prefix_is_the_plain_models_greedy_generation() -> None:
     backbone = build(FAMILIES["llama"]())
     ids = backbone.template.encode_prompt(PROMPTS[0])
-    output = backbone.model.generate(  # type: ignore[operator]
+    output = build_model(FAMILIES["llama"](), "eager").generate(
         input_ids=torch.tensor([ids]),
         attention_mask=torch.ones((1, len(ids)), dtype=torch.long),
         max_new_tokens=10,
@@ -226,18 +234,17 @@ def test_mixed_lengths_are_padded_on_the_left_and_hidden(backbone: Backbone) -> 
     made = prefix_rows(backbone, prefixes)
     assert made is not None
     assert made.length == 7
-    assert made.visible is not None
-    assert made.visible.sum(-1).tolist() == [3, 0, 7, 1]
-    assert bool(made.visible[:, -1].tolist() == [True, False, True, True])
-    assert made.offsets(4).tolist() == [3, 0, 7, 1]
+    assert made.lengths is not None
+    assert made.lengths.tolist() == [3, 0, 7, 1]
     first = prefixes[0]
     assert first is not None
     for layer, kv in enumerate(made.layers[DECODER]):
-        assert torch.equal(kv[0, :, :, -3:], first.kv[DECODER][layer])
+        for part, values in enumerate(kv):
+            assert torch.equal(values[0, :, -3:], first.kv[DECODER][layer, part])
     assert prefix_rows(backbone, [None, None]) is None
     equal = prefix_rows(backbone, [first, first])
     assert equal is not None
-    assert equal.visible is None
+    assert equal.lengths is None
 
 
 def test_the_templates_end_and_the_models_own_ends_both_stop(backbone: Backbone) -> None:
@@ -300,10 +307,10 @@ def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.Mon
 
 
 def test_an_election_is_won_by_votes_then_by_likelihood_then_by_place() -> None:
-    assert elected([("a", -0.1), ("b", -2.0), ("b", -3.0)]) == 1
-    assert elected([("a", -2.0), ("b", -1.0), ("c", -3.0)]) == 1
-    assert elected([("a", -3.0), ("b", -2.0), ("a", -1.0), ("b", -2.5)]) == 2
-    assert elected([("a", -1.0), ("b", -1.0)]) == 0
+    assert pick_winner([("a", -0.1), ("b", -2.0), ("b", -3.0)]) == 1
+    assert pick_winner([("a", -2.0), ("b", -1.0), ("c", -3.0)]) == 1
+    assert pick_winner([("a", -3.0), ("b", -2.0), ("a", -1.0), ("b", -2.5)]) == 2
+    assert pick_winner([("a", -1.0), ("b", -1.0)]) == 0
 
 
 @pytest.mark.parametrize("combine", ["mean", "vote"])
@@ -326,7 +333,7 @@ def test_a_prefix_that_overflows_in_the_model_answers_nobody(combine: Any) -> No
 
 def test_logits_that_are_no_numbers_choose_no_token() -> None:
     good, bad = torch.zeros((1, 5)), torch.full((1, 5), float("nan"))
-    assert combined(good).tolist() == [0.0] * 5
+    assert combine_logits(good).tolist() == [0.0] * 5
     for rows in (bad, torch.cat([good, bad])):
         with pytest.raises(BackboneError, match="not finite"):
-            combined(rows)
+            combine_logits(rows)

@@ -803,21 +803,18 @@ def test_the_best_epoch_is_the_first_lowest_and_patience_is_counted_from_it(
     losses: list[float | None], patience: int | None
 ) -> None:
     stopper, seen = BestEpoch(patience), []
-    best_at, kept = -1, -1
+    best_at = -1
     for epoch, loss in enumerate(losses):
         is_best, stop = stopper.see(loss)
-        if is_best:
-            kept = epoch
-        if loss is None:
+        if loss is None:  # kept: nothing speaks against it
             assert (is_best, stop) == (True, False)
             continue
         seen.append(loss)
         assert is_best == (loss < min(seen[:-1], default=math.inf))
         best_at = epoch if is_best else best_at
-        if patience is None:
-            assert not stop
+        since_best = sum(one is not None for one in losses[best_at + 1 : epoch + 1])
+        assert stop == (patience is not None and since_best >= patience)
         if stop:
-            assert kept == best_at or None in losses
             break
 
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.methods.base import Method
-from ptuning.model.attention import AttentionContext, implementation
+from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix
+from ptuning.model.batch import EMBEDDINGS, Batch, PackPrefix, RowPrefix
 from ptuning.model.facts import DECODER
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.ready import make_ready, rows_of
@@ -227,7 +227,9 @@ def build_model(config: PreTrainedConfig, attention: str, seed: int = 0) -> Any:
 
 
 def build(config: PreTrainedConfig, kind: str = "eager", **options: Any) -> Backbone:
-    """A backbone of a random model with our attention."""
+    """A backbone of a random model with our attention, which holds every call to it that each
+    layer took its prefix."""
+    options.setdefault("debug", True)
     model = build_model(config, implementation(kind))
     return Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64, **options)
 
@@ -294,14 +296,37 @@ def logits_of(
         mask[r, places[-1]] = 1
     select_r = torch.tensor([r for r, row in enumerate(rows) for _ in row])
     select_t = torch.tensor([t for place in places for t in range(place.start, place.stop)])
-    logits = backbone._call(
-        AttentionContext(prefix=prefix),
-        ids,
-        mask,
-        prompt_lengths=torch.tensor([len(row) for row in rows]),
-        select=(select_r, select_t),
-    )
+    prompts = torch.tensor([len(row) for row in rows])
+    logits = call(backbone, ids, mask, prefix, prompts=prompts, select=(select_r, select_t))
     return list(logits.split([len(row) for row in rows]))
+
+
+def call(
+    backbone: Backbone,
+    ids: Tensor,
+    mask: Tensor,
+    prefix: RowPrefix | None,
+    *,
+    answers: Tensor | None = None,
+    prompts: Tensor | None = None,
+    select: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Logits where `select` names them, or everywhere, of one call without a cache."""
+    plan = backbone._plan(mask, prefix, prompts, answers)
+    return backbone._run(plan, prefix, ids, mask, answers=answers, select=select)
+
+
+def batch_logits(backbone: Backbone, batch: Batch, prefix: RowPrefix | None) -> Tensor:
+    """Logits `[N, V]` of a batch's supervised tokens."""
+    return call(
+        backbone,
+        batch.input_ids,
+        batch.attention_mask,
+        prefix,
+        answers=batch.decoder_input_ids,
+        prompts=batch.prompt_lengths,
+        select=(batch.rows, batch.cols),
+    )
 
 
 def encoded(length: int, supervised: int, seed: int) -> Encoded:

@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import RowPrefix, Seen
+from ptuning.model.batch import RowPrefix, Visibility, split_layers
 from ptuning.model.facts import DECODER
 from ptuning.prefix.artifact import Prefix, PrefixMeta
 from ptuning.prefix.ready import Member, ReadyPrefix
@@ -74,7 +75,7 @@ def random_kv(backbone: Backbone, length: int, seed: int) -> torch.Tensor:
 
 def held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
     info = PrefixInfo(name="default", version=str(seed), digest=f"{seed:064x}")
-    member = Member({DECODER: random_kv(backbone, length, seed)}, None, Seen())
+    member = Member({DECODER: random_kv(backbone, length, seed)}, None, Visibility())
     return HeldPrefix(info=info, ready=ReadyPrefix((member,)))
 
 
@@ -107,9 +108,9 @@ def oracle(
     ids, out = list(prompt), []
     for _ in range(max_tokens):
         row = torch.tensor([ids])
-        prefix = None if kv is None else RowPrefix({DECODER: kv[None].unbind(1)})
-        positions = torch.arange(len(ids))[None]
-        logits = backbone.step(row, torch.ones_like(row), positions, prefix, None)
+        prefix = None if kv is None else RowPrefix({DECODER: split_layers(kv[None])})
+        tokens = Tokens.of_mask(torch.ones_like(row), len(ids))
+        logits = backbone.step(row, tokens, prefix, None)
         token = int(logits[0].argmax())
         out.append(token)
         if token == backbone.template.end_token_id:

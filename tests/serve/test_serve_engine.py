@@ -26,7 +26,7 @@ from transformers import (
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import Seen
+from ptuning.model.batch import Visibility
 from ptuning.model.facts import DECODER
 from ptuning.model.load import load_backbone
 from ptuning.prefix.ready import Member, ReadyPrefix
@@ -212,7 +212,7 @@ def test_newcomers_that_fail_leave_running_rows_alone(
     good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
     # A prefix of another shape: what the cache of prefixes never lets through.
-    member = Member({DECODER: random_kv(backbone, 3, 1)[..., :3]}, None, Seen())
+    member = Member({DECODER: random_kv(backbone, 3, 1)[..., :3]}, None, Visibility())
     wrong = HeldPrefix(info=held_prefix(backbone, 3, 1).info, ready=ReadyPrefix((member,)))
     bad, listener = make_request("bad", wrong)
     engine = make_engine(backbone)

@@ -18,6 +18,7 @@ from serving import (
     save_llama,
     text_of,
 )
+from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -34,6 +35,7 @@ from ptuning.prefix.artifact import Prefix
 from ptuning.prefix.ready import make_ready
 from serve.engine.engine import HeldPrefix, Request
 from serve.engine.runner import SlotRunner
+from serve.engine.slots import SlotLayer
 from serve.events import PrefixInfo
 
 
@@ -83,28 +85,17 @@ def test_sliding_windows_equal_the_plain_model_beyond_the_window(
         engine.close()
 
 
-def test_a_model_whose_layers_keep_something_else_is_refused(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = backbone.model.config
-    monkeypatch.setattr(
-        config, "layer_types", ["full_attention", "linear_attention"], raising=False
-    )
-    with pytest.raises(UnsupportedModel, match="linear_attention"):
-        SlotRunner(backbone, 2)
-
-
 def test_a_model_that_answers_otherwise_with_slots_is_refused(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        SlotRunner,
-        "_mask",
-        lambda self, columns, offsets, width, window: torch.ones(
-            (len(columns), 1, columns.shape[1], width), dtype=torch.bool
-        ).roll(1),
-    )
-    monkeypatch.setattr(SlotRunner, "enter", lambda self, slot, kv: None)
+    update = SlotLayer.update
+
+    def forget(layer: SlotLayer, keys: Tensor, values: Tensor, *rest: Any) -> Any:
+        """A cache that mixes up its columns."""
+        all_keys, all_values = update(layer, keys, values, *rest)
+        return all_keys, all_values.roll(1, dims=2)
+
+    monkeypatch.setattr(SlotLayer, "update", forget)
     with pytest.raises(UnsupportedModel, match="differently"):
         SlotRunner(backbone, 2)
 
