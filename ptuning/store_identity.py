@@ -12,6 +12,9 @@
 and nobody can be forgotten by it. Keep `store.json` in the store's backup, and out of reach of
 whoever may list MLflow: with it, anyone can test which keys are those of ids that they guess.
 
+A copy of a store has its identity: the registry takes both for one, so let only one of them
+register.
+
 Several stores of one organisation can have the same keys by giving the same salt when each is
 made: `PTUNING_STORE_SALT_FILE` names a file with it (a mounted secret, say), or
 `PTUNING_STORE_SALT` holds it, as hexadecimal text of at least 16 bytes (`openssl rand -hex 32`).

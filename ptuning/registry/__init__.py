@@ -19,7 +19,7 @@ from ptuning.registry.base import (
     Version,
 )
 from ptuning.registry.memory import MemoryRegistry, MemoryServer
-from ptuning.registry.names import Alias, Scope
+from ptuning.registry.names import Alias, Scope, sqlite_uri
 from ptuning.store import Store
 
 __all__ = [
@@ -50,11 +50,6 @@ def registry_uri(config: RegistryConfig, store: Store) -> str:
             fix="set registry.uri to an MLflow server or database",
         )
     return sqlite_uri(store.path("mlflow.db"))
-
-
-def sqlite_uri(path: str) -> str:
-    """The `sqlite:///` uri of a file, with what would end its path or begin an escape quoted."""
-    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
 
 
 _MLFLOW_SCHEMES = frozenset({"http", "https", "postgresql", "sqlite"})

@@ -165,8 +165,7 @@ def check_owner(scope: Scope, owner: str | None) -> None:
             "the registry's namespace belongs to another store",
             seen=f"namespace {scope.namespace} of store {owner or 'unknown'}",
             expected=f"store {scope.store_id}",
-            fix="make the store with another registry.namespace, or use another registry.uri; "
-            "a copy of a store must not register beside the original",
+            fix="make the store with another registry.namespace, or use another registry.uri",
         )
 
 

@@ -124,6 +124,15 @@ def prefix_of(source: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
+def sqlite_uri(path: str) -> str:
+    """The `sqlite:///` uri of a file, with what would end its path or begin an escape quoted.
+
+    >>> sqlite_uri("/data/50% off?/mlflow.db")
+    'sqlite:////data/50%25 off%3F/mlflow.db'
+    """
+    return "sqlite:///" + path.replace("%", "%25").replace("?", "%3F")
+
+
 def check_names(user_key: str, prefix_name: str) -> None:
     """Refuse names that a registry must never see: they end up in filters and model names."""
     _check("user key", user_key, USER_KEY_PATTERN, "pass StoreIdentity.user_key(id), not the id")

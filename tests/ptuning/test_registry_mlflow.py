@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -243,12 +242,6 @@ def test_current_reads_champions_that_are_several_versions_old(mlflow_registry: 
         expected[user] = Current(candidate=versions[3], champion=versions[index])
     mlflow_registry.connection.names_per_query = 3  # more than one query
     assert mlflow_registry.current(users) == expected
-
-
-def test_a_pickled_registry_opens_the_same_one(mlflow_registry: Any) -> None:
-    user = new_user()
-    [version] = mlflow_registry.register(new_pack(), [promoted(user)])
-    assert pickle.loads(pickle.dumps(mlflow_registry)).champion(user) == version
 
 
 REGISTER = """

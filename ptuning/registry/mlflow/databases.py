@@ -24,6 +24,7 @@ from mlflow.store.db.utils import _initialize_tables
 from mlflow.tracking._model_registry.client import ModelRegistryClient
 
 from ptuning.errors import ConfigError
+from ptuning.registry.names import sqlite_uri
 
 _ADVISORY_LOCK = 0x7074756E  # "ptun"
 
@@ -86,8 +87,6 @@ def _lock_postgresql(uri: str) -> Iterator[None]:
 
 def create_sqlite(path: Path) -> None:
     """Make a fresh database whole or not at all: MLflow's migrations cannot resume half-way."""
-    from ptuning.registry import sqlite_uri
-
     if path.exists():
         return
     fresh = path.with_name(path.name + ".new")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -28,18 +27,13 @@ class MlflowRegistry:
     """A registry on an MLflow database (`sqlite:///`, `postgresql://`) or server (`http(s)://`).
 
     A fresh database gets its schema here, once, whoever comes first; RegistryError if it
-    cannot be opened. A server is asked when it is first needed. It pickles as its arguments.
+    cannot be opened. A server is asked when it is first needed.
     """
 
     def __init__(self, uri: str, experiment: str, scope: Scope) -> None:
         self.experiment, self.scope = experiment, scope
         self.connection = connect(uri)
         self._owned = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from ptuning.registry import _open_mlflow
-
-        return (_open_mlflow, (self.connection.uri, self.experiment, self.scope))
 
     def register(self, pack: PackRecord, entries: Sequence[Registration]) -> list[Version]:
         """See `Registry.register`. Versions come back in the order of `entries`.
