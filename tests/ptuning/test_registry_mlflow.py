@@ -466,6 +466,17 @@ def test_a_database_that_is_down_raises_soon_and_keeps_its_password() -> None:
     assert PASSWORD not in str(caught.value) + repr(caught.value.fields)
 
 
+def test_a_question_that_is_refused_is_no_outage(
+    mlflow_registry: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    [version] = mlflow_registry.register(new_pack(), [promoted(new_user())])
+    caplog.set_level(logging.INFO, "ptuning.registry")
+    with pytest.raises(RegistryError):
+        mlflow_registry.set_alias(replace(version, version="7"), "champion")
+    assert mlflow_registry.champion(version.user_key) == version
+    assert not [record for record in caplog.records if record.name == "ptuning.registry"]
+
+
 @pytest.mark.slow
 def test_an_outage_of_the_database_is_one_line_in_the_log_and_ends_by_itself(
     postgresql: Postgresql, caplog: pytest.LogCaptureFixture

@@ -90,7 +90,12 @@ class Connection:
     def is_answer(self, error: MlflowException, *codes: str) -> bool:
         """Whether an error is MLflow's own answer with one of these codes: a proxy's 404 also
         reads as 'does not exist', but comes without one."""
-        return error.error_code in codes and (isinstance(error, RestException) or not self.remote)
+        return error.error_code in codes and (_from_server(error) or not self.remote)
+
+    def _is_outage(self, error: Exception) -> bool:
+        if not isinstance(error, MlflowException) or (self.remote and not _from_server(error)):
+            return True
+        return not str(error.error_code).startswith(("RESOURCE_", "INVALID_"))
 
     @contextmanager
     def asking(self, what: str) -> Iterator[None]:
@@ -105,7 +110,7 @@ class Connection:
             OSError,
             ImportError,  # a database's driver
         ) as error:
-            if self.outage.began():
+            if self._is_outage(error) and self.outage.began():
                 log.warning("could not %s at %s: %s", what, self.shown_uri, _first_line(error))
             raise RegistryError(
                 f"could not {what} at {self.shown_uri}",
@@ -144,6 +149,10 @@ def connect(uri: str) -> Connection:
         if sqlite:
             sync_once_per_pack(to.models)
     return to
+
+
+def _from_server(error: MlflowException) -> bool:
+    return isinstance(error, RestException)
 
 
 def _first_line(error: Exception) -> str:
