@@ -17,7 +17,7 @@ Alias = Literal["candidate", "champion"]
 PREFIX_NAME_PATTERN = "[a-z0-9_-]{1,64}"
 USER_KEY_PATTERN = "[a-z2-7]{52}"
 DIGEST_PATTERN = "[0-9a-f]{64}"
-FINGERPRINT_PATTERN = "[0-9a-f]{8,64}"
+FINGERPRINT_PATTERN = "[0-9a-f]{64}"
 MAX_NAME = 200  # characters; MLflow's column has 256 and is not checked before the database
 SCHEME = "ptuning"
 

@@ -447,7 +447,7 @@ def test_the_embedded_registry_lies_in_the_store_whatever_the_store_is_called(
         ("a.b", FINGERPRINT, "s"),
         ("", FINGERPRINT, "s"),
         ("a" * 33, FINGERPRINT, "s"),
-        ("a", "8f3a", "s"),
+        ("a", FINGERPRINT[:8], "s"),
         ("a", "'" + FINGERPRINT[1:], "s"),
         ("a", FINGERPRINT, ""),
     ],
