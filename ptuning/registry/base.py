@@ -173,12 +173,7 @@ def leave_newer_champion(
     entry: Registration, pack: PackRecord, champion: Version | None
 ) -> Registration:
     """The entry, `pending` where it would replace what a run that planned later promoted."""
-    if (
-        entry.decision != "promoted"
-        or champion is None
-        or champion.digest == entry.digest
-        or champion.planned_at <= pack.planned_at
-    ):
+    if entry.decision != "promoted" or champion is None or champion.planned_at <= pack.planned_at:
         return entry
     reason = "a newer run promoted another prefix meanwhile; the next run compares with it"
     return replace(entry, decision="pending", reason=reason, gate_digest="")

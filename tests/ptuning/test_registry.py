@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import pickle
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from registry_backends import (
     versions_of,
 )
 
+import ptuning.registry.names
 from ptuning.errors import ConfigError, RegistryError
 from ptuning.registry import (
     Current,
@@ -470,6 +472,7 @@ def test_names_say_whose_they_are_and_never_meet() -> None:
         for prefix in ("default", "store", "a", "-", "_")
     }
     assert len(names) == 4 * 2 * 5
+    assert doctest.testmod(ptuning.registry.names) == (3, 0)
     assert not names & {Scope(n, FINGERPRINT, "s").owner_model for n in ("a", "a-b", "store")}
 
 
