@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import hmac
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -104,13 +105,19 @@ class UserReport:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def user_key(user_id: str) -> str:
-    """The user's name outside partitions: lower-case base32 of SHA-256 of the id's UTF-8 bytes.
+def user_key(user_id: str, salt: bytes = b"") -> str:
+    """The user's name outside inputs and partitions: 52 characters of [a-z2-7].
 
-    52 characters of [a-z2-7], safe as a file name, in MLflow and in an engine's cache keys.
-    The id is not normalised: ids that differ in one byte are different users.
+    It is the lower-case, unpadded base32 of HMAC-SHA256(salt, the id's UTF-8 bytes) (RFC 2104),
+    safe as a file name, in MLflow and in an engine's cache keys. The id is not normalised: ids
+    that differ in one byte are different users. Without the salt nobody can tell from a key
+    whether it is that of an e-mail address they guess; a store has a salt
+    (`ptuning.store_identity`), the library alone uses the empty one.
+
+        >>> user_key("alice") == user_key("alice", b"") != user_key("alice", b"a store's salt")
+        True
     """
-    digest = hashlib.sha256(user_id.encode("utf-8")).digest()
+    digest = hmac.digest(salt, user_id.encode("utf-8"), "sha256")
     return base64.b32encode(digest).decode("ascii").rstrip("=").lower()
 
 

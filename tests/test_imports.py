@@ -39,6 +39,7 @@ TIERS = {
     "ptuning.prefix": 1,
     "ptuning.prefix.peft_format": 2,
     "ptuning.store": 1,
+    "ptuning.store_identity": 1,
     "ptuning.gate": 1,
     "ptuning.train": 2,
     "ptuning.scoring": 2,

@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from ptuning.errors import ConfigError
 from ptuning.registry.base import (
-    Alias,
     Current,
     PackRecord,
     Registration,
@@ -19,17 +18,20 @@ from ptuning.registry.base import (
     RegistryConfig,
     Version,
 )
-from ptuning.registry.memory import MemoryRegistry
+from ptuning.registry.memory import MemoryRegistry, MemoryServer
+from ptuning.registry.names import Alias, Scope, sqlite_uri
 from ptuning.store import Store
 
 __all__ = [
     "Alias",
     "Current",
     "MemoryRegistry",
+    "MemoryServer",
     "PackRecord",
     "Registration",
     "Registry",
     "RegistryConfig",
+    "Scope",
     "Version",
     "open_registry",
     "registry_uri",
@@ -47,26 +49,38 @@ def registry_uri(config: RegistryConfig, store: Store) -> str:
             seen=store.root,
             fix="set registry.uri to an MLflow server or database",
         )
-    return f"sqlite:///{store.path('mlflow.db')}"
+    return sqlite_uri(store.path("mlflow.db"))
 
 
 _MLFLOW_SCHEMES = frozenset({"http", "https", "postgresql", "sqlite"})
-_named: dict[str, MemoryRegistry] = {}
+_named: dict[str, MemoryServer] = {}
 _named_lock = threading.Lock()
 
 
-def open_registry(config: RegistryConfig, default_uri: str) -> Registry:
-    """The registry that `config.uri` names, or the one at `default_uri` where it names none.
+def open_registry(
+    config: RegistryConfig,
+    default_uri: str,
+    *,
+    namespace: str,
+    fingerprint: str,
+    store_id: str,
+) -> Registry:
+    """The registry that `config.uri` names, or the one at `default_uri` where it names none,
+    opened for the names of one store and one backbone.
+
+    `namespace` and `store_id` are of the store's identity (`ptuning.store_identity`),
+    `fingerprint` is `Backbone.fingerprint`.
 
     `sqlite:///…`, `postgresql[+driver]://…` and `http[s]://…` are MLflow's. For tests,
-    `memory://NAME` is one registry per name in this process, and `memory://` a new one each
+    `memory://NAME` is one server per name in this process, and `memory://` a new one each
     time. Raises ConfigError for any other scheme and RegistryError for a database that cannot
-    be opened; a server is first asked when it is first needed.
+    be opened; a server is first asked when it is first needed, and so is whose the namespace is.
     """
+    scope = Scope(namespace, fingerprint, store_id)
     uri = config.uri or default_uri
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme == "memory":
-        return _memory(uri)
+        return MemoryRegistry(scope, _memory_server(uri))
     if scheme not in _MLFLOW_SCHEMES:
         raise ConfigError(
             "registry.uri has a scheme that no registry here understands",
@@ -74,13 +88,20 @@ def open_registry(config: RegistryConfig, default_uri: str) -> Registry:
             expected="http(s)://…, postgresql://…, sqlite:///… or memory://…",
             fix="set registry.uri; a file is sqlite:/// followed by its path",
         )
-    from ptuning.registry.mlflow import MlflowRegistry
-
-    return MlflowRegistry(uri, config.experiment)
+    return _open_mlflow(uri, config.experiment, scope)
 
 
-def _memory(uri: str) -> MemoryRegistry:
+def _open_mlflow(uri: str, experiment: str, scope: Scope) -> Registry:
+    from ptuning.registry.mlflow.settings import set_defaults
+
+    set_defaults()  # MLflow reads some of them when it is imported
+    from ptuning.registry.mlflow.registry import MlflowRegistry
+
+    return MlflowRegistry(uri, experiment, scope)
+
+
+def _memory_server(uri: str) -> MemoryServer:
     if not urlsplit(uri).netloc:
-        return MemoryRegistry()
+        return MemoryServer()
     with _named_lock:
-        return _named.setdefault(uri, MemoryRegistry())
+        return _named.setdefault(uri, MemoryServer())

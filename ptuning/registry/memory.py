@@ -7,118 +7,168 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ptuning.errors import RegistryError
 from ptuning.registry.base import (
-    Alias,
     Current,
     PackRecord,
     Registration,
     Version,
-    check_alias,
-    check_names,
+    check_entry,
+    check_owner,
+    leave_newer_champion,
+    moves_candidate,
 )
+from ptuning.registry.names import Alias, Scope, check_alias, check_names
 
 
 @dataclass
 class _Model:
-    """One user's registered model: its versions, oldest first, and its aliases."""
+    """One registered model: its versions, oldest first, what they say, and where aliases point
+    (numbers of versions)."""
 
     versions: list[Version] = field(default_factory=list)
-    aliases: dict[Alias, Version] = field(default_factory=dict)
+    entries: dict[str, Registration] = field(default_factory=dict)  # by digest
+    aliases: dict[Alias, str] = field(default_factory=dict)
+
+    def aliased(self, alias: Alias) -> Version | None:
+        number = self.aliases.get(alias)
+        return None if number is None else self.versions[int(number) - 1]
+
+
+@dataclass
+class MemoryServer:
+    """What several registries share, as they would one MLflow: models by their full names,
+    packs by (namespace, run_id, pack_id), and which store owns a namespace."""
+
+    models: dict[str, _Model] = field(default_factory=dict)
+    packs: dict[tuple[str, str, str], PackRecord] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
+    unreachable: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
 class MemoryRegistry:
     """A registry in memory, safe to share between threads.
 
-    `unreachable = True` makes every call raise RegistryError, as a server that is down does.
-    `packs` holds what stands in MLflow's runs, by (run_id, pack_id); `entries` what stands in
-    a version's tags and description, by (user_key, prefix_name, digest).
+    Alone it has a server of its own. `unreachable = True` makes every call raise RegistryError,
+    as a server that is down does.
     """
 
-    def __init__(self) -> None:
-        self.unreachable = False
-        self.packs: dict[tuple[str, str], PackRecord] = {}
-        self.entries: dict[tuple[str, str, str], Registration] = {}
-        self._models: dict[tuple[str, str], _Model] = {}
-        self._lock = threading.RLock()
+    def __init__(self, scope: Scope | None = None, server: MemoryServer | None = None) -> None:
+        self.scope = scope or Scope("test", "0" * 64, "test")
+        self.server = server or MemoryServer()
+
+    @property
+    def unreachable(self) -> bool:
+        return self.server.unreachable
+
+    @unreachable.setter
+    def unreachable(self, value: bool) -> None:
+        self.server.unreachable = value
+
+    @property
+    def packs(self) -> dict[tuple[str, str], PackRecord]:
+        """What stands in MLflow's runs, by (run_id, pack_id)."""
+        return {
+            (run_id, pack_id): pack
+            for (namespace, run_id, pack_id), pack in self.server.packs.items()
+            if namespace == self.scope.namespace
+        }
+
+    def entry(self, user_key: str, prefix_name: str, digest: str) -> Registration:
+        """What stands in a version's tags and description."""
+        return self.server.models[self.scope.model_name(user_key, prefix_name)].entries[digest]
+
+    def versions(self, user_key: str, prefix_name: str = "default") -> list[Version]:
+        """All versions, oldest first."""
+        model = self.server.models.get(self.scope.model_name(user_key, prefix_name), _Model())
+        return list(model.versions)
 
     def register(self, pack: PackRecord, entries: Sequence[Registration]) -> list[Version]:
         """See `Registry.register`."""
         for entry in entries:
-            check_names(entry.user_key, entry.prefix_name)
-        with self._lock:
+            check_entry(entry)
+        with self.server.lock:
             self._ask()
-            self.packs.setdefault((pack.run_id, pack.pack_id), pack)
-            return [self._register(entry) for entry in entries]
+            self.server.owners.setdefault(self.scope.namespace, self.scope.store_id)
+            key = (self.scope.namespace, pack.run_id, pack.pack_id)
+            self.server.packs.setdefault(key, pack)
+            return [self._register(pack, entry) for entry in entries]
 
     def champion(self, user_key: str, prefix_name: str = "default") -> Version | None:
         """See `Registry.champion`."""
-        check_names(user_key, prefix_name)
-        with self._lock:
+        name = self.scope.model_name(user_key, prefix_name)
+        with self.server.lock:
             self._ask()
-            model = self._models.get((user_key, prefix_name))
-            return model.aliases.get("champion") if model else None
+            return self.server.models.get(name, _Model()).aliased("champion")
 
     def current(self, user_keys: Iterable[str], prefix_name: str = "default") -> dict[str, Current]:
         """See `Registry.current`."""
-        keys = list(user_keys)
-        for key in keys:
-            check_names(key, prefix_name)
-        with self._lock:
+        names = {key: self.scope.model_name(key, prefix_name) for key in user_keys}
+        with self.server.lock:
             self._ask()
+            models = {key: self.server.models.get(name, _Model()) for key, name in names.items()}
             return {
-                key: Current(**self._models[key, prefix_name].aliases)
-                for key in keys
-                if (key, prefix_name) in self._models
+                key: Current(
+                    candidate=model.aliased("candidate"), champion=model.aliased("champion")
+                )
+                for key, model in models.items()
+                if model.aliases
             }
 
     def set_alias(self, version: Version, alias: Alias) -> None:
         """See `Registry.set_alias`."""
         check_names(version.user_key, version.prefix_name)
         check_alias(alias)
-        with self._lock:
+        name = self.scope.model_name(version.user_key, version.prefix_name)
+        with self.server.lock:
             self._ask()
-            model = self._models.get((version.user_key, version.prefix_name), _Model())
-            held = {known.version: known for known in model.versions}
-            if version.version not in held:
+            model = self.server.models.get(name, _Model())
+            numbers = [known.version for known in model.versions]
+            if version.version not in numbers:
                 raise RegistryError(
-                    "no such version in the registry", seen=version.version, expected=sorted(held)
+                    "no such version in the registry", seen=version.version, expected=numbers
                 )
-            model.aliases[alias] = held[version.version]
+            model.aliases[alias] = version.version
 
-    def _register(self, entry: Registration) -> Version:
-        model = self._models.setdefault((entry.user_key, entry.prefix_name), _Model())
-        version = next((v for v in model.versions if v.digest == entry.digest), None)
-        if version is None:
-            version = _version(entry, len(model.versions) + 1)
-            model.versions.append(version)
-        elif version.gate_digest != entry.gate_digest:  # judged anew
-            judged = replace(version, gate_digest=entry.gate_digest)
-            model.versions[model.versions.index(version)] = judged
-            version = judged
-        self.entries[entry.user_key, entry.prefix_name, entry.digest] = entry
-        if entry.promote:
-            model.aliases["champion"] = version
-        model.aliases["candidate"] = version
+    def _register(self, pack: PackRecord, entry: Registration) -> Version:
+        name = self.scope.model_name(entry.user_key, entry.prefix_name)
+        model = self.server.models.setdefault(name, _Model())
+        known = next((v for v in model.versions if v.digest == entry.digest), None)
+        if known is not None and known.planned_at > pack.planned_at:
+            return known  # a newer run judged it
+        entry = leave_newer_champion(entry, pack, model.aliased("champion"))
+        number = int(known.version) if known else len(model.versions) + 1
+        version = _version(pack, entry, number)
+        model.versions[number - 1 : number] = [version]
+        model.entries[entry.digest] = entry
+        if entry.decision == "promoted":
+            model.aliases["champion"] = version.version
+        if moves_candidate(entry, pack, model.aliased("candidate")):
+            model.aliases["candidate"] = version.version
         return version
 
     def _ask(self) -> None:
-        if self.unreachable:
+        if self.server.unreachable:
             raise RegistryError(
                 "the model registry cannot be reached", uri="memory://", fix="set unreachable=False"
             )
+        owner = self.server.owners.get(self.scope.namespace)
+        if owner is not None:
+            check_owner(self.scope, owner)
 
 
-def _version(entry: Registration, number: int) -> Version:
+def _version(pack: PackRecord, entry: Registration, number: int) -> Version:
     return Version(
         user_key=entry.user_key,
         prefix_name=entry.prefix_name,
         version=str(number),
         digest=entry.digest,
-        uri=entry.uri,
         training_digest=entry.training_digest,
         data_digest=entry.data_digest,
         gate_digest=entry.gate_digest,
+        decision=entry.decision,
+        planned_at=pack.planned_at,
     )

@@ -10,6 +10,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from registry_backends import (  # noqa: F401 - fixtures
+    mlflow_registry,
+    open_mlflow,
+    open_scope,
+    postgresql,
+    postgresql_uri,
+    registry,
+    server_uri,
+    sqlite_uri,
+)
 from tiny_model import make_tokenizer
 
 if TYPE_CHECKING:

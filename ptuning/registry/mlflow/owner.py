@@ -1,0 +1,44 @@
+"""Whose a namespace is: a registered model `<namespace>.store` with the store's id as its tag.
+
+MLflow writes a model and its tags in one transaction, and a name once: of two stores that claim
+a namespace at once, one gets it, on SQLite, on PostgreSQL and over HTTP alike.
+"""
+
+from __future__ import annotations
+
+from mlflow.exceptions import MlflowException
+
+from ptuning.registry.base import check_owner
+from ptuning.registry.mlflow.connection import Connection
+from ptuning.registry.names import OWNER, Scope
+
+
+def check_namespace(to: Connection, scope: Scope, *, claim: bool) -> bool:
+    """Refuse a namespace of another store; `claim` takes one that is nobody's.
+
+    Returns whether the scope's store owns it. Raises RegistryError where another does.
+    """
+    try:
+        model = to.models.get_registered_model(scope.owner_model)
+    except MlflowException as error:
+        if not to.is_answer(error, "RESOURCE_DOES_NOT_EXIST"):
+            raise
+        if not claim:
+            return False
+        _claim(to, scope)
+        model = to.models.get_registered_model(scope.owner_model)
+    check_owner(scope, model.tags.get(OWNER))
+    return True
+
+
+def _claim(to: Connection, scope: Scope) -> None:
+    try:
+        to.models.create_registered_model(
+            scope.owner_model,
+            tags={OWNER: scope.store_id},
+            description="Says which store registers names in this namespace. Do not delete it.",
+        )
+    except MlflowException as error:
+        # Another process, or a request that was retried after its answer was lost.
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
