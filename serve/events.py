@@ -67,8 +67,10 @@ def _refused(fields: dict[str, Any]) -> Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One checked request. `user_key` is None where the request names no user."""
+    """One checked request. `user_key` is None where the request names no user; `id` names the
+    request in logs and in the answer."""
 
+    id: str
     user_key: str | None
     prefix_name: str
     prompt: str | tuple[Message, ...]

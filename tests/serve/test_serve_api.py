@@ -45,7 +45,7 @@ class World:
         self.service = Local(self.config, backbone, self.registry)
         app = make_app(self.config, MODEL, self.service, keys)
         self.client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app), base_url="http://test", timeout=60
+            transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1:8000", timeout=60
         )
 
     async def post(self, path: str = COMPLETIONS, **body: Any) -> httpx.Response:
@@ -212,7 +212,10 @@ def test_concurrent_users_get_their_own_answers_and_digests(play: Play) -> None:
 
 BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (COMPLETIONS, {"prompt": ""}, 400, "invalid_value", "prompt"),
-    (COMPLETIONS, {"prompt": ["a"]}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": ["a", "b"]}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": []}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": [1, 2]}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": [[1, 2]]}, 400, "invalid_value", "prompt"),
     (COMPLETIONS, {"prompt": None}, 400, "invalid_value", "prompt"),
     (COMPLETIONS, {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
     (COMPLETIONS, {"max_tokens": "8"}, 400, "invalid_value", "max_tokens"),
@@ -221,12 +224,12 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (COMPLETIONS, {"temperature": -1}, 400, "invalid_value", "temperature"),
     (COMPLETIONS, {"temperature": "hot"}, 400, "invalid_value", "temperature"),
     (COMPLETIONS, {"top_p": 0}, 400, "invalid_value", "top_p"),
-    (COMPLETIONS, {"n": 2}, 400, "invalid_value", "n"),
+    (COMPLETIONS, {"n": 2}, 400, "unsupported_value", "n"),
     (COMPLETIONS, {"user": ""}, 400, "invalid_value", "user"),
     (COMPLETIONS, {"user": 7}, 400, "invalid_value", "user"),
     (COMPLETIONS, {"prefix_name": "../up"}, 400, "invalid_value", "prefix_name"),
     (COMPLETIONS, {"stop": [""]}, 400, "invalid_value", "stop.0"),
-    (COMPLETIONS, {"best_of": 3}, 400, "invalid_value", "best_of"),
+    (COMPLETIONS, {"best_of": 3}, 400, "unsupported_value", "best_of"),
     (COMPLETIONS, {"beams": 3}, 400, "unsupported_parameter", "beams"),
     (COMPLETIONS, {"model": "gpt-4"}, 404, "model_not_found", "model"),
     (COMPLETIONS, {"prompt": "x" * 65}, 400, "context_length_exceeded", "prompt"),
@@ -235,8 +238,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (CHAT, {"messages": "hi"}, 400, "invalid_value", "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "missing", "messages.0.content"),
     (CHAT, {"messages": [{"role": "user", "content": ""}]}, 400, "invalid_value", None),
-    (CHAT, {"tools": [{}]}, 400, "invalid_value", "tools"),
-    (CHAT, {"frequency_penalty": 0.5}, 400, "invalid_value", "frequency_penalty"),
+    (CHAT, {"tools": [{}]}, 400, "unsupported_value", "tools"),
+    (CHAT, {"frequency_penalty": 0.5}, 400, "unsupported_value", "frequency_penalty"),
 ]
 
 
@@ -389,6 +392,7 @@ def test_health_and_metrics_speak_of_the_engine_and_never_of_users(play: Play) -
         assert "alice" not in text
         assert "carol" not in text
         world.service.engine.close()
-        assert (await world.client.get("/healthz")).status_code == 503
+        assert (await world.client.get("/healthz")).status_code == 200
+        assert (await world.client.get("/readyz")).status_code == 503
 
     play(story)
