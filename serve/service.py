@@ -21,6 +21,7 @@ from serve.engine.batcher import QueueFull
 from serve.engine.encoders import Encoders
 from serve.engine.engine import Engine, HeldPrefix, Request
 from serve.events import Answer, Ask, Delta, Event, Failed, Finished, Problem, Refused, Started
+from serve.http.messages import too_long
 from serve.logs import LOGGER, describe
 from serve.metrics import ENGINE_FAMILIES, Metrics, Snapshot
 from serve.prefix_cache import PrefixCache, file_loader
@@ -136,7 +137,7 @@ class Service:
         turns = 0 if isinstance(ask.prompt, str) else len(ask.prompt)
         at_least = turns + sum(map(len, texts)) // self._longest_token
         if at_least > self.config.max_length:
-            raise self._too_long(f"at least {at_least}", param)
+            raise too_long(f"at least {at_least}", self.config, param)
         try:
             ids = await self._encoders.encode(ask.prompt)
         except DataError as error:
@@ -144,7 +145,7 @@ class Service:
         if not ids:
             raise Refused("the prompt has no tokens", status=400, param=param)
         if len(ids) > self.config.max_length:
-            raise self._too_long(str(len(ids)), param)
+            raise too_long(str(len(ids)), self.config, param)
         self._check_vocabulary(ids, param)
         return tuple(ids)
 
@@ -160,15 +161,6 @@ class Service:
                 code="unknown_token",
                 param=param,
             )
-
-    def _too_long(self, tokens: str, param: str) -> Refused:
-        return Refused(
-            f"this service takes prompts of at most {self.config.max_length} tokens; "
-            f"this one has {tokens}",
-            status=400,
-            code="context_length_exceeded",
-            param=param,
-        )
 
     async def _prefix(self, ask: Ask) -> HeldPrefix | None:
         """The user's champion, or None where the base answers by policy. Raises Refused."""

@@ -138,7 +138,7 @@ class Api:
     async def _respond(self, request: Request, kind: type[Body]) -> Response:
         """The caller is known before anything of the body is read."""
         users = self._check_key(request)
-        body = parse(kind, await self._read(request), self.config.max_messages)
+        body = parse(kind, await self._read(request), self.config)
         check_user(users, body.user)
         self._check_model(body.model)
         ask = body.ask(self.config, request.state.id)

@@ -151,7 +151,7 @@ class ChatBody(_Body):
 Body = TypeVar("Body", CompletionBody, ChatBody)
 
 
-def parse(kind: type[Body], data: bytes, max_messages: int) -> Body:
+def parse(kind: type[Body], data: bytes, config: ServeConfig) -> Body:
     """A checked body, or Refused (400) that names the first thing wrong.
 
     What costs time for each message comes after messages, and their parts, are counted.
@@ -162,7 +162,7 @@ def parse(kind: type[Body], data: bytes, max_messages: int) -> Body:
         raise Refused("the body is not valid JSON", status=400, code="invalid_json") from error
     if not isinstance(value, dict):
         raise Refused("the body is not a JSON object", status=400, code="invalid_value")
-    _check_count(value, max_messages)
+    _check_count(value, config)
     try:
         return kind.model_validate(_implemented(kind, value))
     except ValidationError as error:
@@ -174,9 +174,9 @@ def parse(kind: type[Body], data: bytes, max_messages: int) -> Body:
     raise Refused(text, status=400, code=code, param=where or None)
 
 
-def _check_count(body: Mapping[str, Any], most: int) -> None:
-    """Messages, and parts over all of them, are at most `most`. Raises Refused (400)."""
-    messages = body.get("messages")
+def _check_count(body: Mapping[str, Any], config: ServeConfig) -> None:
+    """Raises Refused (400) for too many messages, or parts over all of them."""
+    messages, most = body.get("messages"), config.max_messages
     if not isinstance(messages, list):
         return
     contents = [item.get("content") for item in messages[: most + 1] if isinstance(item, dict)]
@@ -189,6 +189,17 @@ def _check_count(body: Mapping[str, Any], most: int) -> None:
                 code="too_many_messages",
                 param="messages",
             )
+    if len(messages) > config.max_length:  # each has a token of the template at least
+        raise too_long(f"at least {len(messages)}", config, "messages")
+
+
+def too_long(tokens: str, config: ServeConfig, param: str) -> Refused:
+    return Refused(
+        f"this service takes prompts of at most {config.max_length} tokens; this one has {tokens}",
+        status=400,
+        code="context_length_exceeded",
+        param=param,
+    )
 
 
 def _implemented(kind: type[_Body], body: Mapping[str, Any]) -> dict[str, Any]:

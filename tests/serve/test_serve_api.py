@@ -4,101 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from serving import Files, oracle, prefix_file
+from serving import oracle, prefix_file
+from worlds import CHAT, COMPLETIONS, MODEL, Play, World, check_error, events
 
-from ptuning.model.backbone import Backbone
 from ptuning.model.facts import DECODER
-from ptuning.registry import MemoryRegistry
 from ptuning.types import Message
-from serve.config import ServeConfig
-from serve.http.api import make_app
 from serve.http.auth import Keys
-from serve.metrics import Snapshot
-from serve.service import Service
-
-MODEL = "tiny"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-class Local(Service):
-    """A Service as the engine client of its own process."""
-
-    async def reports(self) -> list[Snapshot]:
-        return [self.report("local")]
-
-
-class World:
-    """One service: its registry, files and client."""
-
-    def __init__(self, backbone: Backbone, directory: Path, keys: Keys | None, **settings: Any):
-        self.backbone = backbone
-        self.registry = MemoryRegistry()
-        self.files = Files(self.registry, directory)
-        self.config = ServeConfig(**{"max_length": 64, "max_tokens_limit": 100, **settings})
-        self.service = Local(self.config, backbone, self.registry)
-        app = make_app(self.config, MODEL, self.service, keys)
-        self.client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1:8000", timeout=60
-        )
-
-    async def post(self, path: str = COMPLETIONS, **body: Any) -> httpx.Response:
-        values = {"model": MODEL, "temperature": 0, "max_tokens": 8, **body}
-        if path == COMPLETIONS:
-            values.setdefault("prompt", "hello")
-        else:
-            values.setdefault("messages", [{"role": "user", "content": "hello"}])
-        return await self.client.post(path, json=values)
-
-
-Story = Callable[[World], Coroutine[Any, Any, None]]
-Play = Callable[..., None]
-
-
-@pytest.fixture
-def play(backbone: Backbone, tmp_path: Path) -> Play:
-    """Run a story against a fresh service with these settings."""
-
-    @asynccontextmanager
-    async def opened(keys: Keys | None, settings: dict[str, Any]) -> AsyncIterator[World]:
-        world = World(backbone, tmp_path, keys, **settings)
-        try:
-            async with world.client:
-                yield world
-        finally:
-            world.service.close()
-
-    def tell(story: Story, keys: Keys | None = None, **settings: Any) -> None:
-        async def main() -> None:
-            async with opened(keys, settings) as world:
-                await asyncio.wait_for(story(world), 60)
-
-        asyncio.run(main())
-
-    return tell
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The chunks of a stream; checks its frame."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def check_error(response: httpx.Response, status: int, code: str | None, param: str | None) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param), error
-    assert error["message"]
 
 
 def test_a_completion_is_encoded_as_a_training_prompt_and_answered_with_the_users_prefix(
