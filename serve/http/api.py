@@ -40,6 +40,9 @@ from serve.metrics import HTTP_FAMILIES, Metrics, Snapshot, render
 
 log = logging.getLogger(LOGGER)
 
+# Not x-request-id, which Ray Serve sets to what the caller sent: an id of ours names one request.
+REQUEST_ID = "x-ptuning-request-id"
+
 
 class EngineClient(Protocol):
     """How the HTTP side reaches the engines; Ray's handle or, in tests, a Service."""
@@ -263,7 +266,7 @@ def make_app(
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-prefix-digest", "x-request-id"],
+            expose_headers=["x-prefix-digest", REQUEST_ID],
         )
     if keys is None:
         app.add_middleware(LocalOnly, config=config)  # last added, so asked first
@@ -296,7 +299,7 @@ def _count(api: Api, endpoint: Endpoint) -> Endpoint:
             log.error("request %s: %s failed: %s", request.state.id, name, describe(error))
             log.debug("how it failed", exc_info=True)
             response = problem_response(Problem(status=500, message="internal error", code=None))
-        response.headers["x-request-id"] = request.state.id
+        response.headers[REQUEST_ID] = request.state.id
         api.metrics.add("ptuning_requests_total", endpoint=name, status=str(response.status_code))
         return response
 

@@ -115,7 +115,7 @@ def test_errors_are_counted_and_said_in_one_line_each(
         assert lines[f"ptuning_step_errors_total{replica}"] == 1
         assert lines['ptuning_requests_total{endpoint="completions",status="500"}'] == 1
         said = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
-        request_id = failed.headers["x-request-id"]
+        request_id = failed.headers["x-ptuning-request-id"]
         assert all(request_id in line for line in said)
         assert any(prefix.digest in line for line in said)
         caplog.clear()

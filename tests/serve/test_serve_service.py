@@ -338,7 +338,7 @@ def test_what_is_counted_as_an_error_is_printed_in_a_line_without_texts(served: 
     path.write_bytes(b"damaged")
     response = served.post(user="erin", prompt="a secret")
     assert response.status_code == 500
-    request_id = response.headers["x-request-id"]
+    request_id = response.headers["x-ptuning-request-id"]
     eventually(lambda: f"request {request_id}: failed with 500" in served.output.read_text())
     assert served.metric("ptuning_prefix_errors_total") == 1
     text = served.output.read_text()
