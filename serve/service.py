@@ -20,8 +20,18 @@ from serve.config import ServeConfig
 from serve.engine.batcher import QueueFull
 from serve.engine.encoders import Encoders
 from serve.engine.engine import Engine, HeldPrefix, Request
-from serve.events import Answer, Ask, Delta, Event, Failed, Finished, Problem, Refused, Started
-from serve.http.messages import too_long
+from serve.events import (
+    Answer,
+    Ask,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Problem,
+    Refused,
+    Started,
+    too_long,
+)
 from serve.logs import LOGGER, describe
 from serve.metrics import ENGINE_FAMILIES, Metrics, Snapshot
 from serve.prefix_cache import PrefixCache, file_loader
@@ -137,7 +147,7 @@ class Service:
         turns = 0 if isinstance(ask.prompt, str) else len(ask.prompt)
         at_least = turns + sum(map(len, texts)) // self._longest_token
         if at_least > self.config.max_length:
-            raise too_long(f"at least {at_least}", self.config, param)
+            raise too_long(f"at least {at_least}", self.config.max_length, param)
         try:
             ids = await self._encoders.encode(ask.prompt)
         except DataError as error:
@@ -145,7 +155,7 @@ class Service:
         if not ids:
             raise Refused("the prompt has no tokens", status=400, param=param)
         if len(ids) > self.config.max_length:
-            raise too_long(str(len(ids)), self.config, param)
+            raise too_long(str(len(ids)), self.config.max_length, param)
         self._check_vocabulary(ids, param)
         return tuple(ids)
 

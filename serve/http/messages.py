@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ptuning.registry.base import PREFIX_NAME_PATTERN
 from ptuning.types import Message, user_key
 from serve.config import ServeConfig
-from serve.events import Answer, Ask, PrefixInfo, Refused
+from serve.events import Answer, Ask, PrefixInfo, Refused, too_long
 from serve.http.fields import CHAT, COMPLETION, MESSAGE, PART, STREAM_OPTIONS, Table, drop_neutral
 
 Text = Annotated[str, Field(min_length=1)]
@@ -190,16 +190,7 @@ def _check_count(body: Mapping[str, Any], config: ServeConfig) -> None:
                 param="messages",
             )
     if len(messages) > config.max_length:  # each has a token of the template at least
-        raise too_long(f"at least {len(messages)}", config, "messages")
-
-
-def too_long(tokens: str, config: ServeConfig, param: str) -> Refused:
-    return Refused(
-        f"this service takes prompts of at most {config.max_length} tokens; this one has {tokens}",
-        status=400,
-        code="context_length_exceeded",
-        param=param,
-    )
+        raise too_long(f"at least {len(messages)}", config.max_length, "messages")
 
 
 def _implemented(kind: type[_Body], body: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from serving import oracle, prefix_file
 from worlds import CHAT, COMPLETIONS, MODEL, Play, World, check_error, events
 
+from ptuning.errors import ServeError
 from ptuning.model.facts import DECODER
 from ptuning.types import Message
 from serve.http.auth import Keys
@@ -311,3 +312,43 @@ def test_health_and_metrics_speak_of_the_engine_and_never_of_users(play: Play) -
         assert (await world.client.get("/readyz")).status_code == 503
 
     play(story)
+
+
+def test_a_dead_engine_answers_503_at_once_and_is_not_ready(play: Play) -> None:
+    async def story(world: World) -> None:
+        def lost(*_slots: int) -> None:
+            raise RuntimeError("CUDA error")
+
+        runner = world.service.engine.runner
+        runner.leave = runner.move = lost  # type: ignore[method-assign]
+        answers = await asyncio.gather(*(world.post(max_tokens=n) for n in (2, 90, 90, 90)))
+        assert [answer.status_code for answer in answers] == [200, 503, 503, 503]
+        for answer in answers[1:]:
+            check_error(answer, 503, "engine_stopped", None)
+        for stream in (False, True):
+            check_error(await world.post(stream=stream), 503, "not_running", None)
+        assert (await world.client.get("/readyz")).status_code == 503
+        assert (await world.client.get("/healthz")).status_code == 200
+        with pytest.raises(ServeError):
+            world.service.report("local")  # what Ray Serve asks before it replaces a replica
+
+    play(story)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_is_an_event_too(
+    play: Play, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        async def broken(*_name: str) -> None:
+            raise KeyError("a secret")
+
+        world.service.prefixes.get = broken  # type: ignore[method-assign]
+        response = await world.post(user="alice", stream=stream)
+        check_error(response, 500, None, None)
+        assert "secret" not in response.text
+        [line] = {r.getMessage() for r in caplog.records if "KeyError" in r.getMessage()}
+        assert response.headers["x-ptuning-request-id"] in line
+
+    play(story)
+    assert "secret" not in caplog.text
