@@ -20,7 +20,8 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 def describe(error: BaseException) -> str:
     """An exception's classes and place, without its message: `KeyError at engine.py:12`."""
-    causes, at = [], error
+    causes: list[str] = []
+    at: BaseException | None = error
     while at is not None and len(causes) < 5:
         causes.append(type(at).__name__)
         at = at.__cause__ or at.__context__

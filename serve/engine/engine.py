@@ -115,7 +115,7 @@ class _Running:
     def by_voice(self, logits_MV: Tensor) -> list[Tensor]:
         """Logits `[V]` of each voice, of all members' rows."""
         size = len(logits_MV) // len(self.voices)
-        return [combined(own) for own in logits_MV.split(size)]
+        return [combined(part_MV) for part_MV in logits_MV.split(size)]
 
 
 class Engine:
@@ -249,8 +249,8 @@ class Engine:
         logits = self.runner.prefill(first, prompts).cpu()
         # Before the first is taken: one that ends moves others.
         slots = self._batcher.slots
-        own = [logits[[slot - first for slot in slots[request.id]]] for request in requests]
-        for request, logits_MV in zip(requests, own, strict=True):
+        parts = [logits[[slot - first for slot in slots[request.id]]] for request in requests]
+        for request, logits_MV in zip(requests, parts, strict=True):
             now = time.monotonic()
             self.metrics.observe("ptuning_time_to_first_token_seconds", now - request.arrived)
             self.metrics.add("ptuning_prompt_tokens_total", request.prompt_tokens)
@@ -261,15 +261,15 @@ class Engine:
     def _decode(self, ids: Sequence[str]) -> None:
         slots = self._batcher.slots
         tokens, columns = [0] * len(ids), [0] * len(ids)
-        for request_id, own in slots.items():
+        for request_id, rows in slots.items():
             running = self._running[request_id]
-            for place, slot in enumerate(own):
+            for place, slot in enumerate(rows):
                 tokens[slot], columns[slot] = running.voice(place).last, running.column
         logits = self.runner.decode(tokens, columns).cpu()
         self.metrics.observe("ptuning_step_rows", len(ids))
-        for request_id, own in slots.items():
+        for request_id, rows in slots.items():
             self._running[request_id].column += 1
-            self._take(request_id, logits[own])
+            self._take(request_id, logits[rows])
 
     def _begin(self, request: Request) -> _Running:
         ready = None if request.prefix is None else request.prefix.ready

@@ -31,19 +31,19 @@ def find_foreign(
     ('host', 'localhost:8000, 127.0.0.1:8000 or [::1]:8000')
     """
     names = list(dict.fromkeys((*_NAMES, _bracketed(config.host))))
-    if len(hosts) != 1 or not _is_own(hosts[0].lower(), names, config.port):
+    if len(hosts) != 1 or not _is_local(hosts[0].lower(), names, config.port):
         port = f":{config.port}" if config.port else ""
         *first, last = [name + port for name in names]
         return "host", f"{', '.join(first)} or {last}"
     for origin in origins:
         scheme, _, rest = origin.lower().partition("://")
-        own = scheme in ("http", "https") and _is_own(rest, names, config.port)
-        if not own and origin not in config.cors_origins:
+        local = scheme in ("http", "https") and _is_local(rest, names, config.port)
+        if not local and origin not in config.cors_origins:
             return "origin", "an origin that serve.cors_origins names"
     return None
 
 
-def _is_own(host: str, names: Collection[str], port: int) -> bool:
+def _is_local(host: str, names: Collection[str], port: int) -> bool:
     """Whether `host` is `name:port`; the port may be left out where it is 80."""
     name, colon, number = host.rpartition(":")
     if not colon or host.endswith("]"):
