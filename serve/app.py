@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import socket
+import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from serve import local_ray  # first: it sets what ray reads when it is imported
+from serve import local_ray, logs  # first: it sets what ray reads when it is imported
 
 # isort: split
 import ray
@@ -35,9 +37,11 @@ from serve.config import ServeConfig
 from serve.http.auth import Keys, check_exposure
 from serve.replica import EngineReplica, HttpReplica
 
-log = logging.getLogger("ptuning.serve")
+log = logging.getLogger(logs.LOGGER)
 
 APP = "ptuning"
+_LOOK_SECONDS = 1.0  # between two looks at a service that runs
+_SILENCE_SECONDS = 30.0  # a Ray that could not be asked for so long does not come back
 _SLACK = 32  # requests beyond rows and queue: those that are refused, health checks
 
 
@@ -57,7 +61,10 @@ def build(
     template: TemplateKind,
     registry: RegistryConfig,
 ) -> ray.serve.Application:
-    """The application, not yet running. Raises ConfigError and ModelNotFound."""
+    """The application, not yet running. Raises ConfigError and ModelNotFound.
+
+    Ray must have been started, unless `serve.num_gpus` is configured.
+    """
     check_exposure(config)
     if config.api_keys_file is not None:
         Keys.read(config.api_keys_file)  # a bad file is an error here, not in a replica
@@ -66,12 +73,14 @@ def build(
         )
     capacity = config.max_rows + config.max_queue + _SLACK
     embedded = registry_uri(registry, Store(store))
+    if config.log_file is not None:
+        config = config.model_copy(update={"log_file": str(Path(config.log_file).resolve())})
     engine = ray.serve.deployment(
         name="Engine",
         num_replicas=config.replicas,
         ray_actor_options={
             "num_cpus": config.num_cpus,
-            "num_gpus": config.num_gpus,
+            "num_gpus": _gpus_of(config, backbone),
             "runtime_env": {"env_vars": _engine_environment()},
         },
         max_ongoing_requests=capacity,
@@ -91,6 +100,15 @@ def build(
         max_constructor_retry_count=1,
     )(ray.serve.ingress()(HttpReplica))
     return http.bind(config, served_name(config, backbone), engine)
+
+
+def _gpus_of(config: ServeConfig, backbone: BackboneConfig) -> float:
+    """GPUs per engine replica. A replica without a reserved one would still find every device,
+    and would share one with whoever reserved it."""
+    if config.num_gpus is not None:
+        return config.num_gpus
+    present = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
+    return 1.0 if present and not backbone.device.startswith("cpu") else 0.0
 
 
 def _engine_environment() -> dict[str, str]:
@@ -150,35 +168,47 @@ def run(
 ) -> Running:
     """Start the service on this machine and wait until it is healthy.
 
-    Uses the Ray that this process has, else starts a small one. `blocking` prints the address
-    and returns after SIGINT or SIGTERM, with everything stopped. Raises ConfigError,
-    ModelNotFound, or ServeError where the port is taken or the service does not come up.
+    Uses the Ray that this process has, else starts a small one. `blocking` prints the address,
+    then the service's log lines (on standard error), and returns after SIGINT or SIGTERM, with
+    everything stopped. Raises ConfigError, ModelNotFound, or ServeError where the port is taken,
+    the service does not come up, or it dies later.
     """
     check_exposure(config)
     config = config.model_copy(update={"port": _free_port(config)})
-    application = build(
-        config,
-        store=store,
-        backbone=backbone,
-        template=template,
-        registry=registry or RegistryConfig(),
-    )
+    name = served_name(config, backbone)
     owns_ray = local_ray.start_ray(max(1.0, config.replicas * config.num_cpus))
     running = Running(config, owns_ray=owns_ray)
     # After Ray, which sets handlers of its own.
-    with _stop_signals(enabled=blocking) as stopped:
+    with _stop_signals(enabled=blocking) as stopped, _log_file(config, enabled=blocking) as config:
         try:
-            _deploy(config, application)
-            _wait_healthy(config, running.address, stopped)
+            application = build(
+                config,
+                store=store,
+                backbone=backbone,
+                template=template,
+                registry=registry or RegistryConfig(),
+            )
+            _deploy(config, backbone, application)
+            _wait_ready(config, running.address, stopped)
             if blocking and not stopped.is_set():
-                print(_greeting(running.address, served_name(config, backbone)), flush=True)
-                stopped.wait()
+                print(_greeting(running.address, name), flush=True)
+                _watch(config, running.address, stopped)
         except BaseException:
             running.close()
             raise
         if blocking:
             running.close()
     return running
+
+
+@contextmanager
+def _log_file(config: ServeConfig, *, enabled: bool) -> Iterator[ServeConfig]:
+    """The configuration with a file for the replicas' lines, a temporary one if none is set."""
+    if not enabled or config.log_file is not None:
+        yield config
+        return
+    with tempfile.TemporaryDirectory(prefix="ptuning-serve-") as folder:
+        yield config.model_copy(update={"log_file": f"{folder}/log"})
 
 
 def _free_port(config: ServeConfig) -> int:
@@ -199,15 +229,19 @@ def _free_port(config: ServeConfig) -> int:
         ) from error
 
 
-def _deploy(config: ServeConfig, application: ray.serve.Application) -> None:
-    needed, present = config.replicas * config.num_cpus, ray.cluster_resources().get("CPU", 0)
-    if needed > present:
-        raise ServeError(
-            "Ray has too few CPUs for the engine replicas",
-            seen=present,
-            expected=f"{needed:g} = serve.replicas x serve.num_cpus",
-            fix="lower serve.replicas or serve.num_cpus",
-        )
+def _deploy(
+    config: ServeConfig, backbone: BackboneConfig, application: ray.serve.Application
+) -> None:
+    present = ray.cluster_resources()
+    gpus = _gpus_of(config, backbone)
+    for kind, setting, each in (("CPU", "num_cpus", config.num_cpus), ("GPU", "num_gpus", gpus)):
+        if config.replicas * each > present.get(kind, 0):
+            raise ServeError(
+                f"Ray has too few {kind}s for the engine replicas",
+                seen=present.get(kind, 0),
+                expected=f"{config.replicas * each:g} = serve.replicas x serve.{setting}",
+                fix=f"lower serve.replicas or serve.{setting}",
+            )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     logging_config = LoggingConfig(log_level="WARNING", enable_access_log=False)
     ray.serve.start(
@@ -221,32 +255,75 @@ def _deploy(config: ServeConfig, application: ray.serve.Application) -> None:
     ray.serve.run_many([target], wait_for_applications_running=False)
 
 
-def _wait_healthy(config: ServeConfig, address: str, stopped: threading.Event) -> None:
-    """Until /healthz answers 200. Raises ServeError on a failed deployment or a deadline."""
+def _wait_ready(config: ServeConfig, address: str, stopped: threading.Event) -> None:
+    """Until every replica runs and /readyz answers 200. Raises ServeError on a failed deployment
+    or a deadline."""
     deadline = time.monotonic() + config.start_timeout_s
-    state = "not deployed"
+    state, reason = "not deployed", ""
     while time.monotonic() < deadline and not stopped.is_set():
-        app = ray.serve.status().applications.get(APP)
-        if app is not None:
-            reasons = [app.message, *(part.message for part in app.deployments.values())]
-            state = f"{app.status.value}: {' '.join(filter(None, reasons))}"
-            if app.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
-                break
-            if app.status.value == "RUNNING" and _healthy(address):
-                return
+        state, reason = _app_state()
+        if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            break
+        if state == "RUNNING" and _is_ready(address):
+            return
         stopped.wait(0.25)
     if stopped.is_set():
         return
     raise ServeError(
         "the service did not become healthy",
-        seen=state[-2000:],
-        expected=f"GET {address}/healthz to answer 200 within {config.start_timeout_s:g} s",
+        seen=f"{state}: {reason}"[-2000:],
+        expected=f"GET {address}/readyz to answer 200 within {config.start_timeout_s:g} s",
     )
 
 
-def _healthy(address: str) -> bool:
+def _watch(config: ServeConfig, address: str, stopped: threading.Event) -> None:
+    """Print the replicas' lines until a signal comes. Raises ServeError where the service has
+    died, or has answered nobody for as long as a start may take."""
+    follower = logs.Follower(config.log_file) if config.log_file is not None else None
+    last_ready = time.monotonic()
     try:
-        with urllib.request.urlopen(f"{address}/healthz", timeout=5) as answer:
+        while not stopped.wait(_LOOK_SECONDS):
+            for line in follower.lines() if follower else ():
+                print(line, file=sys.stderr, flush=True)
+            now = time.monotonic()
+            state, reason = _app_state()
+            if state == "RUNNING" or _is_ready(address):
+                last_ready = now
+            if problem := find_death(state, now - last_ready, config.start_timeout_s):
+                raise ServeError(problem, seen=f"{state}: {reason}"[-2000:])
+    finally:
+        if follower is not None:
+            follower.close()
+
+
+def find_death(state: str, idle_s: float, patience_s: float) -> str | None:
+    """Why a service that ran is to be given up, by its state in Ray Serve and the seconds since
+    it last answered; None while it lives or may come back.
+
+    A replica that is replaced makes the application unhealthy for a while.
+    """
+    if state in ("ABSENT", "DEPLOY_FAILED", "DELETING"):
+        return "the service has died"
+    limit = min(patience_s, _SILENCE_SECONDS) if state == "UNKNOWN" else patience_s
+    return f"the service has answered nobody for {idle_s:.0f} s" if idle_s > limit else None
+
+
+def _app_state() -> tuple[str, str]:
+    """The application's state in Ray Serve, and its reasons; ABSENT, or UNKNOWN where Ray cannot
+    be asked."""
+    try:
+        app = ray.serve.status().applications.get(APP)
+    except Exception as error:  # noqa: BLE001 - Ray's many ways to say that it broke
+        return "UNKNOWN", logs.describe(error)
+    if app is None:
+        return "ABSENT", ""
+    reasons = [app.message, *(part.message for part in app.deployments.values())]
+    return app.status.value, " ".join(filter(None, reasons))
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -23,6 +23,11 @@ class ServeConfig(Config):
         description='JSON file {"key": ["user", …] or "*", …}: who may ask as which users; '
         "none: every caller on this machine is trusted",
     )
+    cors_origins: tuple[str, ...] = Field(
+        (),
+        description="web origins whose pages may call the service from a browser, such as "
+        '["http://localhost:3000"]; ["*"]: all, only with serve.api_keys_file',
+    )
     unknown_user: Literal["base", "404"] = Field(
         "base",
         description="what answers a user without a champion: the base model, or an error 404",
@@ -46,8 +51,20 @@ class ServeConfig(Config):
         1.0, ge=0, le=2, description="temperature where a request has none (OpenAI's default)"
     )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="largest request body in bytes")
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="longest wait for a whole request body, in seconds; then 408"
+    )
+    max_messages: int = Field(
+        512, ge=1, description="most messages of a chat request, and most parts of their contents"
+    )
+    encoders: int = Field(
+        4,
+        ge=1,
+        description="prompts that are encoded at the same time per replica; each holds a copy of "
+        "the tokenizer",
+    )
     refresh_seconds: float = Field(
-        5.0, gt=0, description="how long a user's champion is trusted before it is asked again"
+        2.0, gt=0, description="how long a user's champion is trusted before it is asked again"
     )
     max_stale_seconds: float = Field(
         300.0,
@@ -61,9 +78,19 @@ class ServeConfig(Config):
     prefix_cache_mb: int = Field(256, ge=0, description="prefixes kept in memory per replica, MB")
     replicas: int = Field(1, ge=1, description="engine replicas; each holds the whole backbone")
     num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray reserves per engine replica")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves per engine replica")
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs that Ray reserves per engine replica; none: one where Ray has a GPU and "
+        "backbone.device is not cpu",
+    )
     num_threads: int = Field(
         0, ge=0, description="torch threads per engine replica; 0: the machine's cores, shared"
+    )
+    log_file: str | None = Field(
+        None,
+        description="file that the service's own log lines are appended to; none: they are only "
+        "printed by `ptuning serve`",
     )
     request_timeout_s: float = Field(
         300.0, gt=0, description="longest time of one request, queue included; then 504"

@@ -65,10 +65,22 @@ def _refused(fields: dict[str, Any]) -> Refused:
     return Refused(fields.pop("message"), **fields)
 
 
+def too_long(tokens: str, most: int, param: str) -> Refused:
+    """The refusal of a prompt of that many tokens (`at least 1200`, where they were not made)."""
+    return Refused(
+        f"this service takes prompts of at most {most} tokens; this one has {tokens}",
+        status=400,
+        code="context_length_exceeded",
+        param=param,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One checked request. `user_key` is None where the request names no user."""
+    """One checked request. `user_key` is None where the request names no user; `id` names the
+    request in logs and in the answer."""
 
+    id: str
     user_key: str | None
     prefix_name: str
     prompt: str | tuple[Message, ...]

@@ -2,7 +2,8 @@
 
 By default Ray and Ray Serve listen on every interface, one of them (Serve's gRPC server
 between deployments) unpickling whatever it is sent. Two switches keep them on loopback; both
-are Ray's private business, so they are here, together, and a test looks at the open ports.
+are Ray's private business, so they are here, together, and a test looks at the open ports. A
+Ray that has renamed one is refused: better no service than one that listens to strangers.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ os.environ.setdefault(_LOOPBACK_NODE, "0")
 import ray  # noqa: E402
 import ray._private.ray_constants as ray_constants  # noqa: E402
 
+from ptuning.errors import ServeError  # noqa: E402
+
 _STORE_BYTES = 128 << 20  # requests and tokens are small
+_LOOPBACK = ("127.0.0.1", "::1")
 
 
 def start_ray(num_cpus: float) -> bool:
     """Start Ray on this machine unless this process has one; True where it was started.
+
+    Raises ServeError where this Ray cannot be kept on loopback.
 
     The name of the environment variable speaks of Windows; what it does is to make the node's
     address 127.0.0.1, as Ray does there.
     """
     if ray.is_initialized():
         return False
-    if os.environ.get(_LOOPBACK_NODE) == "0":
+    loopback = os.environ.get(_LOOPBACK_NODE) == "0"
+    if loopback:
+        _need(ray_constants, "ENABLE_RAY_CLUSTER")
         ray_constants.ENABLE_RAY_CLUSTER = False  # if ray was imported before this module
     ray.init(
         address="local",
@@ -40,6 +48,11 @@ def start_ray(num_cpus: float) -> bool:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+    if loopback and (address := ray.util.get_node_ip_address()) not in _LOOPBACK:
+        ray.shutdown()
+        raise ServeError(
+            "Ray's node does not keep to loopback", seen=address, expected="127.0.0.1", fix=_FIX
+        )
     return True
 
 
@@ -47,13 +60,14 @@ def keep_replica_on_loopback() -> None:
     """In a Serve replica, before it is ready: its gRPC server listens on loopback only.
 
     Does nothing where Ray's node has another address (a cluster: its network policy decides).
+    Raises ServeError where Ray has no such function to replace.
     """
     import ray.serve._private.replica as replica
 
-    if ray.util.get_node_ip_address() not in ("127.0.0.1", "::1"):
+    if ray.util.get_node_ip_address() not in _LOOPBACK:
         return
-    add = getattr(replica, "add_port_to_grpc_server", None)
-    if add is None or getattr(add, "_ptuning", False):
+    add = _need(replica, "add_port_to_grpc_server")
+    if getattr(add, "_ptuning", False):
         return
 
     def add_on_loopback(server: Any, address: str) -> int:
@@ -62,3 +76,18 @@ def keep_replica_on_loopback() -> None:
 
     add_on_loopback._ptuning = True  # type: ignore[attr-defined]
     replica.add_port_to_grpc_server = add_on_loopback
+
+
+_FIX = f"use the release of Ray that ptuning was tested with, not {ray.__version__}"
+
+
+def _need(module: Any, name: str) -> Any:
+    """A private name of Ray's that keeps a port closed. Raises ServeError where it has gone."""
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        raise ServeError(
+            "this release of Ray cannot be kept on loopback",
+            seen=f"{module.__name__} has no {name}",
+            fix=_FIX,
+        ) from error

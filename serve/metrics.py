@@ -1,7 +1,8 @@
 """Counters, gauges and histograms of one process, and their Prometheus text.
 
 Our own few lines instead of a client library's global registry: snapshots of all replicas
-travel to the HTTP side as plain values. A user never becomes a label.
+travel to the HTTP side as plain values. A user never becomes a label. A new metric is one line
+in FAMILIES; a name that is not there is refused where it is used.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ptuning.errors import ServeError
+
 Kind = Literal["counter", "gauge", "histogram"]
 Labels = tuple[tuple[str, str], ...]
 
@@ -20,10 +23,13 @@ ROWS = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
 
 FAMILIES: dict[str, tuple[Kind, str]] = {
     "ptuning_requests_total": ("counter", "Requests answered, by endpoint and HTTP status"),
+    "ptuning_stream_errors_total": ("counter", "Streams that broke off after they had begun"),
     "ptuning_tokens_generated_total": ("counter", "Tokens generated"),
     "ptuning_prompt_tokens_total": ("counter", "Prompt tokens computed"),
     "ptuning_requests_cancelled_total": ("counter", "Requests whose client left"),
     "ptuning_step_errors_total": ("counter", "Forward passes that failed"),
+    "ptuning_row_errors_total": ("counter", "Answers that could not be decoded"),
+    "ptuning_engine_deaths_total": ("counter", "Engine threads that ended with an error"),
     "ptuning_prefix_cache_hits_total": ("counter", "Prefixes found in memory"),
     "ptuning_prefix_cache_misses_total": ("counter", "Prefixes that had to be read"),
     "ptuning_prefix_errors_total": ("counter", "Prefix files that could not be used"),
@@ -36,6 +42,11 @@ FAMILIES: dict[str, tuple[Kind, str]] = {
     "ptuning_step_rows": ("histogram", "Rows per decoding step"),
     "ptuning_time_to_first_token_seconds": ("histogram", "From arrival at the engine"),
 }
+# What the HTTP side reports; all else is an engine replica's.
+HTTP_FAMILIES = ("ptuning_requests_total", "ptuning_stream_errors_total", "ptuning_replicas")
+ENGINE_FAMILIES = tuple(name for name in FAMILIES if name not in HTTP_FAMILIES)
+# The labels of a family, beside those that say which process speaks.
+LABELS: dict[str, tuple[str, ...]] = {"ptuning_requests_total": ("endpoint", "status")}
 BUCKETS = {"ptuning_step_rows": ROWS, "ptuning_time_to_first_token_seconds": SECONDS}
 
 
@@ -68,11 +79,15 @@ class Metrics:
                 self._distributions[name] = Distribution([0] * (len(BUCKETS[name]) + 1))
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Count. Raises ServeError for a name that is no declared counter, or other labels."""
+        _check(name, "counter", tuple(labels))
         key = (name, tuple(sorted(labels.items())))
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
     def observe(self, name: str, value: float) -> None:
+        """One observation. Raises ServeError for a name that is no declared histogram."""
+        _check(name, "histogram")
         with self._lock:
             distribution = self._distributions[name]
             distribution.counts[bisect_left(BUCKETS[name], value)] += 1
@@ -81,19 +96,49 @@ class Metrics:
     def snapshot(
         self, gauges: Mapping[str, float], names: Iterable[str], **labels: str
     ) -> Snapshot:
-        """Values now. `names` are the families this process owns: they show even at zero."""
+        """Values now. `names` are the families this process reports: they show even at zero.
+
+        Raises ServeError for a name that is not declared.
+        """
+        names = set(names)
+        for name in names:
+            _check(name)
+        for name in gauges:
+            _check(name, "gauge")
         with self._lock:
             values: dict[tuple[str, Labels], float] = {
-                (name, ()): 0.0 for name in names if FAMILIES[name][0] == "counter"
+                (name, ()): 0.0
+                for name in names
+                if FAMILIES[name][0] == "counter" and name not in LABELS
             }
             values.update(self._values)
             values.update({(name, ()): value for name, value in gauges.items()})
             distributions = {
-                name: Distribution(list(self._distributions[name].counts), held.total)
-                for name, held in self._distributions.items()
+                name: Distribution(list(distribution.counts), distribution.total)
+                for name, distribution in self._distributions.items()
                 if name in names
             }
         return Snapshot(tuple(sorted(labels.items())), values, distributions)
+
+
+def _check(name: str, kind: Kind | None = None, labels: tuple[str, ...] | None = None) -> None:
+    """A misspelt name would count for ever and never be shown."""
+    declared = FAMILIES.get(name)
+    if declared is None or kind not in (None, declared[0]):
+        raise ServeError(
+            f"no {kind or 'metric'} of that name is declared",
+            seen=name,
+            expected=", ".join(_names_of(kind)),
+            fix="declare it in serve/metrics.py",
+        )
+    if labels is not None and set(labels) != set(LABELS.get(name, ())):
+        raise ServeError(
+            f"{name} has other labels", seen=sorted(labels), expected=sorted(LABELS.get(name, ()))
+        )
+
+
+def _names_of(kind: Kind | None) -> list[str]:
+    return [name for name, (its_kind, _) in FAMILIES.items() if kind in (None, its_kind)]
 
 
 def render(snapshots: Iterable[Snapshot]) -> str:

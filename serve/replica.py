@@ -19,7 +19,7 @@ from ptuning.data.encode import TemplateKind
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.load import load_backbone
 from ptuning.registry import RegistryConfig, open_registry
-from serve import local_ray
+from serve import local_ray, logs
 from serve.config import ServeConfig
 from serve.events import Answer, Ask, Event, Failed, Problem
 from serve.http.api import make_app
@@ -42,6 +42,7 @@ class EngineReplica:
         default_registry: str,
     ) -> None:
         local_ray.keep_replica_on_loopback()
+        logs.append_to(config.log_file)
         torch.set_num_threads(config.num_threads or _fair_threads(config.replicas))
         loaded = load_backbone(
             backbone.name,
@@ -83,6 +84,7 @@ class HttpReplica:
 
     def __init__(self, config: ServeConfig, model: str, engine: Any) -> None:
         local_ray.keep_replica_on_loopback()
+        logs.append_to(config.log_file)
         self._config, self._model, self._engine = config, model, engine
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name for it

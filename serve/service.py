@@ -1,16 +1,16 @@
 """One replica's work without Ray: from a checked request to its events.
 
 Encodes the prompt as training did, finds the user's champion, hands both to the engine and
-passes its events on. A client that leaves closes the generator, which frees the row.
+passes its events on. A client that leaves closes the generator, which frees the row. Whatever
+goes wrong is an event: nobody waits for one that does not come.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
-import uuid
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from ptuning.errors import DataError, ServeError
 from ptuning.model.backbone import Backbone
@@ -18,13 +18,25 @@ from ptuning.prefix.ready import check_positions
 from ptuning.registry.base import Registry
 from serve.config import ServeConfig
 from serve.engine.batcher import QueueFull
+from serve.engine.encoders import Encoders
 from serve.engine.engine import Engine, HeldPrefix, Request
-from serve.events import Answer, Ask, Delta, Event, Failed, Finished, Problem, Refused, Started
-from serve.metrics import FAMILIES, Metrics, Snapshot
+from serve.events import (
+    Answer,
+    Ask,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    Problem,
+    Refused,
+    Started,
+    too_long,
+)
+from serve.logs import LOGGER, describe
+from serve.metrics import ENGINE_FAMILIES, Metrics, Snapshot
 from serve.prefix_cache import PrefixCache, file_loader
 
-_NOT_OURS = frozenset({"ptuning_requests_total", "ptuning_replicas"})  # the HTTP side's
-_NO_LIMIT = 1 << 40
+log = logging.getLogger(LOGGER)
 
 
 class Service:
@@ -41,8 +53,7 @@ class Service:
             prefill_tokens=config.prefill_tokens,
             metrics=self.metrics,
         )
-        # One thread: a fast tokenizer must not be reconfigured while another thread uses it.
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="ptuning-encode")
+        self._encoders = Encoders(backbone.template, config.encoders)
         self._longest_token = max(len(token) for token in backbone.tokenizer.get_vocab())
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
@@ -50,7 +61,6 @@ class Service:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.request_timeout_s
         events: asyncio.Queue[Event] = asyncio.Queue()
-        request_id = uuid.uuid4().hex
 
         def emit(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
@@ -62,7 +72,7 @@ class Service:
             if prefix is not None:
                 prompt = tuple(prefix.ready.around.prompt(prompt))
             self._check_positions(ask, prompt, prefix)
-            self.engine.submit(_request(request_id, ask, prompt, prefix, emit))
+            self.engine.submit(_request(ask, prompt, prefix, emit))
             while True:
                 async with asyncio.timeout_at(deadline):
                     event = await events.get()
@@ -79,8 +89,12 @@ class Service:
             yield Failed(problem=Problem(status=504, message=message, code="timeout"))
         except ServeError as error:
             yield Failed(problem=Problem(status=503, message=str(error), code="not_running"))
+        except Exception as error:
+            log.error("request %s: %s", ask.id, describe(error))
+            log.debug("how it failed", exc_info=True)
+            yield Failed(problem=Problem(status=500, message="internal error", code=None))
         finally:
-            self.engine.cancel(request_id)
+            self.engine.cancel(ask.id)
 
     async def answer(self, ask: Ask) -> Answer | Failed:
         """All events of a request in one value."""
@@ -117,42 +131,46 @@ class Service:
             "ptuning_queue_length": float(self.engine.queue_length),
             "ptuning_prefix_cache_bytes": float(self.prefixes.nbytes),
         }
-        names = [name for name in FAMILIES if name not in _NOT_OURS]
-        return self.metrics.snapshot(gauges, names, replica=replica)
+        return self.metrics.snapshot(gauges, ENGINE_FAMILIES, replica=replica)
 
     def close(self) -> None:
         self.engine.close()
         self.prefixes.close()
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._encoders.close()
 
     async def _encode(self, ask: Ask) -> tuple[int, ...]:
         """Ids of the whole prompt, nothing cut. Raises Refused (400)."""
         param = "prompt" if isinstance(ask.prompt, str) else "messages"
         texts = [ask.prompt] if isinstance(ask.prompt, str) else [m.content for m in ask.prompt]
-        # No token is longer than the longest: far too long prompts need no tokenizer.
-        at_least = sum(map(len, texts)) // self._longest_token
+        # A message has a token of the template at least, and no token is longer than the longest:
+        # far too long prompts need no tokenizer.
+        turns = 0 if isinstance(ask.prompt, str) else len(ask.prompt)
+        at_least = turns + sum(map(len, texts)) // self._longest_token
         if at_least > self.config.max_length:
-            raise self._too_long(f"at least {at_least}", param)
-        loop = asyncio.get_running_loop()
-        encode = self.backbone.template.encode_prompt
+            raise too_long(f"at least {at_least}", self.config.max_length, param)
         try:
-            ids = await loop.run_in_executor(self._encoder, encode, ask.prompt, _NO_LIMIT)
+            ids = await self._encoders.encode(ask.prompt)
         except DataError as error:
             raise Refused(str(error), status=400, param=param) from error
         if not ids:
             raise Refused("the prompt has no tokens", status=400, param=param)
         if len(ids) > self.config.max_length:
-            raise self._too_long(str(len(ids)), param)
+            raise too_long(str(len(ids)), self.config.max_length, param)
+        self._check_vocabulary(ids, param)
         return tuple(ids)
 
-    def _too_long(self, tokens: str, param: str) -> Refused:
-        return Refused(
-            f"this service takes prompts of at most {self.config.max_length} tokens; "
-            f"this one has {tokens}",
-            status=400,
-            code="context_length_exceeded",
-            param=param,
-        )
+    def _check_vocabulary(self, ids: Sequence[int], param: str) -> None:
+        """Raises Refused where the tokenizer knows a token that the model does not: in a step it
+        would fail its neighbours, and on a GPU whoever comes later."""
+        size = self.backbone.facts.vocab_size
+        if max(ids) >= size:
+            raise Refused(
+                f"the prompt has a token that this model does not know: id {max(ids)}, and the "
+                f"model has {size}",
+                status=400,
+                code="unknown_token",
+                param=param,
+            )
 
     async def _prefix(self, ask: Ask) -> HeldPrefix | None:
         """The user's champion, or None where the base answers by policy. Raises Refused."""
@@ -161,22 +179,22 @@ class Service:
             if base_answers:
                 return None
             raise Refused("the request names no user", status=400, param="user")
-        held = await self.prefixes.get(ask.user_key, ask.prefix_name)
-        if held is not None and len(held.ready.members) > self.config.max_rows:
+        prefix = await self.prefixes.get(ask.user_key, ask.prefix_name)
+        if prefix is not None and len(prefix.ready.members) > self.config.max_rows:
             raise Refused(
-                f"this user's prefix is an ensemble of {len(held.ready.members)}, but a replica "
+                f"this user's prefix is an ensemble of {len(prefix.ready.members)}, but a replica "
                 f"decodes {self.config.max_rows} rows together (serve.max_rows)",
                 status=500,
                 code="prefix_unusable",
             )
-        if held is None and not base_answers:
+        if prefix is None and not base_answers:
             raise Refused(
                 "this user has no prefix of that name",
                 status=404,
                 code="user_not_found",
                 param="user",
             )
-        return held
+        return prefix
 
     def _check_positions(
         self, ask: Ask, prompt: tuple[int, ...], prefix: HeldPrefix | None
@@ -192,14 +210,13 @@ class Service:
 
 
 def _request(
-    request_id: str,
     ask: Ask,
     prompt: tuple[int, ...],
     prefix: HeldPrefix | None,
     emit: Callable[[Event], None],
 ) -> Request:
     return Request(
-        id=request_id,
+        id=ask.id,
         prompt=prompt,
         prefix=prefix,
         max_tokens=ask.max_tokens,

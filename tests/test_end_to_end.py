@@ -20,6 +20,8 @@ import pytest
 from runs import command, settings, start, user_rows, write_rows
 from tiny_model import save_encoder_decoder
 
+from ptuning.system.ports import free_port
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 USERS = ("ann", "bob", "cy")
@@ -48,7 +50,7 @@ def served(
     rows = [row for user in USERS for row in user_rows(user, 10)] + user_rows("few", 3)
     data, store = write_rows(folder / "rows.jsonl", rows), folder / "store"
     users = _run(data, store, tiny_model_dir, folder / "run.log")
-    with _service(store, tiny_model_dir, folder / "serve.log", 18431) as address:
+    with _service(store, tiny_model_dir, folder / "serve.log", free_port()) as address:
         yield data, store, address, users
 
 
@@ -134,7 +136,7 @@ def test_an_encoder_decoder_backbone_and_an_ensemble_of_prompts_go_the_same_way(
     data = write_rows(tmp_path / "rows.jsonl", [row for u in USERS for row in user_rows(u, 9)])
     method = ("method.type=prompt", "method.ensemble=2", "method.init=vocab")
     users = _run(data, tmp_path / "store", model, tmp_path / "run.log", *method)
-    with _service(tmp_path / "store", model, tmp_path / "serve.log", 18433) as address:
+    with _service(tmp_path / "store", model, tmp_path / "serve.log", free_port()) as address:
         client, asked = _client(address), [*USERS, "nobody"] * 3
         with ThreadPoolExecutor(len(asked)) as pool:
             digests = list(pool.map(lambda user: _digest(client, user), asked))

@@ -156,7 +156,7 @@ def _wait_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> 
         if process.poll() is not None:
             raise ServeError("the service ended", seen=log.read_text()[-500:])
         try:
-            if httpx.get(f"{address}/healthz", timeout=5).status_code == 200:
+            if httpx.get(f"{address}/readyz", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass  # not listening yet

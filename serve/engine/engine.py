@@ -3,7 +3,7 @@
 A turn of the loop: drop those whose client left, prefill the newcomers together, then one
 decoding step for every running row, each with its own user's prefix. What to do is decided
 by `Batcher`; tensors are moved by `SlotRunner`. A failing step fails the rows in it, and the
-loop goes on.
+loop goes on; a slot in an unknown state ends the loop, and everybody is told.
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ from serve.engine.runner import make_runner
 from serve.engine.sampling import choose, generator_of
 from serve.engine.text import TextStream
 from serve.events import Delta, Event, Failed, Finished, FinishReason, PrefixInfo, Problem, Started
+from serve.logs import describe
 from serve.metrics import Metrics
 
 log = logging.getLogger("ptuning.serve")
+
+
+CANCELLED = Problem(status=499, message="the client left", code="cancelled")
+SHUTTING_DOWN = Problem(status=503, message="the service is shutting down", code="shutting_down")
+DIED = Problem(status=503, message="the engine has stopped; try again", code="engine_stopped")
+
+
+class _SlotLost(ServeError):
+    """What lies in a slot is not known any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +56,8 @@ class HeldPrefix:
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """An answer to be. `prompt` has the prefix's virtual tokens and anchors around it, where it
-    has any. `emit` is called in the engine's thread and must not block."""
+    has any. `emit` is called in the engine's thread, or in the one that cancels or closes, and
+    must not block."""
 
     id: str
     prompt: tuple[int, ...]
@@ -63,6 +74,11 @@ class Request:
     def members(self) -> tuple[Member | None, ...]:
         """The prefixes that answer together, one row each."""
         return (None,) if self.prefix is None else self.prefix.ready.members
+
+    @property
+    def name(self) -> str:
+        """What a log line calls it: its id and which prefix answers, never a text or a user."""
+        return f"{self.id} (prefix {self.prefix.info.digest if self.prefix else 'base'})"
 
     @property
     def prompt_tokens(self) -> int:
@@ -99,11 +115,16 @@ class _Running:
     def by_voice(self, logits_MV: Tensor) -> list[Tensor]:
         """Logits `[V]` of each voice, of all members' rows."""
         size = len(logits_MV) // len(self.voices)
-        return [combine_logits(own) for own in logits_MV.split(size)]
+        return [combine_logits(part_MV) for part_MV in logits_MV.split(size)]
 
 
 class Engine:
-    """`submit`, `cancel` and the figures may be used from any thread."""
+    """`submit`, `cancel` and the figures may be used from any thread.
+
+    Every submitted request hears exactly one last event, `Finished` or `Failed`, whatever
+    happens to its client, its step or the engine's thread. A slot that could not be cleared or
+    moved ends the engine: nobody knows any more whose keys and values lie in which row.
+    """
 
     def __init__(
         self,
@@ -118,18 +139,19 @@ class Engine:
         self.runner = make_runner(backbone, max_rows)
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(max_rows, max_queue, prefill_tokens)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, Request] = {}  # those that have not heard their last event
         self._running: dict[str, _Running] = {}  # touched by the engine's thread only
         self._cancelled: set[str] = set()
         self._ends = stop_ids(backbone)
-        self._wake = threading.Condition()  # guards the batcher, requests and cancellations
-        self._closing = False
+        # Guards the batcher, the requests, the cancellations and why the engine ends.
+        self._wake = threading.Condition()
+        self._stopping: Problem | None = None
         self._thread = threading.Thread(target=self._run, name="ptuning-engine", daemon=True)
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and self._stopping is None
 
     @property
     def rows_in_use(self) -> int:
@@ -149,60 +171,70 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
-        """The client left: the row is free before the next step. No event follows."""
+        """The client left: the row is free before the next step, and the request has failed."""
         with self._wake:
-            if self._batcher.withdraw(request_id):
-                del self._requests[request_id]
-            elif self._batcher.state(request_id) is State.RUNNING:
+            waited = self._batcher.withdraw(request_id)
+            if not waited:
+                if self._batcher.state(request_id) is not State.RUNNING:
+                    return
                 self._cancelled.add(request_id)
-            else:
-                return
-            self.metrics.add("ptuning_requests_cancelled_total")
-            self._wake.notify()
+                self._wake.notify()
+        self.metrics.add("ptuning_requests_cancelled_total")
+        if waited:
+            self._end(request_id, Failed(problem=CANCELLED))
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop after the current step; whoever is running or waiting gets a 503."""
+        """Stop after the current step. Whoever is left hears a 503, after `timeout_s` at the
+        latest, even if the step never ends."""
         with self._wake:
-            self._closing = True
+            self._stopping = self._stopping or SHUTTING_DOWN
             self._wake.notify()
         self._thread.join(timeout_s)
+        self._end_all(SHUTTING_DOWN)
 
     def _run(self) -> None:
-        while self._wait_for_work():
-            self._turn()
-        problem = Problem(status=503, message="the service is shutting down", code="shutting_down")
-        with self._wake:
-            left = list(self._requests.values())
-            self._requests.clear()
-        for request in left:
-            _emit(request, Failed(problem=problem))
+        problem = DIED
+        try:
+            while self._wait_for_work():
+                self._turn()
+            problem = SHUTTING_DOWN
+        except BaseException as error:
+            self.metrics.add("ptuning_engine_deaths_total")
+            log.critical("the engine has died: %s", describe(error))
+            log.debug("how it died", exc_info=True)
+        finally:
+            self._end_all(problem)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
-            self._wake.wait_for(lambda: self._closing or self._batcher.busy)
-            return not self._closing
+            self._wake.wait_for(lambda: self._stopping or self._batcher.busy)
+            return self._stopping is None
 
     def _turn(self) -> None:
         with self._wake:
             gone, self._cancelled = self._cancelled, set()
         for request_id in gone:
             if request_id in self._running:
-                self._leave(request_id)
+                self._leave(request_id, Failed(problem=CANCELLED))
         with self._wake:
             newcomers = self._batcher.admit()
         if newcomers:
-            self._guarded(newcomers, self._prefill)
+            self._guard(newcomers, self._prefill)
         if self._batcher.rows:
-            self._guarded(self._batcher.rows, self._decode)
+            self._guard(self._batcher.rows, self._decode)
 
-    def _guarded(self, ids: Sequence[str], step: Callable[[Sequence[str]], None]) -> None:
+    def _guard(self, ids: Sequence[str], step: Callable[[Sequence[str]], None]) -> None:
         """Run a step; if it fails, its rows fail with it and nobody else."""
         try:
             step(ids)
-        except Exception:
-            log.exception("a step of %d rows failed", len(ids))
+        except _SlotLost:
+            raise
+        except Exception as error:
             self.metrics.add("ptuning_step_errors_total")
+            log.debug("how it failed", exc_info=True)
             for request_id in reversed(dict.fromkeys(ids)):
+                if request := self._requests.get(request_id):
+                    log.error("request %s: its step failed: %s", request.name, describe(error))
                 self._fail(request_id, "the model failed while it computed this answer")
 
     def _prefill(self, newcomers: Sequence[str]) -> None:
@@ -217,27 +249,27 @@ class Engine:
         logits = self.runner.prefill(first, prompts).cpu()
         # Before the first is taken: one that ends moves others.
         slots = self._batcher.slots
-        own = [logits[[slot - first for slot in slots[request.id]]] for request in requests]
-        for request, logits_MV in zip(requests, own, strict=True):
+        parts = [logits[[slot - first for slot in slots[request.id]]] for request in requests]
+        for request, logits_MV in zip(requests, parts, strict=True):
             now = time.monotonic()
             self.metrics.observe("ptuning_time_to_first_token_seconds", now - request.arrived)
             self.metrics.add("ptuning_prompt_tokens_total", request.prompt_tokens)
             info = request.prefix.info if request.prefix else None
-            _emit(request, Started(prefix=info, prompt_tokens=request.prompt_tokens))
+            self._say(request, Started(prefix=info, prompt_tokens=request.prompt_tokens))
             self._take(request.id, logits_MV)
 
     def _decode(self, ids: Sequence[str]) -> None:
         slots = self._batcher.slots
         tokens, columns = [0] * len(ids), [0] * len(ids)
-        for request_id, own in slots.items():
+        for request_id, rows in slots.items():
             running = self._running[request_id]
-            for place, slot in enumerate(own):
+            for place, slot in enumerate(rows):
                 tokens[slot], columns[slot] = running.voice(place).last, running.column
         logits = self.runner.decode(tokens, columns).cpu()
         self.metrics.observe("ptuning_step_rows", len(ids))
-        for request_id, own in slots.items():
+        for request_id, rows in slots.items():
             self._running[request_id].column += 1
-            self._take(request_id, logits[own])
+            self._take(request_id, logits[rows])
 
     def _begin(self, request: Request) -> _Running:
         ready = None if request.prefix is None else request.prefix.ready
@@ -259,13 +291,18 @@ class Engine:
             for voice, logits_V in zip(running.voices, running.by_voice(logits_MV), strict=True):
                 if voice.reason is None:
                     self._advance(running, voice, logits_V)
-        except Exception:
-            log.exception("a row failed")
+            if any(voice.reason is None for voice in running.voices):
+                return
+            text, finished = _last_words(running)
+        except Exception as error:
+            self.metrics.add("ptuning_row_errors_total")
+            log.error("request %s: a row failed: %s", running.request.name, describe(error))
+            log.debug("how it failed", exc_info=True)
             self._fail(request_id, "this answer could not be decoded")
             return
-        if all(voice.reason is not None for voice in running.voices):
-            self._leave(request_id)
-            _finish(running)
+        if text:
+            self._say(running.request, Delta(text=text))
+        self._leave(request_id, finished)
 
     def _advance(self, running: _Running, voice: _Voice, logits_V: Tensor) -> None:
         """One token more; an only voice is heard as it speaks."""
@@ -286,44 +323,73 @@ class Engine:
         if not alone:
             voice.said += fresh
         elif fresh:
-            _emit(request, Delta(text=fresh))
+            self._say(request, Delta(text=fresh))
 
     def _fail(self, request_id: str, message: str) -> None:
-        request = self._requests.get(request_id)
-        if request is None:
-            return  # it ended before the step failed
-        self._leave(request_id)
-        problem = Problem(status=500, message=message, code="engine_error")
-        _emit(request, Failed(problem=problem))
+        with self._wake:
+            running = self._batcher.state(request_id) is State.RUNNING
+        if running:  # else it ended before the step failed
+            problem = Problem(status=500, message=message, code="engine_error")
+            self._leave(request_id, Failed(problem=problem))
 
-    def _leave(self, request_id: str) -> None:
+    def _leave(self, request_id: str, last: Finished | Failed) -> None:
         """The request's slots are cleared and may be filled by the last rows, in the same order
-        in which the batcher's books say so."""
+        in which the batcher's books say so. Its last event is said even if that fails."""
         with self._wake:
             moves = self._batcher.release(request_id)
-            del self._requests[request_id]
             self._cancelled.discard(request_id)
         self._running.pop(request_id, None)
-        for move in moves:
-            if move.source == move.target:
-                self.runner.leave(move.target)
-            else:
-                self.runner.move(move.source, move.target)
+        try:
+            for move in moves:
+                if move.source == move.target:
+                    self.runner.leave(move.target)
+                else:
+                    self.runner.move(move.source, move.target)
+        except Exception as error:
+            raise _SlotLost("a slot could not be cleared or moved") from error
+        finally:
+            self._end(request_id, last)
+
+    def _say(self, request: Request, event: Event) -> None:
+        """An event that is not the last; a request that has ended hears nothing more. One whose
+        listener is gone is cancelled."""
+        with self._wake:
+            if request.id not in self._requests:
+                return
+        if not _emit(request, event):
+            self.cancel(request.id)
+
+    def _end(self, request_id: str, last: Finished | Failed) -> None:
+        """The last event, once."""
+        with self._wake:
+            request = self._requests.pop(request_id, None)
+        if request is not None:
+            _emit(request, last)
+
+    def _end_all(self, problem: Problem) -> None:
+        """Nobody is taken any more, and all who have not heard their last event hear this."""
+        with self._wake:
+            self._stopping = self._stopping or problem
+            left = list(self._requests)
+        for request_id in left:
+            self._end(request_id, Failed(problem=problem))
 
 
-def _finish(running: _Running) -> None:
-    """Say how the answer ended; of several the one that is given, whole, since only now it is
-    known which."""
+def _last_words(running: _Running) -> tuple[str, Finished]:
+    """How the answer ended, and, where several voices answered, the whole text of the one that
+    is given: only now it is known which."""
     voices = running.voices
     given = voices[pick_winner([(voice.said, voice.log_p / voice.count) for voice in voices])]
-    if len(voices) > 1 and given.said:
-        _emit(running.request, Delta(text=given.said))
     assert given.reason is not None
-    _emit(running.request, Finished(reason=given.reason, completion_tokens=given.count))
+    finished = Finished(reason=given.reason, completion_tokens=given.count)
+    return given.said if len(voices) > 1 else "", finished
 
 
-def _emit(request: Request, event: Event) -> None:
+def _emit(request: Request, event: Event) -> bool:
+    """False where nobody listens any more (its loop is closed): that disturbs nobody else."""
     try:
         request.emit(event)
-    except Exception:  # noqa: BLE001 - a listener that is gone (its loop closed) stops nobody
-        log.debug("nobody listens to a request's events any more")
+    except Exception:  # noqa: BLE001
+        log.debug("nobody listens to request %s any more", request.name)
+        return False
+    return True

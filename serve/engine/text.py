@@ -24,23 +24,23 @@ class TextStream:
         self._stops = tuple(stops)
         self._ids: list[int] = []
         self._from, self._until = 0, 0  # tokens whose text is out: context, and its end
-        self._held = ""
+        self._pending = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Text that this token completes; sets `stopped` where a stop string appeared."""
         self._ids.append(token)
-        return self._pass(self._fresh(final=False))
+        return self._cut(self._decode_fresh(final=False))
 
     def finish(self) -> str:
         """What was held back, at the end of the answer."""
         if self.stopped:
             return ""
-        out = self._pass(self._fresh(final=True))
-        held, self._held = self._held, ""
-        return out + held
+        out = self._cut(self._decode_fresh(final=True))
+        pending, self._pending = self._pending, ""
+        return out + pending
 
-    def _fresh(self, *, final: bool) -> str:
+    def _decode_fresh(self, *, final: bool) -> str:
         known = self._decode(self._ids[self._from : self._until])
         text = self._decode(self._ids[self._from :])
         if len(text) <= len(known) or (text.endswith(_PART) and not final):
@@ -48,16 +48,16 @@ class TextStream:
         self._from, self._until = self._until, len(self._ids)
         return text[len(known) :]
 
-    def _pass(self, fresh: str) -> str:
+    def _cut(self, fresh: str) -> str:
         if not self._stops or self.stopped:
             return "" if self.stopped else fresh
-        text = self._held + fresh
+        text = self._pending + fresh
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:
-            self.stopped, self._held = True, ""
+            self.stopped, self._pending = True, ""
             return text[: min(found)]
         keep = max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 

@@ -6,6 +6,7 @@ model. Every error, also of routing, has OpenAI's shape.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -15,12 +16,17 @@ from typing import Protocol
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from serve.config import ServeConfig
 from serve.events import Answer, Ask, Delta, Event, Failed, Finished, Problem, Refused, Started
-from serve.http.auth import Keys
+from serve.http.answers import problem_response
+from serve.http.auth import Keys, check_user
+from serve.http.guard import LocalOnly
 from serve.http.messages import (
     DONE,
+    Body,
     ChatBody,
     CompletionBody,
     Frame,
@@ -29,9 +35,13 @@ from serve.http.messages import (
     parse,
     sse,
 )
-from serve.metrics import Metrics, Snapshot, render
+from serve.logs import LOGGER, describe
+from serve.metrics import HTTP_FAMILIES, Metrics, Snapshot, render
 
-log = logging.getLogger("ptuning.serve")
+log = logging.getLogger(LOGGER)
+
+# Not x-request-id, which Ray Serve sets to what the caller sent: an id of ours names one request.
+REQUEST_ID = "x-ptuning-request-id"
 
 
 class EngineClient(Protocol):
@@ -58,12 +68,10 @@ class Api:
         self.started = int(time.time())
 
     async def chat(self, request: Request) -> Response:
-        body = parse(ChatBody, await self._read(request))
-        return await self._respond(request, body, chat=True)
+        return await self._respond(request, ChatBody)
 
     async def completions(self, request: Request) -> Response:
-        body = parse(CompletionBody, await self._read(request))
-        return await self._respond(request, body, chat=False)
+        return await self._respond(request, CompletionBody)
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
@@ -75,78 +83,140 @@ class Api:
         return JSONResponse(self._model_value())
 
     async def health(self, _request: Request) -> Response:
-        """200 once every replica has its model loaded and its engine running."""
-        ready = len(await self._reports())
-        healthy = ready == self.config.replicas
-        value = {"status": "ok" if healthy else "unavailable", "replicas_ready": ready}
-        return JSONResponse(value, status_code=200 if healthy else 503)
+        """200: this process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, _request: Request) -> Response:
+        """200 once an engine can answer: its model is loaded and its thread runs."""
+        ready, wanted = len(await self._reports()), self.config.replicas
+        status = "unavailable" if not ready else "ok" if ready >= wanted else "degraded"
+        value = {"status": status, "replicas_ready": ready, "replicas": wanted}
+        return JSONResponse(value, status_code=200 if ready else 503)
 
     async def prometheus(self, _request: Request) -> Response:
         reports = await self._reports()
-        own = self.metrics.snapshot({"ptuning_replicas": len(reports)}, ["ptuning_requests_total"])
-        own.values.pop(("ptuning_requests_total", ()), None)  # only with its labels
-        text = render([own, *reports])
+        local = self.metrics.snapshot({"ptuning_replicas": len(reports)}, HTTP_FAMILIES)
+        text = render([local, *reports])
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _reports(self) -> list[Snapshot]:
         try:
             return await self.engine.reports()
         except Exception as error:  # noqa: BLE001 - an engine that cannot be asked is not ready
-            log.warning("the engine replicas cannot be asked: %s", error)
+            log.warning("the engine replicas cannot be asked: %s", describe(error))
             return []
 
     async def _read(self, request: Request) -> bytes:
-        limit = self.config.max_body_bytes
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > limit:
-                raise Refused(
-                    f"the body has more than {limit} bytes", status=413, code="body_too_large"
-                )
-        return bytes(data)
+        """The body. Raises Refused: 415 where it is compressed, 413, or 408 where it is late."""
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            raise Refused(
+                "the body is compressed; this service reads plain JSON",
+                status=415,
+                code="unsupported_encoding",
+            )
+        try:
+            async with asyncio.timeout(self.config.body_timeout_s):
+                return await self._read_all(request)
+        except TimeoutError as error:
+            raise Refused(
+                f"the body did not come within {self.config.body_timeout_s:g} s",
+                status=408,
+                code="body_timeout",
+            ) from error
 
-    async def _respond(
-        self, request: Request, body: ChatBody | CompletionBody, *, chat: bool
-    ) -> Response:
-        if self.keys is not None:
-            self.keys.check(request.headers.get("authorization"), body.user)
+    async def _read_all(self, request: Request) -> bytes:
+        limit = self.config.max_body_bytes
+        announced = request.headers.get("content-length", "")
+        data = bytearray()
+        if not (announced.isdecimal() and int(announced) > limit):
+            async for part in request.stream():
+                data += part
+                if len(data) > limit:
+                    break
+            else:
+                return bytes(data)
+        raise Refused(f"the body has more than {limit} bytes", status=413, code="body_too_large")
+
+    async def _respond(self, request: Request, kind: type[Body]) -> Response:
+        """The caller is known before anything of the body is read."""
+        users = self._check_key(request)
+        body = parse(kind, await self._read(request), self.config)
+        check_user(users, body.user)
         self._check_model(body.model)
-        ask = body.ask(self.config)
-        frame = Frame(chat=chat, id=uuid.uuid4().hex, model=self.model, created=int(time.time()))
+        ask = body.ask(self.config, request.state.id)
+        frame = Frame(chat=kind is ChatBody, id=ask.id, model=self.model, created=int(time.time()))
         if body.stream:
             return await self._stream(frame, ask, body.stream_options or StreamOptions())
         answer = await self.engine.answer(ask)
         if isinstance(answer, Failed):
-            return problem_response(answer.problem)
+            return self._failed(ask, answer)
         return JSONResponse(frame.whole(answer), headers=digest_header(answer.prefix))
+
+    def _failed(self, ask: Ask, failed: Failed) -> Response:
+        _log_failure(ask, failed.problem)
+        return problem_response(failed.problem)
 
     async def _stream(self, frame: Frame, ask: Ask, options: StreamOptions) -> Response:
         """The status and headers wait for the first event, so that early errors have theirs."""
         events = self.engine.stream(ask)
         try:
-            first = await anext(events)
+            first = await anext(events, None)
         except BaseException:
             await events.aclose()
             raise
         if not isinstance(first, Started):
             await events.aclose()
-            failed = first if isinstance(first, Failed) else _broken()
-            return problem_response(failed.problem)
+            return self._failed(ask, first if isinstance(first, Failed) else _BROKEN)
         return StreamingResponse(
-            _chunks(frame, first, events, options),
+            self._chunks(frame, ask, first, events, options),
             media_type="text/event-stream",
             headers={"cache-control": "no-cache", **digest_header(first.prefix)},
         )
 
-    def _check_key(self, request: Request) -> None:
-        if self.keys is not None:
-            self.keys.check_caller(request.headers.get("authorization"))
+    async def _chunks(
+        self,
+        frame: Frame,
+        ask: Ask,
+        started: Started,
+        events: AsyncGenerator[Event, None],
+        options: StreamOptions,
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events of a stream that has begun; the last says how it ended."""
+        last: Event = _BROKEN
+        try:
+            yield frame.first_chunk(started.prefix)
+            try:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        yield frame.chunk(event.text)
+                    else:
+                        last = event
+            except Exception as error:  # noqa: BLE001 - the status is out: say it in the stream
+                log.error("request %s: the stream broke off: %s", ask.id, describe(error))
+            if isinstance(last, Finished):
+                yield frame.chunk(None, last.reason)
+                if options.include_usage:
+                    yield frame.usage_chunk(started.prompt_tokens, last.completion_tokens)
+            else:
+                failed = last if isinstance(last, Failed) else _BROKEN
+                self.metrics.add("ptuning_stream_errors_total")
+                _log_failure(ask, failed.problem, started)
+                yield sse(failed.problem.body())
+            yield DONE
+        finally:
+            await events.aclose()
+
+    def _check_key(self, request: Request) -> frozenset[str] | None:
+        """The users that the caller may name; None: any. Raises Refused (401)."""
+        if self.keys is None:
+            return None
+        return self.keys.check_caller(request.headers.get("authorization"))
 
     def _check_model(self, name: str) -> None:
         if name != self.model:
             raise Refused(
-                f"no model {name!r} here; GET /v1/models lists what there is",
+                f"no model {name[:200]!r} here; GET /v1/models lists what there is",
                 status=404,
                 code="model_not_found",
                 param="model",
@@ -161,36 +231,20 @@ class Api:
         }
 
 
-async def _chunks(
-    frame: Frame,
-    started: Started,
-    events: AsyncGenerator[Event, None],
-    options: StreamOptions,
-) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of a stream that has begun."""
-    try:
-        yield frame.first(started.prefix)
-        async for event in events:
-            if isinstance(event, Delta):
-                yield frame.chunk(event.text)
-            elif isinstance(event, Finished):
-                yield frame.chunk(None, event.reason)
-                if options.include_usage:
-                    yield frame.counted(started.prompt_tokens, event.completion_tokens)
-            elif isinstance(event, Failed):
-                yield sse(event.problem.body())
-        yield DONE
-    finally:
-        await events.aclose()
+_BROKEN = Failed(problem=Problem(status=500, message="the answer broke off", code=None))
 
 
-def _broken() -> Failed:
-    return Failed(problem=Problem(status=500, message="the answer did not begin", code=None))
-
-
-def problem_response(problem: Problem) -> Response:
-    headers = {"retry-after": "1"} if problem.status in (429, 503) else {}
-    return JSONResponse(problem.body(), status_code=problem.status, headers=headers)
+def _log_failure(ask: Ask, problem: Problem, started: Started | None = None) -> None:
+    """One line for what /metrics counts as an error: who asked what stays out of it."""
+    if problem.status >= 500:
+        digest = digest_header(started.prefix)["x-prefix-digest"] if started else "not known"
+        log.error(
+            "request %s: failed with %d (%s), prefix %s",
+            ask.id,
+            problem.status,
+            problem.code,
+            digest,
+        )
 
 
 def make_app(
@@ -199,12 +253,23 @@ def make_app(
     """The application for one served model name."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     api = Api(config, model, engine, keys)
-    app.add_api_route("/v1/chat/completions", _counted(api, api.chat), methods=["POST"])
-    app.add_api_route("/v1/completions", _counted(api, api.completions), methods=["POST"])
-    app.add_api_route("/v1/models", _counted(api, api.models), methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", _counted(api, api.one_model), methods=["GET"])
+    app.add_api_route("/v1/chat/completions", _count(api, api.chat), methods=["POST"])
+    app.add_api_route("/v1/completions", _count(api, api.completions), methods=["POST"])
+    app.add_api_route("/v1/models", _count(api, api.models), methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", _count(api, api.one_model), methods=["GET"])
     app.add_api_route("/healthz", api.health, methods=["GET"], response_model=None)
+    app.add_api_route("/readyz", api.ready, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", api.prometheus, methods=["GET"], response_model=None)
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-prefix-digest", REQUEST_ID],
+        )
+    if keys is None:
+        app.add_middleware(LocalOnly, config=config)  # last added, so asked first
 
     async def unrouted(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -217,18 +282,24 @@ def make_app(
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def _counted(api: Api, endpoint: Endpoint) -> Endpoint:
-    """Turn errors into answers and count every answer by endpoint and status."""
+def _count(api: Api, endpoint: Endpoint) -> Endpoint:
+    """Turn errors into answers, name every request and count every answer by its status."""
     name = endpoint.__name__
 
     async def call(request: Request) -> Response:
+        request.state.id = uuid.uuid4().hex
         try:
             response = await endpoint(request)
         except Refused as error:
             response = problem_response(error.problem)
-        except Exception:
-            log.exception("a request failed")
+        except ClientDisconnect:
+            problem = Problem(status=499, message="the client left", code="cancelled")
+            response = problem_response(problem)
+        except Exception as error:
+            log.error("request %s: %s failed: %s", request.state.id, name, describe(error))
+            log.debug("how it failed", exc_info=True)
             response = problem_response(Problem(status=500, message="internal error", code=None))
+        response.headers[REQUEST_ID] = request.state.id
         api.metrics.add("ptuning_requests_total", endpoint=name, status=str(response.status_code))
         return response
 

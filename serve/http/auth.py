@@ -61,13 +61,13 @@ class Keys:
             )
         return self._users_of[digest]
 
-    def check(self, authorization: str | None, user: str | None) -> None:
-        """Raises Refused: 401 without a valid key, 403 for a user that is not the caller's."""
-        users = self.check_caller(authorization)
-        if users is not None and user is not None and user not in users:
-            raise Refused(
-                "this key may not ask as that user", status=403, code="forbidden", param="user"
-            )
+
+def check_user(users: frozenset[str] | None, user: str | None) -> None:
+    """Raises Refused (403) for a user that is not among the caller's (None: any)."""
+    if users is not None and user is not None and user not in users:
+        raise Refused(
+            "this key may not ask as that user", status=403, code="forbidden", param="user"
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -89,6 +89,13 @@ def check_exposure(config: ServeConfig) -> None:
             seen=f"serve.host={config.host}",
             expected="127.0.0.1, ::1 or localhost",
             fix="set serve.api_keys_file, or leave serve.host at 127.0.0.1",
+        )
+    if config.api_keys_file is None and "*" in config.cors_origins:
+        raise ConfigError(
+            "without credentials any web page that is open in a browser here could ask as any user",
+            seen="serve.cors_origins=*",
+            expected="the origins of your pages, such as http://localhost:3000",
+            fix="name the origins, or set serve.api_keys_file",
         )
 
 

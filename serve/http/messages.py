@@ -1,37 +1,51 @@
 """HTTP bodies in OpenAI's shapes: requests as strict models, answers and chunks as JSON values.
 
-A parameter that this service does not implement is an error unless it has its neutral
-value: ignoring `n=2` or `tools` silently would give a wrong answer that looks right.
+What this service implements is a field of the models here; what it only takes with a neutral
+value stands in the tables of `fields.py`. Ignoring `n=2` or `tools` silently would give a
+wrong answer that looks right.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ptuning.registry.base import PREFIX_NAME_PATTERN
 from ptuning.types import Message, user_key
 from serve.config import ServeConfig
-from serve.events import Answer, Ask, PrefixInfo, Refused
+from serve.events import Answer, Ask, PrefixInfo, Refused, too_long
+from serve.http.fields import CHAT, COMPLETION, MESSAGE, PART, STREAM_OPTIONS, Table, drop_neutral
 
 Text = Annotated[str, Field(min_length=1)]
-Neutral = Annotated[float, Field(ge=0, le=0)] | None
-NothingIn = Annotated[dict[str, Any], Field(max_length=0)] | None
 
 
-def _several(value: object) -> object:
+def _list_of(value: object) -> object:
     """One text where a list of texts may stand; a union would muddle the error messages."""
     return [value] if isinstance(value, str) else value
 
 
-def _parts(value: object) -> object:
+def _list_of_parts(value: object) -> object:
+    if value is None:
+        raise ValueError("a message needs content; this service takes no tool calls or refusals")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-Stops = Annotated[list[Text], Field(max_length=16), BeforeValidator(_several)] | None
+def _only_prompt(value: object) -> object:
+    """The prompt of a list of one; clients of old write one so."""
+    if not isinstance(value, list):
+        return value
+    if len(value) != 1:
+        raise ValueError(f"one prompt a request, not {len(value)}")
+    if not isinstance(value[0], str):
+        raise ValueError("a prompt is a text here, not token ids")
+    return value[0]
+
+
+Stops = Annotated[list[Text], Field(max_length=16), BeforeValidator(_list_of)] | None
 
 
 class _Strict(BaseModel):
@@ -39,16 +53,17 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
-    include_obfuscation: bool | None = None
+    include_usage: bool | None = None
 
 
 class _Body(_Strict):
-    """What both endpoints take."""
+    """What both endpoints implement."""
+
+    NEUTRAL: ClassVar[Table]
 
     model: Text
     user: Text | None = None
-    prefix_name: Annotated[str, Field(pattern=f"^{PREFIX_NAME_PATTERN}$")] = "default"
+    prefix_name: Annotated[str, Field(pattern=f"^{PREFIX_NAME_PATTERN}$")] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -56,12 +71,6 @@ class _Body(_Strict):
     stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Accepted with their neutral values only.
-    n: Literal[1] | None = None
-    frequency_penalty: Neutral = None
-    presence_penalty: Neutral = None
-    logit_bias: NothingIn = None
-    metadata: dict[str, str] | None = None
 
     def limit(self) -> int | None:
         return self.max_tokens
@@ -69,7 +78,7 @@ class _Body(_Strict):
     def text(self) -> str | tuple[Message, ...]:
         raise NotImplementedError
 
-    def ask(self, config: ServeConfig) -> Ask:
+    def ask(self, config: ServeConfig, request_id: str) -> Ask:
         """The request with the service's defaults. Raises Refused (400)."""
         limit = self.limit()
         if limit is not None and limit > config.max_tokens_limit:
@@ -80,8 +89,9 @@ class _Body(_Strict):
             )
         temperature = self.temperature
         return Ask(
+            id=request_id,
             user_key=None if self.user is None else user_key(self.user),
-            prefix_name=self.prefix_name,
+            prefix_name=self.prefix_name or "default",
             prompt=self.text(),
             max_tokens=limit or min(config.max_tokens_default, config.max_tokens_limit),
             temperature=config.temperature_default if temperature is None else temperature,
@@ -94,11 +104,9 @@ class _Body(_Strict):
 class CompletionBody(_Body):
     """POST /v1/completions: `prompt` is encoded as a training row's prompt."""
 
-    prompt: Text
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    logprobs: None = None
-    suffix: None = None
+    NEUTRAL: ClassVar[Table] = COMPLETION
+
+    prompt: Annotated[Text, BeforeValidator(_only_prompt)]
 
     def text(self) -> str:
         return self.prompt
@@ -110,8 +118,8 @@ class TextPart(_Strict):
 
 
 class Turn(_Strict):
-    role: Text
-    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_parts)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_list_of_parts)]
     name: str | None = None
 
     def message(self) -> Message:
@@ -121,14 +129,13 @@ class Turn(_Strict):
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
+    NEUTRAL: ClassVar[Table] = CHAT
+
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> ChatBody:
+    def _check_text(self) -> ChatBody:
         if not any(turn.message().content for turn in self.messages):
             raise ValueError("every message is empty")
         return self
@@ -144,19 +151,76 @@ class ChatBody(_Body):
 Body = TypeVar("Body", CompletionBody, ChatBody)
 
 
-def parse(kind: type[Body], data: bytes) -> Body:
-    """A checked body, or Refused (400) that names the first thing wrong."""
+def parse(kind: type[Body], data: bytes, config: ServeConfig) -> Body:
+    """A checked body, or Refused (400) that names the first thing wrong.
+
+    What costs time for each message comes after messages, and their parts, are counted.
+    """
     try:
-        return kind.model_validate_json(data)
+        value = pydantic_core.from_json(data.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
+    except ValueError as error:
+        raise Refused("the body is not valid JSON", status=400, code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise Refused("the body is not a JSON object", status=400, code="invalid_value")
+    _check_count(value, config)
+    try:
+        return kind.model_validate(_implemented(kind, value))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    code = {"json_invalid": "invalid_json", "extra_forbidden": "unsupported_parameter"}.get(
-        first["type"], "missing" if first["type"] == "missing" else "invalid_value"
-    )
-    message = "the body is not valid JSON" if code == "invalid_json" else first["msg"]
+    code = "missing" if first["type"] == "missing" else "invalid_value"
+    message = first["msg"].removeprefix("Value error, ")
     text = f"{where}: {message}" if where else message
     raise Refused(text, status=400, code=code, param=where or None)
+
+
+def _check_count(body: Mapping[str, Any], config: ServeConfig) -> None:
+    """Raises Refused (400) for too many messages, or parts over all of them."""
+    messages, most = body.get("messages"), config.max_messages
+    if not isinstance(messages, list):
+        return
+    contents = [item.get("content") for item in messages[: most + 1] if isinstance(item, dict)]
+    parts = sum(len(content) for content in contents if isinstance(content, list))
+    for count, what in ((len(messages), "messages"), (parts, "parts of content")):
+        if count > most:
+            raise Refused(
+                f"this service takes at most {most} {what} a request; this one has {count}",
+                status=400,
+                code="too_many_messages",
+                param="messages",
+            )
+    if len(messages) > config.max_length:  # each has a token of the template at least
+        raise too_long(f"at least {len(messages)}", config.max_length, "messages")
+
+
+def _implemented(kind: type[_Body], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body without what is neutral, at every depth. Raises Refused (400)."""
+    kept = drop_neutral(body, kind.NEUTRAL, kind.model_fields.keys())
+    if isinstance(options := kept.get("stream_options"), dict):
+        names = StreamOptions.model_fields.keys()
+        kept["stream_options"] = drop_neutral(options, STREAM_OPTIONS, names, "stream_options.")
+    if isinstance(messages := kept.get("messages"), list):
+        kept["messages"] = [_message(turn, f"messages.{n}.") for n, turn in enumerate(messages)]
+    return kept
+
+
+def _message(turn: Any, where: str) -> Any:
+    """A message, or whatever stands in its place, without what is neutral."""
+    if not isinstance(turn, dict):
+        return turn
+    kept = drop_neutral(turn, MESSAGE, Turn.model_fields.keys(), where)
+    if isinstance(parts := kept.get("content"), list):
+        names = TextPart.model_fields.keys()
+        kept["content"] = [
+            drop_neutral(part, PART, names, f"{where}content.{n}.") if _is_text(part) else part
+            for n, part in enumerate(parts)
+        ]
+    return kept
+
+
+def _is_text(part: object) -> bool:
+    """Another kind of part is refused for its kind, not for the fields that come with it."""
+    return isinstance(part, dict) and part.get("type") == "text"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -218,7 +282,7 @@ class Frame:
         choice = {"index": 0, **said, "finish_reason": reason, "logprobs": None}
         return sse(self._envelope(self._kind, [choice]))
 
-    def first(self, info: PrefixInfo | None) -> bytes:
+    def first_chunk(self, info: PrefixInfo | None) -> bytes:
         """The first chunk: no text, but who answers."""
         said: dict[str, Any] = {"text": ""}
         if self.chat:
@@ -226,7 +290,7 @@ class Frame:
         choice = {"index": 0, **said, "finish_reason": None, "logprobs": None}
         return sse({**self._envelope(self._kind, [choice]), "prefix": prefix_value(info)})
 
-    def counted(self, prompt_tokens: int, completion_tokens: int) -> bytes:
+    def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> bytes:
         """The last chunk where the client asked for `include_usage`."""
         counts = usage(prompt_tokens, completion_tokens)
         return sse({**self._envelope(self._kind, []), "usage": counts})

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from serving import Heard, MakeRequest, save_llama
+from worlds import Play, Story, World
 
 from ptuning.model.backbone import Backbone
 from ptuning.model.load import load_backbone
 from serve.engine.engine import HeldPrefix, Request
+from serve.http.auth import Keys
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +58,26 @@ def make_request(backbone: Backbone) -> MakeRequest:
         return request, heard
 
     return make
+
+
+@pytest.fixture
+def play(backbone: Backbone, tmp_path: Path) -> Play:
+    """Run a story against a fresh service with these settings."""
+
+    @asynccontextmanager
+    async def opened(keys: Keys | None, settings: dict[str, Any]) -> AsyncIterator[World]:
+        world = World(backbone, tmp_path, keys, **settings)
+        try:
+            async with world.client:
+                yield world
+        finally:
+            world.service.close()
+
+    def tell(story: Story, keys: Keys | None = None, **settings: Any) -> None:
+        async def main() -> None:
+            async with opened(keys, settings) as world:
+                await asyncio.wait_for(story(world), 60)
+
+        asyncio.run(main())
+
+    return tell

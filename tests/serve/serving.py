@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,3 +187,26 @@ def make_engine(backbone: Backbone, **settings: int) -> Engine:
 def expected_text(backbone: Backbone, request: Request) -> str:
     tokens = oracle(backbone, request.prompt, kv_of(request.prefix), request.max_tokens)
     return backbone.template.decode(tokens)
+
+
+class Gate:
+    """Holds the engine before its next decoding step, so that a test decides who is there."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._decode = engine.runner.decode
+        self.steps = threading.Semaphore(0)
+        engine.runner.decode = self.decode  # type: ignore[method-assign]
+
+    def decode(self, tokens: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
+        assert self.steps.acquire(timeout=30)
+        return self._decode(tokens, columns)
+
+    def open(self) -> None:
+        self.steps.release(10**6)
+
+
+def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)

@@ -4,101 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from serving import Files, oracle, prefix_file
+from serving import oracle, prefix_file
+from worlds import CHAT, COMPLETIONS, MODEL, Play, World, check_error, events
 
-from ptuning.model.backbone import Backbone
+from ptuning.errors import ServeError
 from ptuning.model.facts import DECODER
-from ptuning.registry import MemoryRegistry
 from ptuning.types import Message
-from serve.config import ServeConfig
-from serve.http.api import make_app
 from serve.http.auth import Keys
-from serve.metrics import Snapshot
-from serve.service import Service
-
-MODEL = "tiny"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-class Local(Service):
-    """A Service as the engine client of its own process."""
-
-    async def reports(self) -> list[Snapshot]:
-        return [self.report("local")]
-
-
-class World:
-    """One service: its registry, files and client."""
-
-    def __init__(self, backbone: Backbone, directory: Path, keys: Keys | None, **settings: Any):
-        self.backbone = backbone
-        self.registry = MemoryRegistry()
-        self.files = Files(self.registry, directory)
-        self.config = ServeConfig(**{"max_length": 64, "max_tokens_limit": 100, **settings})
-        self.service = Local(self.config, backbone, self.registry)
-        app = make_app(self.config, MODEL, self.service, keys)
-        self.client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app=app), base_url="http://test", timeout=60
-        )
-
-    async def post(self, path: str = COMPLETIONS, **body: Any) -> httpx.Response:
-        values = {"model": MODEL, "temperature": 0, "max_tokens": 8, **body}
-        if path == COMPLETIONS:
-            values.setdefault("prompt", "hello")
-        else:
-            values.setdefault("messages", [{"role": "user", "content": "hello"}])
-        return await self.client.post(path, json=values)
-
-
-Story = Callable[[World], Coroutine[Any, Any, None]]
-Play = Callable[..., None]
-
-
-@pytest.fixture
-def play(backbone: Backbone, tmp_path: Path) -> Play:
-    """Run a story against a fresh service with these settings."""
-
-    @asynccontextmanager
-    async def opened(keys: Keys | None, settings: dict[str, Any]) -> AsyncIterator[World]:
-        world = World(backbone, tmp_path, keys, **settings)
-        try:
-            async with world.client:
-                yield world
-        finally:
-            world.service.close()
-
-    def tell(story: Story, keys: Keys | None = None, **settings: Any) -> None:
-        async def main() -> None:
-            async with opened(keys, settings) as world:
-                await asyncio.wait_for(story(world), 60)
-
-        asyncio.run(main())
-
-    return tell
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    """The chunks of a stream; checks its frame."""
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in response.text.split("\n\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def check_error(response: httpx.Response, status: int, code: str | None, param: str | None) -> None:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["param"]) == (code, param), error
-    assert error["message"]
 
 
 def test_a_completion_is_encoded_as_a_training_prompt_and_answered_with_the_users_prefix(
@@ -212,7 +128,10 @@ def test_concurrent_users_get_their_own_answers_and_digests(play: Play) -> None:
 
 BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (COMPLETIONS, {"prompt": ""}, 400, "invalid_value", "prompt"),
-    (COMPLETIONS, {"prompt": ["a"]}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": ["a", "b"]}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": []}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": [1, 2]}, 400, "invalid_value", "prompt"),
+    (COMPLETIONS, {"prompt": [[1, 2]]}, 400, "invalid_value", "prompt"),
     (COMPLETIONS, {"prompt": None}, 400, "invalid_value", "prompt"),
     (COMPLETIONS, {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
     (COMPLETIONS, {"max_tokens": "8"}, 400, "invalid_value", "max_tokens"),
@@ -221,12 +140,12 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (COMPLETIONS, {"temperature": -1}, 400, "invalid_value", "temperature"),
     (COMPLETIONS, {"temperature": "hot"}, 400, "invalid_value", "temperature"),
     (COMPLETIONS, {"top_p": 0}, 400, "invalid_value", "top_p"),
-    (COMPLETIONS, {"n": 2}, 400, "invalid_value", "n"),
+    (COMPLETIONS, {"n": 2}, 400, "unsupported_value", "n"),
     (COMPLETIONS, {"user": ""}, 400, "invalid_value", "user"),
     (COMPLETIONS, {"user": 7}, 400, "invalid_value", "user"),
     (COMPLETIONS, {"prefix_name": "../up"}, 400, "invalid_value", "prefix_name"),
     (COMPLETIONS, {"stop": [""]}, 400, "invalid_value", "stop.0"),
-    (COMPLETIONS, {"best_of": 3}, 400, "invalid_value", "best_of"),
+    (COMPLETIONS, {"best_of": 3}, 400, "unsupported_value", "best_of"),
     (COMPLETIONS, {"beams": 3}, 400, "unsupported_parameter", "beams"),
     (COMPLETIONS, {"model": "gpt-4"}, 404, "model_not_found", "model"),
     (COMPLETIONS, {"prompt": "x" * 65}, 400, "context_length_exceeded", "prompt"),
@@ -235,8 +154,8 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str | None]] = [
     (CHAT, {"messages": "hi"}, 400, "invalid_value", "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "missing", "messages.0.content"),
     (CHAT, {"messages": [{"role": "user", "content": ""}]}, 400, "invalid_value", None),
-    (CHAT, {"tools": [{}]}, 400, "invalid_value", "tools"),
-    (CHAT, {"frequency_penalty": 0.5}, 400, "invalid_value", "frequency_penalty"),
+    (CHAT, {"tools": [{}]}, 400, "unsupported_value", "tools"),
+    (CHAT, {"frequency_penalty": 0.5}, 400, "unsupported_value", "frequency_penalty"),
 ]
 
 
@@ -389,6 +308,47 @@ def test_health_and_metrics_speak_of_the_engine_and_never_of_users(play: Play) -
         assert "alice" not in text
         assert "carol" not in text
         world.service.engine.close()
-        assert (await world.client.get("/healthz")).status_code == 503
+        assert (await world.client.get("/healthz")).status_code == 200
+        assert (await world.client.get("/readyz")).status_code == 503
 
     play(story)
+
+
+def test_a_dead_engine_answers_503_at_once_and_is_not_ready(play: Play) -> None:
+    async def story(world: World) -> None:
+        def lost(*_slots: int) -> None:
+            raise RuntimeError("CUDA error")
+
+        runner = world.service.engine.runner
+        runner.leave = runner.move = lost  # type: ignore[method-assign]
+        answers = await asyncio.gather(*(world.post(max_tokens=n) for n in (2, 90, 90, 90)))
+        assert [answer.status_code for answer in answers] == [200, 503, 503, 503]
+        for answer in answers[1:]:
+            check_error(answer, 503, "engine_stopped", None)
+        for stream in (False, True):
+            check_error(await world.post(stream=stream), 503, "not_running", None)
+        assert (await world.client.get("/readyz")).status_code == 503
+        assert (await world.client.get("/healthz")).status_code == 200
+        with pytest.raises(ServeError):
+            world.service.report("local")  # what Ray Serve asks before it replaces a replica
+
+    play(story)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_is_an_event_too(
+    play: Play, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(world: World) -> None:
+        async def broken(*_name: str) -> None:
+            raise KeyError("a secret")
+
+        world.service.prefixes.get = broken  # type: ignore[method-assign]
+        response = await world.post(user="alice", stream=stream)
+        check_error(response, 500, None, None)
+        assert "secret" not in response.text
+        [line] = {r.getMessage() for r in caplog.records if "KeyError" in r.getMessage()}
+        assert response.headers["x-ptuning-request-id"] in line
+
+    play(story)
+    assert "secret" not in caplog.text

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from serving import (
+    Gate,
     MakeRequest,
+    eventually,
     expected_text,
     held_prefix,
     make_engine,
@@ -31,7 +32,7 @@ from ptuning.model.facts import DECODER
 from ptuning.model.load import load_backbone
 from ptuning.prefix.ready import Member, ReadyPrefix
 from serve.engine.batcher import QueueFull
-from serve.engine.engine import Engine, HeldPrefix, Request
+from serve.engine.engine import CANCELLED, Engine, HeldPrefix, Request
 from serve.events import Delta, Failed, Finished
 from serve.metrics import render
 
@@ -41,29 +42,6 @@ def engine(backbone: Backbone) -> Iterator[Engine]:
     made = make_engine(backbone)
     yield made
     made.close()
-
-
-class Gate:
-    """Holds the engine before its next decoding step, so that a test decides who is there."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._decode = engine.runner.decode
-        self.steps = threading.Semaphore(0)
-        engine.runner.decode = self.decode  # type: ignore[method-assign]
-
-    def decode(self, tokens: Sequence[int], columns: Sequence[int]) -> torch.Tensor:
-        assert self.steps.acquire(timeout=30)
-        return self._decode(tokens, columns)
-
-    def open(self) -> None:
-        self.steps.release(10**6)
-
-
-def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -179,7 +157,8 @@ def test_a_client_that_leaves_frees_its_row_for_those_who_wait(
         gate.open()
         assert isinstance(heard.wait()[-1], Finished)
         eventually(lambda: engine.rows_in_use == 0 and engine.queue_length == 0)
-        assert silent.events.empty()
+        for left in (silent, listener):
+            assert left.wait()[-1] == Failed(problem=CANCELLED)
     finally:
         engine.close()
 

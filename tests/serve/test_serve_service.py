@@ -27,6 +27,7 @@ from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import Prefix
 from ptuning.registry import RegistryConfig, open_registry
 from ptuning.store import Store
+from ptuning.system.ports import free_port
 from serve.config import ServeConfig
 from serve.http.auth import is_loopback
 
@@ -36,12 +37,7 @@ LAUNCH = Path(__file__).parent / "launch.py"
 MODEL = "tiny"
 REFRESH_SECONDS = 1.0
 START_SECONDS = 180.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+BODY_SECONDS = 3.0
 
 
 def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -109,6 +105,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             "max_rows": 4,
             "max_tokens_limit": 6000,
             "refresh_seconds": REFRESH_SECONDS,
+            "body_timeout_s": BODY_SECONDS,
             "replicas": 2,
             "num_cpus": 0.5,
             "num_threads": 1,
@@ -144,7 +141,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def test_it_prints_its_address_and_how_to_ask(served: Served) -> None:
     text = served.output.read_text()
     assert f"curl {served.address}/v1/completions" in text
-    assert httpx.get(f"{served.address}/healthz").json() == {"status": "ok", "replicas_ready": 2}
+    assert httpx.get(f"{served.address}/healthz").json() == {"status": "ok"}
+    ready = httpx.get(f"{served.address}/readyz").json()
+    assert ready == {"status": "ok", "replicas_ready": 2, "replicas": 2}
 
 
 def test_nothing_listens_beyond_loopback(served: Served) -> None:
@@ -260,11 +259,48 @@ def test_a_client_that_leaves_frees_its_row(served: Served, stream: bool) -> Non
     data = json.dumps({**body, "logit_bias": {}}).encode()
     host, port = served.address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}:{port}\r\n"
+        head += f"content-length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
         eventually(lambda: served.metric("ptuning_rows_in_use") == 1)
     eventually(lambda: served.metric("ptuning_requests_cancelled_total") == before + 1)
     eventually(lambda: served.metric("ptuning_rows_in_use") == 0)
+
+
+def send(address: str, data: bytes, timeout_s: float = 30) -> tuple[bytes, float]:
+    """The first bytes of the answer to something on a socket of its own, and after how long."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
+        connection.sendall(data)
+        began = time.monotonic()
+        return connection.recv(4096), time.monotonic() - began
+
+
+def test_a_body_that_stops_coming_is_a_408(served: Served) -> None:
+    host = served.address.removeprefix("http://")
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: 100\r\n\r\n{{"
+    answer, waited = send(served.address, head.encode())
+    assert answer.startswith(b"HTTP/1.1 408"), answer
+    assert BODY_SECONDS - 0.5 < waited < BODY_SECONDS + 10
+
+
+def test_a_foreign_host_or_none_is_a_403_and_nothing_is_computed(served: Served) -> None:
+    before = served.metric("ptuning_prompt_tokens_total")
+    body = json.dumps({"model": MODEL, "prompt": "hi", "max_tokens": 1})
+    for version, host in (("1.1", "host: evil.example\r\n"), ("1.0", "")):
+        head = f"POST /v1/completions HTTP/{version}\r\n{host}content-length: {len(body)}\r\n\r\n"
+        answer, _ = send(served.address, (head + body).encode())
+        assert b" 403 " in answer.splitlines()[0], answer
+    assert served.metric("ptuning_prompt_tokens_total") == before
+
+
+def test_the_official_client_sends_its_own_answer_back(served: Served) -> None:
+    client = served.openai()
+    user = {"role": "user", "content": "hi"}
+    messages: list[Any] = [user]
+    for _ in range(3):
+        answer = client.chat.completions.create(model=MODEL, messages=messages, max_tokens=3)
+        messages += [answer.choices[0].message, user]
 
 
 def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Served) -> None:
@@ -286,11 +322,29 @@ def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Ser
             assert response.headers["x-prefix-digest"] == prefix.digest
         else:
             assert response.json()["error"]["code"] == "replica_unavailable"
-        health = httpx.get(f"{served.address}/healthz", timeout=30)
-        return bool(health.status_code == 200 and engines[0].pid not in psutil.pids())
+        # One of two replicas down is not the service down.
+        assert httpx.get(f"{served.address}/healthz", timeout=30).status_code == 200
+        ready = httpx.get(f"{served.address}/readyz", timeout=30)
+        assert ready.status_code == 200
+        return bool(ready.json()["replicas_ready"] == 2 and engines[0].pid not in psutil.pids())
 
     eventually(healthy, 90)
     assert served.post(user="dave").status_code == 200
+
+
+def test_what_is_counted_as_an_error_is_printed_in_a_line_without_texts(served: Served) -> None:
+    prefix = served.promote("erin")
+    path = served.files.directory / prefix.meta.user_key / f"{prefix.digest}.safetensors"
+    path.write_bytes(b"damaged")
+    response = served.post(user="erin", prompt="a secret")
+    assert response.status_code == 500
+    request_id = response.headers["x-ptuning-request-id"]
+    eventually(lambda: f"request {request_id}: failed with 500" in served.output.read_text())
+    assert served.metric("ptuning_prefix_errors_total") == 1
+    text = served.output.read_text()
+    assert prefix.digest in text
+    assert "secret" not in text
+    assert "erin" not in text
 
 
 def test_a_port_in_use_is_said_before_anything_starts(served: Served, tmp_path: Path) -> None:
@@ -322,4 +376,31 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_its_reason(tmp_path: 
         process.kill()
     text = output.read_text()
     assert "ServeError: the service did not become healthy" in text
+    assert "safetensors" in text.lower() or "header" in text.lower()
+
+
+def test_a_service_that_cannot_come_back_ends_the_process_with_its_reason(tmp_path: Path) -> None:
+    model, port = save_llama(tmp_path / "model"), free_port()
+    settings = {
+        "model": str(model),
+        "store": str(tmp_path),
+        "serve": {"port": port, "model_name": MODEL, "start_timeout_s": 90, "num_threads": 1},
+    }
+    output = tmp_path / "output.txt"
+    process = start(settings, output)
+    try:
+        eventually(lambda: f":{port}" in output.read_text() or process.poll() is not None, 120)
+        assert process.poll() is None, output.read_text()
+        (model / "model.safetensors").write_bytes(b"no weights")
+        [engine] = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "ServeReplica:ptuning:Engine" in " ".join(child.cmdline())
+        ]
+        engine.kill()
+        assert process.wait(180) == 1
+    finally:
+        process.kill()
+    text = output.read_text()
+    assert "ServeError: the service has" in text
     assert "safetensors" in text.lower() or "header" in text.lower()
