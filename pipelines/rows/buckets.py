@@ -376,7 +376,11 @@ def finish(
         keys += [str(entry["user_key"])] * len(positions)
         index.append(entry)
     if index:
-        table = rows.table.select(["user_id", *_EXAMPLE_NAMES]).combine_chunks().take(kept)
+        table = (
+            rows.table.select(["user_id", *_EXAMPLE_NAMES])
+            .combine_chunks()
+            .take(pa.array(kept, pa.int64()))
+        )
         table = table.drop_columns("split").append_column("split", pa.array(splits, pa.string()))
         table = table.append_column("user_key", pa.array(keys, pa.string()))
         _write_bucket(job, table.select(BUCKET_SCHEMA.names))
@@ -406,7 +410,7 @@ def _measure(table: pa.Table, template: Template, max_length: int) -> tuple[_Row
     marked = table.set_column(at, "reason", pa.array(reasons, pa.string()))
     bad = marked.filter(pc.is_valid(marked["reason"])).select(QUARANTINE_SCHEMA.names)
     rows = _Rows(
-        table.take(good),
+        table.take(pa.array(good, pa.int64())),
         [user_ids[position] for position in good],
         [examples[position] for position in good],
         [supervised[position] for position in good],
