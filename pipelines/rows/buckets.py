@@ -10,18 +10,23 @@ boundary can cut a user in two. The price is that a bucket must fit into a task'
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.rows.inputs import UNREADABLE, InputFile, Piece, open_binary, read_piece, unreadable
+from pipelines.rows.notices import MOST_SUBJECTS
+from pipelines.rows.readers import Piece, read_piece
+from pipelines.rows.streams import InputFile, open_binary, reading
+from ptuning.data.columns import ColumnNames, Columns
 from ptuning.data.encode import Template
 from ptuning.data.examples import (
     DataConfig,
@@ -33,13 +38,14 @@ from ptuning.data.examples import (
     texts_of,
     too_few,
 )
+from ptuning.data.values import Notes
 from ptuning.errors import DataError
 from ptuning.store import Store
-from ptuning.types import Example, Message, user_key
+from ptuning.types import Example, Message, Split
 
-BAD = -1  # the bucket of quarantined rows in a shard
+BAD, NOTE = -1, -2  # buckets of quarantined rows, and of counts that are told, in a block
 _BUCKET_BYTES = 32 << 20
-_EXPANSION = {".gz": 4, ".parquet": 4}  # text bytes for one byte of a compressed file, roughly
+_EXPANSION = 4  # text bytes for one byte of a compressed file, roughly
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _EXAMPLE = [
@@ -50,9 +56,15 @@ _EXAMPLE = [
     ("split", pa.string()),
     ("init_words", pa.string()),
 ]
+_EXAMPLE_NAMES = [name for name, _ in _EXAMPLE]
 BUCKET_SCHEMA = pa.schema([("user_id", pa.string()), ("user_key", pa.string()), *_EXAMPLE])
 QUARANTINE_SCHEMA = pa.schema(
-    [("source_file", pa.string()), ("row", pa.int64()), ("reason", pa.string())]
+    [
+        ("source_file", pa.string()),
+        ("row", pa.int64()),
+        ("reason", pa.string()),
+        ("user_id", pa.string()),
+    ]
 )
 INDEX_SCHEMA = pa.schema(
     [
@@ -70,9 +82,15 @@ INDEX_SCHEMA = pa.schema(
         ("too_few", pa.bool_()),
     ]
 )
-_SHARD_SCHEMA = pa.schema(
-    [("bucket", pa.int32()), *QUARANTINE_SCHEMA, ("user_id", pa.string()), *_EXAMPLE]
-)
+# In a row of bucket NOTE, `reason` is the kind of the notice, `user_id` its subject and `row`
+# the count: such rows go with the others through Ray Data, however it cuts its blocks.
+_SHARD_SCHEMA = pa.schema([("bucket", pa.int32()), *QUARANTINE_SCHEMA, *_EXAMPLE])
+
+
+class UserKeys(Protocol):
+    """The store's identity, as far as partitions need it."""
+
+    def user_key(self, user_id: str) -> str: ...
 
 
 def bucket_of(user_id: str, buckets: int) -> int:
@@ -88,89 +106,123 @@ def bucket_folder(partition_id: str, bucket: int) -> str:
 # --- pieces to blocks ----------------------------------------------------------------------
 
 
-def read_blocks(pieces: Sequence[Piece], buckets: int, block_bytes: int) -> Iterator[pa.Table]:
+def read_blocks(
+    pieces: Sequence[Piece], buckets: int, block_bytes: int, names: ColumnNames
+) -> Iterator[pa.Table]:
     """Checked rows of pieces in blocks of about `block_bytes` of text, bad rows among them.
 
     A file that breaks off in the middle gives a bad row numbered 0.
     """
-    block, size = _Block(), 0
+    block = _Block(buckets, names)
     for piece in pieces:
+        block.begin(piece)
         try:
-            for number, raw in read_piece(piece):
-                if isinstance(raw, str):
-                    block.bad(piece, number, raw)
-                    size += 64
-                else:
-                    size += block.check(piece, number, raw, buckets)
-                if size >= block_bytes:
-                    yield block.table()
-                    block, size = _Block(), 0
-        except (*UNREADABLE, DataError) as error:
-            block.bad(piece, 0, str(unreadable(piece.file, error)))
-    if block.count:
-        yield block.table()
+            with reading(piece.file):
+                for number, raw in read_piece(piece, block.columns, block.notes):
+                    block.add(number, raw)
+                    if block.size >= block_bytes:
+                        yield block.take()
+        except DataError as error:
+            block.add_bad(0, str(error))
+        block.end()
+    if block.rows:
+        yield block.take()
 
 
 class _Block:
-    """Columns of a shard's table as they fill."""
+    """Rows of a shard's table as they gather."""
 
-    def __init__(self) -> None:
-        self._columns: dict[str, list[object]] = {name: [] for name in _SHARD_SCHEMA.names}
-        self.count = 0
+    def __init__(self, buckets: int, names: ColumnNames) -> None:
+        self.columns, self.notes = Columns(names), Notes()
+        self.rows: list[tuple[object, ...]] = []  # as in _SHARD_SCHEMA
+        self.size = 0  # bytes of text, roughly
+        self._buckets = buckets
+        self._bucket_of = lru_cache(maxsize=1 << 16)(bucket_of)  # a user has many rows
+        self._file = ""
+        self._folder: dict[str, object] = {}
 
-    def bad(self, piece: Piece, number: int, reason: str) -> None:
-        self._add(bucket=BAD, source_file=_name(piece), row=number, reason=_clean(reason))
+    def begin(self, piece: Piece) -> None:
+        self._file = _clean(piece.file.url)
+        folders = dict(piece.file.folders)
+        layout = self.columns.layout(tuple(folders))
+        layout.uses += bool(folders)
+        self._folder = {field: folders[name] for field, name in layout.sources.items()}
 
-    def check(self, piece: Piece, number: int, raw: dict[str, object], buckets: int) -> int:
-        """Add one raw row; about how many bytes of text it holds."""
+    def end(self) -> None:
+        """Turn what was noted while the piece was read into rows."""
+        for name, count in self.columns.unknown().most_common(MOST_SUBJECTS):
+            self.notes["unknown_column", name] = count
+        for (kind, subject), count in self.notes.items():
+            self._append(NOTE, count, kind, _clean(subject))
+        self.notes.clear()
+
+    def add(self, number: int, raw: dict[str, object] | str) -> None:
+        if isinstance(raw, str):
+            self.add_bad(number, raw)
+            return
         try:
-            row = check_row(raw)
+            row = check_row(raw, self.columns, self._folder, self.notes)
         except DataError as error:
-            self.bad(piece, number, error.message)
-            return 64
-        self._add(
-            bucket=bucket_of(row.user_id, buckets),
-            source_file=_name(piece),
-            row=number,
-            user_id=row.user_id,
-            **example_values(row.example),
+            self.add_bad(number, error.message, error.fields.get("user_id"))
+            return
+        if not row.learned:
+            self.notes["weight_zero", ""] += 1
+            return
+        example = row.example
+        self.size += 64 + sum(map(len, texts_of(example)))
+        self.rows.append(
+            (
+                self._bucket_of(row.user_id, self._buckets),
+                self._file,
+                number,
+                None,
+                row.user_id,
+                example.timestamp,
+                example.prompt,
+                example.completion,
+                None if example.messages is None else [vars(turn) for turn in example.messages],
+                example.split,
+                example.init_words,
+            )
         )
-        return 64 + sum(len(text) for text in texts_of(row.example))
 
-    def _add(self, **values: object) -> None:
-        for name, column in self._columns.items():
-            column.append(values.get(name))
-        self.count += 1
+    def add_bad(self, number: int, reason: str, user_id: str | None = None) -> None:
+        self._append(BAD, number, _clean(reason), user_id)
 
-    def table(self) -> pa.Table:
-        return pa.table(self._columns, schema=_SHARD_SCHEMA)
+    def _append(self, bucket: int, number: int, reason: str, user_id: str | None) -> None:
+        self.size += 64
+        empty = (None,) * len(_EXAMPLE)
+        self.rows.append((bucket, self._file, number, reason, user_id, *empty))
 
-
-def _name(piece: Piece) -> str:
-    return _clean(piece.file.url)
+    def take(self) -> pa.Table:
+        """The rows as a table; the block is empty then."""
+        columns = [
+            pa.array(values, field.type)
+            for values, field in zip(zip(*self.rows, strict=True), _SHARD_SCHEMA, strict=True)
+        ]
+        self.rows, self.size = [], 0
+        return pa.table(columns, schema=_SHARD_SCHEMA)
 
 
 def _clean(text: str) -> str:
-    """Text that can be written as UTF-8, whatever a file is called."""
+    """Text that can be written as UTF-8, whatever a file or column is called."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def example_values(example: Example) -> dict[str, object]:
-    """An example as the values of the files' columns."""
-    values = {name: getattr(example, name) for name, _ in _EXAMPLE}
-    if example.messages is not None:
-        values["messages"] = [
-            {"role": turn.role, "content": turn.content} for turn in example.messages
-        ]
-    return values
-
-
-def example_of(values: dict[str, Any]) -> Example:
-    """The inverse of `example_values`."""
-    fields = {name: values[name] for name, _ in _EXAMPLE}
-    if fields["messages"] is not None:
-        fields["messages"] = tuple(Message(**turn) for turn in fields["messages"])
-    return Example(**fields)
+def examples_of(table: pa.Table) -> list[Example]:
+    """The examples of a shard's or a bucket's rows."""
+    columns = [table[name].to_pylist() for name in _EXAMPLE_NAMES]
+    return [
+        Example(
+            timestamp=timestamp,
+            prompt=prompt,
+            completion=completion,
+            messages=None if turns is None else tuple(Message(**turn) for turn in turns),
+            split=split,
+            init_words=words,
+        )
+        for timestamp, prompt, completion, turns, split, words in zip(*columns, strict=True)
+    ]
 
 
 # --- blocks to shards ----------------------------------------------------------------------
@@ -178,31 +230,84 @@ def example_of(values: dict[str, Any]) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One written shard: its name in the store, and the rows of each bucket in it, in order."""
+    """One written shard: its files in the store, and what they hold.
+
+    `name` has the rows of each bucket, in order ("" where there are none), `bad_name` the
+    quarantined ones. `files` gave at least one row that is not bad. `notes` are (kind, subject,
+    rows).
+    """
 
     name: str
     buckets: tuple[int, ...]
     rows: tuple[int, ...]
+    bad_name: str
+    bad_rows: int
+    files: tuple[str, ...]
+    notes: tuple[tuple[str, str, int], ...]
+
+    @property
+    def unlearned(self) -> int:
+        """Rows of weight 0."""
+        return sum(count for kind, _, count in self.notes if kind == "weight_zero")
 
 
 def write_shard(block: pa.Table, root: str, folder: str) -> pa.Table:
     """Write a block grouped by bucket; one row that describes the Shard (for Ray Data)."""
-    order = pc.sort_indices(block, sort_keys=[("bucket", "ascending")])
-    block = block.take(order).combine_chunks()
-    counts = Counter(block["bucket"].to_pylist())
-    buckets = sorted(counts)
-    sink, at = pa.BufferOutputStream(), 0
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_file(sink, _SHARD_SCHEMA, options=options) as writer:
-        for bucket in buckets:
-            for batch in block.slice(at, counts[bucket]).combine_chunks().to_batches():
-                writer.write_batch(batch)
-            at += counts[bucket]
-    name = f"{folder}/{uuid.uuid4().hex}.arrow"
-    Store(root).write(name, sink.getvalue().to_pybytes())
-    return pa.table(
-        {"name": [name], "buckets": [buckets], "rows": [[counts[bucket] for bucket in buckets]]}
+    store, name = Store(root), f"{folder}/{uuid.uuid4().hex}"
+    notes = block.filter(pc.equal(block["bucket"], NOTE))
+    bad = block.filter(pc.equal(block["bucket"], BAD)).select(QUARANTINE_SCHEMA.names)
+    good = block.filter(pc.greater_equal(block["bucket"], 0))
+    good = good.take(pc.sort_indices(good, sort_keys=[("bucket", "ascending")])).combine_chunks()
+    unlearned = notes.filter(pc.equal(notes["reason"], "weight_zero"))
+    files = {*pc.unique(good["source_file"]).to_pylist(), *unlearned["source_file"].to_pylist()}
+    counts = Counter(good["bucket"].to_pylist())
+    if counts:
+        batches, at = [], 0
+        for rows in counts.values():
+            batches += good.slice(at, rows).combine_chunks().to_batches()
+            at += rows
+        store.write(f"{name}.arrow", _ipc_bytes(_SHARD_SCHEMA, batches))
+    if bad.num_rows:
+        store.write(f"{name}.bad.arrow", _ipc_bytes(QUARANTINE_SCHEMA, bad.to_batches()))
+    shard = Shard(
+        name=f"{name}.arrow" if counts else "",
+        buckets=tuple(counts),
+        rows=tuple(counts.values()),
+        bad_name=f"{name}.bad.arrow" if bad.num_rows else "",
+        bad_rows=bad.num_rows,
+        files=tuple(sorted(files)),
+        notes=tuple(
+            zip(*(notes[name].to_pylist() for name in ("reason", "user_id", "row")), strict=True)
+        ),
     )
+    return pa.table({"shard": [json.dumps(asdict(shard))]})
+
+
+def _ipc_bytes(schema: pa.Schema, batches: Sequence[pa.RecordBatch]) -> bytes:
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_file(sink, schema, options=options) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def shard_of(row: Mapping[str, Any]) -> Shard:
+    """The shard that a row of `write_shard` describes."""
+    values = json.loads(row["shard"])
+    lists = {name: tuple(values[name]) for name in ("buckets", "rows", "files")}
+    return Shard(**values | lists | {"notes": tuple(map(tuple, values["notes"]))})
+
+
+def read_bad(root: str, shards: Sequence[Shard]) -> pa.Table:
+    """The quarantined rows of shards (QUARANTINE_SCHEMA); no other rows are read."""
+    store = Store(root)
+    tables = [QUARANTINE_SCHEMA.empty_table()]
+    for shard in shards:
+        if shard.bad_name:
+            with open_binary(store.path(shard.bad_name)) as stream:
+                tables.append(pa.ipc.open_file(stream).read_all())
+    return pa.concat_tables(tables)
 
 
 def read_shards(root: str, parts: Sequence[tuple[str, int]]) -> pa.Table:
@@ -219,31 +324,33 @@ def read_shards(root: str, parts: Sequence[tuple[str, int]]) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class BucketJob:
-    """One bucket to finish: where its rows lie and where they go."""
+    """One bucket to finish: where its rows lie, where they go, and under which keys."""
 
     root: str
     partition_id: str
     bucket: int
     parts: tuple[tuple[str, int], ...]
     config: DataConfig
+    keys: UserKeys
 
 
 @dataclass(frozen=True, slots=True)
-class _Gathered:
-    """A row of a bucket with its origin and how many tokens of it are supervised."""
+class _Rows:
+    """Rows of a bucket that can be encoded: as a table, as examples, their supervised tokens."""
 
-    user_id: str
-    example: Example
-    source_file: str
-    row: int
-    supervised: int = 0
+    table: pa.Table
+    user_ids: list[str]
+    examples: list[Example]
+    supervised: list[int]
 
 
 def survey(job: BucketJob, template: Template) -> tuple[dict[str, int], pa.Table]:
     """Train + valid rows of each user of a bucket, and the rows that cannot be encoded."""
-    good, bad = _measure(_gather(job, None), template, job.config.max_length)
-    counts = Counter(item.user_id for item in good if item.example.split != "test")
-    return dict(counts), bad
+    rows, bad = _measure(read_shards(job.root, job.parts), template, job.config.max_length)
+    counts = dict.fromkeys(rows.user_ids, 0)
+    for user_id, example in zip(rows.user_ids, rows.examples, strict=True):
+        counts[user_id] += example.split != "test"
+    return counts, bad
 
 
 def finish(
@@ -253,79 +360,101 @@ def finish(
 
     `keep` names the users to keep (None: all). Nothing is written for an empty bucket.
     """
-    good, bad = _measure(_gather(job, keep), template, job.config.max_length)
-    good.sort(key=lambda item: item.user_id)
-    columns: dict[str, list[object]] = {name: [] for name in BUCKET_SCHEMA.names}
-    index: list[dict[str, object]] = []
-    for user_id, items in groupby(good, key=lambda item: item.user_id):
-        examples, entry = _finish_user(list(items), job)
-        index.append(entry)
-        for example in examples:
-            values = {"user_id": user_id, "user_key": entry["user_key"], **example_values(example)}
-            for name, column in columns.items():
-                column.append(values[name])
-    if index:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=BUCKET_SCHEMA), sink, compression="zstd")
-        folder = bucket_folder(job.partition_id, job.bucket)
-        Store(job.root).write(f"{folder}/part-0.parquet", sink.getvalue().to_pybytes())
-    return pa.Table.from_pylist(index, schema=INDEX_SCHEMA), bad
-
-
-def _gather(job: BucketJob, keep: frozenset[str] | None) -> list[_Gathered]:
     table = read_shards(job.root, job.parts)
     if keep is not None:
         table = table.filter(pc.is_in(table["user_id"], pa.array(sorted(keep), pa.string())))
-    return [
-        _Gathered(values["user_id"], example_of(values), values["source_file"], values["row"])
-        for values in table.to_pylist()
-    ]
+    rows, bad = _measure(table, template, job.config.max_length)
+    order = sorted(range(len(rows.user_ids)), key=rows.user_ids.__getitem__)
+    kept: list[int] = []
+    splits: list[str] = []
+    keys: list[str] = []
+    index: list[dict[str, object]] = []
+    for _, group in groupby(order, key=rows.user_ids.__getitem__):
+        positions, named, entry = _finish_user(list(group), rows, job)
+        kept += positions
+        splits += named
+        keys += [str(entry["user_key"])] * len(positions)
+        index.append(entry)
+    if index:
+        table = (
+            rows.table.select(["user_id", *_EXAMPLE_NAMES])
+            .combine_chunks()
+            .take(pa.array(kept, pa.int64()))
+        )
+        table = table.drop_columns("split").append_column("split", pa.array(splits, pa.string()))
+        table = table.append_column("user_key", pa.array(keys, pa.string()))
+        _write_bucket(job, table.select(BUCKET_SCHEMA.names))
+    return pa.Table.from_pylist(index, schema=INDEX_SCHEMA), bad
 
 
-def _measure(
-    items: list[_Gathered], template: Template, max_length: int
-) -> tuple[list[_Gathered], pa.Table]:
+def _write_bucket(job: BucketJob, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    folder = bucket_folder(job.partition_id, job.bucket)
+    Store(job.root).write(f"{folder}/part-0.parquet", sink.getvalue().to_pybytes())
+
+
+def _measure(table: pa.Table, template: Template, max_length: int) -> tuple[_Rows, pa.Table]:
+    """The rows that can be encoded, and the others with the reason (QUARANTINE_SCHEMA)."""
+    examples, user_ids = examples_of(table), table["user_id"].to_pylist()
     fit = Fit(template, max_length)
-    supervised = fit.supervised([item.example for item in items])
-    good, bad = [], []
-    for item, tokens in zip(items, supervised, strict=True):
-        reason = fit.reason(item.example, tokens)
-        if reason is None:
-            good.append(replace(item, supervised=tokens))
-        else:
-            bad.append({"source_file": item.source_file, "row": item.row, "reason": _clean(reason)})
-    return good, pa.Table.from_pylist(bad, schema=QUARANTINE_SCHEMA)
+    supervised = fit.supervised(examples)
+    reasons = [
+        None if (reason := fit.reason(example, tokens)) is None else _clean(reason)
+        for example, tokens in zip(examples, supervised, strict=True)
+    ]
+    if not any(reasons):
+        return _Rows(table, user_ids, examples, supervised), QUARANTINE_SCHEMA.empty_table()
+    good = [position for position, reason in enumerate(reasons) if reason is None]
+    at = table.schema.get_field_index("reason")
+    marked = table.set_column(at, "reason", pa.array(reasons, pa.string()))
+    bad = marked.filter(pc.is_valid(marked["reason"])).select(QUARANTINE_SCHEMA.names)
+    rows = _Rows(
+        table.take(pa.array(good, pa.int64())),
+        [user_ids[position] for position in good],
+        [examples[position] for position in good],
+        [supervised[position] for position in good],
+    )
+    return rows, bad
 
 
-def _finish_user(items: list[_Gathered], job: BucketJob) -> tuple[list[Example], dict[str, object]]:
-    rows = [item.example for item in items]
-    splits = assign_splits(rows)
-    rows = [replace(row, split=split) for row, split in zip(rows, splits, strict=True)]
-    kept = select_rows(rows, job.config.max_rows)
-    examples = [rows[position] for position in kept]
-    times = [example.timestamp for example in examples if example.timestamp is not None]
-    count = Counter(example.split for example in examples)
-    return examples, {
-        "user_id": items[0].user_id,
-        "user_key": user_key(items[0].user_id),
+def _finish_user(
+    positions: list[int], rows: _Rows, job: BucketJob
+) -> tuple[list[int], list[Split], dict[str, object]]:
+    """Of one user's rows: the positions to keep, oldest first, their splits, the index row."""
+    examples = [rows.examples[position] for position in positions]
+    splits = assign_splits(examples)
+    examples = [
+        example if example.split == split else replace(example, split=split)
+        for example, split in zip(examples, splits, strict=True)
+    ]
+    chosen = select_rows(examples, job.config.max_rows)
+    kept = [examples[at] for at in chosen]
+    times = [example.timestamp for example in kept if example.timestamp is not None]
+    count = Counter(splits[at] for at in chosen)
+    user_id = rows.user_ids[positions[0]]
+    entry: dict[str, object] = {
+        "user_id": user_id,
+        "user_key": job.keys.user_key(user_id),
         "bucket": job.bucket,
-        "rows": len(examples),
-        "supervised_tokens": sum(items[position].supervised for position in kept),
-        "data_digest": data_digest(examples),
+        "rows": len(kept),
+        "supervised_tokens": sum(rows.supervised[positions[at]] for at in chosen),
+        "data_digest": data_digest(kept),
         "first_at": min(times, default=None),
         "last_at": max(times, default=None),
         "rows_train": count["train"],
         "rows_valid": count["valid"],
         "rows_test": count["test"],
-        "too_few": too_few(rows, job.config.min_examples),
+        "too_few": too_few(examples, job.config.min_examples),
     }
+    return [positions[at] for at in chosen], [splits[at] for at in chosen], entry
 
 
 def auto_buckets(files: Sequence[InputFile]) -> int:
     """How many buckets suit these files: one for each 32 MiB of text, at least 8."""
+    packed = [bool(file.compression) or file.kind == "parquet" for file in files]
     text = sum(
-        file.size * next((by for end, by in _EXPANSION.items() if file.name.endswith(end)), 1)
-        for file in files
+        file.size * (_EXPANSION if dense else 1) for file, dense in zip(files, packed, strict=True)
     )
     return min(max(8, -(-text // _BUCKET_BYTES)), 99_999)
 

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -29,36 +29,53 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipelines.rows.attempts import new_attempt, remove, sweep
 from pipelines.rows.buckets import (
-    BAD,
     INDEX_SCHEMA,
     QUARANTINE_SCHEMA,
     BucketJob,
     Shard,
+    UserKeys,
     auto_buckets,
     bucket_folder,
-    example_of,
+    examples_of,
     finish,
     largest,
+    read_bad,
     read_blocks,
-    read_shards,
+    shard_of,
     survey,
     write_shard,
 )
-from pipelines.rows.inputs import InputFile, Inspected, Piece, find_files, inspect
+from pipelines.rows.inputs import Inspected, find_files, inspect
+from pipelines.rows.notices import (
+    BadFile,
+    Notice,
+    bad_files,
+    bad_files_from,
+    make_notices,
+    notices_from,
+)
 from pipelines.rows.ray_tasks import Progress, cpus, quiet_ray_data, run_all
+from pipelines.rows.readers import Piece, describe
+from pipelines.rows.streams import InputFile
+from ptuning.data.columns import ROW_RULES, ColumnNames, Columns
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
 from ptuning.errors import DataError, RunError
 from ptuning.store import Store
 from ptuning.types import Example
 
-FORMAT = 1  # of everything below partitions/; part of the id
+FORMAT = 2  # of everything below partitions/; part of the id
 BLOCK_BYTES = 16 << 20  # text of one shard, and at most of one piece of a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A finished partition: the commit record. `seconds` is what making it took."""
+    """A finished partition: the commit record. `seconds` is what making it took.
+
+    `notices` name what was not read, lost or read in a way that people should know of;
+    `bad_files` are the files with the most quarantined rows, with their main reasons. Rows of
+    weight 0 are read, and neither kept nor quarantined.
+    """
 
     partition_id: str
     rows_read: int
@@ -67,6 +84,8 @@ class Partition:
     users: int
     too_few: int
     seconds: float
+    notices: tuple[Notice, ...] = ()
+    bad_files: tuple[BadFile, ...] = ()
 
 
 def partition(
@@ -74,6 +93,7 @@ def partition(
     store: Store,
     config: DataConfig,
     backbone: str | Template,
+    identity: UserKeys,
     *,
     progress: Progress | None = None,
     block_bytes: int = BLOCK_BYTES,
@@ -81,25 +101,34 @@ def partition(
     """Partition the rows of `sources` (paths, globs, directories, URIs) by user.
 
     `backbone` names the model whose tokenizer decides which rows fit, or is its Template.
-    A finished partition of the same data, configuration and template is found again. Raises
-    DataError (no or unreadable input, too many bad rows), RunError where Ray is not
-    initialised. `block_bytes` bounds memory and changes nothing else.
+    `identity` is the store's, which makes the users' keys. A finished partition of the same
+    data, configuration, rules and template is found again. Raises DataError (no or unreadable
+    input, too many bad rows, a file of bad rows alone), RunError where Ray is not initialised.
+    `block_bytes` bounds memory and changes nothing else. Example:
+    `partition(["rows.jsonl"], store, DataConfig(), "smollm2", open_identity(store)).users`.
     """
     if not ray.is_initialized():
         raise RunError("Ray is not initialised", fix="call ray.init() before partition()")
     started = time.monotonic()
     report = progress or (lambda *_: None)
-    files = _inspect(find_files(sources), block_bytes, report)
+    listing = find_files(sources)
+    files = _inspect(listing.files, block_bytes, report)
     template = backbone if isinstance(backbone, Template) else _template(backbone, config)
-    partition_id = partition_id_of(files, config, template)
+    partition_id = partition_id_of(files, config, template, identity)
     if (found := read_partition(store, partition_id)) is not None:
-        return found
+        return _with_unread(found, listing.unread)
     sweep(store, f"partitions/{partition_id}")
-    work = _Work(store, partition_id, config, template, files, report, block_bytes)
+    work = _Work(store, partition_id, config, template, identity, files, report, block_bytes)
     try:
-        return work.run(started)
+        return _with_unread(work.run(started), listing.unread)
     finally:
         remove(store, work.attempt)
+
+
+def _with_unread(part: Partition, unread: Sequence[str]) -> Partition:
+    """The partition with the files that lie beside its own now: they are no part of its id."""
+    notices = make_notices({("unread_file", url): 1 for url in unread})
+    return dataclasses.replace(part, notices=(*notices, *part.notices))
 
 
 def _template(backbone: str, config: DataConfig) -> Template:
@@ -108,15 +137,30 @@ def _template(backbone: str, config: DataConfig) -> Template:
     return load_template(backbone, config.template)
 
 
-def partition_id_of(files: Sequence[Inspected], config: DataConfig, template: Template) -> str:
-    """20 hex digits: names, sizes and digests of the inputs, configuration, template.
+def partition_id_of(
+    files: Sequence[Inspected], config: DataConfig, template: Template, identity: UserKeys
+) -> str:
+    """20 hex digits: the inputs, the rules that read them, configuration, template, identity.
 
-    Names without folders: the same data elsewhere is the same partition.
+    An input is its name, size, digest and the columns that its folders state. Other folders do
+    not count: the same data elsewhere is the same partition.
     """
-    inputs = sorted([item.file.name, item.file.size, item.digest] for item in files)
-    parts = [FORMAT, inputs, config.model_dump(mode="json"), template.digest]
+    columns = Columns(config.columns)
+    inputs = sorted(
+        [item.file.name, item.file.size, item.digest, _stated(item.file, columns)] for item in files
+    )
+    # A key that another salt would not give; it tells nothing of the salt.
+    keys = identity.user_key("")
+    rules = [FORMAT, ROW_RULES]
+    parts = [rules, inputs, config.model_dump(mode="json"), template.digest, keys]
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:20]
+
+
+def _stated(file: InputFile, columns: Columns) -> list[list[str]]:
+    values = dict(file.folders)
+    sources = columns.layout(tuple(values)).sources
+    return sorted([field, values[name]] for field, name in sources.items())
 
 
 def read_partition(store: Store, partition_id: str) -> Partition | None:
@@ -125,7 +169,10 @@ def read_partition(store: Store, partition_id: str) -> Partition | None:
     if not store.exists(name):
         return None
     record = store.read_json(name)
-    return Partition(**{field.name: record[field.name] for field in dataclasses.fields(Partition)})
+    values = {field.name: record[field.name] for field in dataclasses.fields(Partition)}
+    values["notices"] = notices_from(values["notices"])
+    values["bad_files"] = bad_files_from(values["bad_files"])
+    return Partition(**values)
 
 
 def read_index(store: Store, partition_id: str) -> pa.Table:
@@ -153,9 +200,10 @@ def read_users(
     keys: set[str] = set()
     if store.exists(name):
         wanted = None if user_keys is None else [("user_key", "in", sorted(set(user_keys)))]
-        for values in _read_table(store, name, wanted).to_pylist():
-            users.setdefault(values["user_id"], []).append(example_of(values))
-            keys.add(values["user_key"])
+        table = _read_table(store, name, wanted)
+        for user_id, example in zip(table["user_id"].to_pylist(), examples_of(table), strict=True):
+            users.setdefault(user_id, []).append(example)
+        keys = set(pc.unique(table["user_key"]).to_pylist())
     missing = sorted(set(user_keys or ()) - keys)
     if missing:
         raise RunError(
@@ -180,7 +228,7 @@ def _write_table(store: Store, name: str, table: pa.Table) -> None:
 # --- inputs --------------------------------------------------------------------------------
 
 
-def _inspect(files: list[InputFile], block_bytes: int, report: Progress) -> list[Inspected]:
+def _inspect(files: Sequence[InputFile], block_bytes: int, report: Progress) -> list[Inspected]:
     """Digests and pieces of all files, in their order; many small files share a task."""
     total = sum(file.size for file in files)
     # Enough pieces that every CPU has some, none so small that a task costs more than it does.
@@ -212,9 +260,12 @@ def _groups(items: Sequence[Any], size: Callable[[Any], int], limit: int) -> lis
 class _PieceSource(Datasource):
     """Pieces of files as a Ray Data source: one read task per group of pieces."""
 
-    def __init__(self, groups: list[list[Piece]], buckets: int, block_bytes: int) -> None:
+    def __init__(
+        self, groups: list[list[Piece]], buckets: int, block_bytes: int, names: ColumnNames
+    ) -> None:
         super().__init__()
         self._groups, self._buckets, self._block_bytes = groups, buckets, block_bytes
+        self._names = names
 
     def estimate_inmemory_data_size(self) -> int:
         return sum(piece.size for group in self._groups for piece in group)
@@ -222,7 +273,7 @@ class _PieceSource(Datasource):
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         return [
             ReadTask(
-                partial(read_blocks, group, self._buckets, self._block_bytes),
+                partial(read_blocks, group, self._buckets, self._block_bytes, self._names),
                 BlockMetadata(None, sum(piece.size for piece in group), None, None),
             )
             for group in self._groups
@@ -241,6 +292,7 @@ class _Work:
         partition_id: str,
         config: DataConfig,
         template: Template,
+        identity: UserKeys,
         files: list[Inspected],
         report: Progress,
         block_bytes: int,
@@ -248,35 +300,46 @@ class _Work:
         self.store, self.partition_id, self.config = store, partition_id, config
         self.folder = f"partitions/{partition_id}"
         self.attempt = new_attempt(self.folder)
-        self._template, self._files, self._report = template, files, report
+        self._template, self._identity = template, identity
+        self._files, self._report = files, report
         self._block_bytes = block_bytes
         self._buckets = config.buckets or auto_buckets([item.file for item in files])
 
     def run(self, started: float) -> Partition:
         shards = self._shuffle()
-        read = sum(sum(shard.rows) for shard in shards)
+        read = sum(sum(shard.rows) + shard.bad_rows + shard.unlearned for shard in shards)
         parts: dict[int, list[tuple[str, int]]] = defaultdict(list)
         for shard in shards:
             for position, bucket in enumerate(shard.buckets):
                 parts[bucket].append((shard.name, position))
-        bad = [self._bad_rows(parts.pop(BAD, []))]
-        self._check_bad(bad, read)
+        bad = self._read_bad(shards, read)
         jobs = [
-            BucketJob(self.store.root, self.partition_id, bucket, tuple(parts[bucket]), self.config)
+            BucketJob(
+                self.store.root,
+                self.partition_id,
+                bucket,
+                tuple(parts[bucket]),
+                self.config,
+                self._identity,
+            )
             for bucket in sorted(parts)
         ]
-        index, unfit = self._finish(jobs)
-        quarantine = self._check_bad([*bad, *unfit], read)
+        index, unfit, dropped = self._finish(jobs)
+        quarantine = self._check_bad([bad, *unfit], read)
         _write_table(self.store, f"{self.folder}/quarantine.parquet", quarantine)
         _write_table(self.store, f"{self.folder}/index.parquet", index)
+        counts = self._notes(shards) + self._lost_users(quarantine, index, dropped)
+        counts += self._lost_files(bad, shards)
         result = Partition(
             partition_id=self.partition_id,
             rows_read=read,
-            rows_kept=sum(index["rows"].to_pylist()),
+            rows_kept=pc.sum(index["rows"]).as_py() or 0,
             rows_quarantined=quarantine.num_rows,
             users=index.num_rows,
-            too_few=sum(index["too_few"].to_pylist()),
+            too_few=pc.sum(index["too_few"]).as_py() or 0,
             seconds=round(time.monotonic() - started, 3),
+            notices=make_notices(counts),
+            bad_files=bad_files(_reasons(quarantine)),
         )
         self._commit(result)
         return result
@@ -302,7 +365,7 @@ class _Work:
             )
         shards, rows = [], 0
         with quiet_ray_data():
-            source = _PieceSource(groups, self._buckets, self._block_bytes)
+            source = _PieceSource(groups, self._buckets, self._block_bytes, self.config.columns)
             written = ray.data.read_datasource(
                 source, num_cpus=1, override_num_blocks=len(groups)
             ).map_batches(
@@ -314,29 +377,91 @@ class _Work:
                 num_cpus=1,
             )
             for row in written.iter_rows():
-                shards.append(Shard(row["name"], tuple(row["buckets"]), tuple(row["rows"])))
-                rows += sum(row["rows"])
+                shards.append(shard_of(row))
+                rows += sum(shards[-1].rows) + shards[-1].bad_rows
                 self._report("read", rows, 0)
         return shards
 
-    def _bad_rows(self, parts: list[tuple[str, int]]) -> pa.Table:
-        table = read_shards(self.store.root, parts).select(QUARANTINE_SCHEMA.names)
+    def _read_bad(self, shards: list[Shard], read: int) -> pa.Table:
+        """The rows that were quarantined when they were read. DataError where a file broke off,
+        a whole file is bad, or they are too many."""
+        table = read_bad(self.store.root, shards)
         broken = table.filter(pc.equal(table["row"], 0))["reason"].to_pylist()
         if broken:
             raise DataError(broken[0], files=len(broken))
+        lost = self._lost_files(table, shards)
+        if lost and self.config.max_bad_fraction < 1:
+            self._fail_for_files([file for _, file in lost], table)
+        self._check_bad([table], read)
         return table
 
-    def _finish(self, jobs: list[BucketJob]) -> tuple[pa.Table, list[pa.Table]]:
-        """The index, and the rows that cannot be encoded, of each bucket."""
+    def _lost_files(self, bad: pa.Table, shards: list[Shard]) -> Counter[tuple[str, str]]:
+        """Rows by file of which every row was bad when it was read."""
+        whole = {file for shard in shards for file in shard.files}
+        counts = pc.value_counts(bad["source_file"]).to_pylist()
+        return Counter(
+            {
+                ("lost_file", count["values"]): count["counts"]
+                for count in counts
+                if count["values"] not in whole
+            }
+        )
+
+    def _fail_for_files(self, files: list[str], bad: pa.Table) -> None:
+        name = f"{self.folder}/quarantine.parquet"
+        _write_table(self.store, name, bad)
+        (first,) = bad_files((file, reason) for file, reason in _reasons(bad) if file == min(files))
+        said = [f"{first.file}: {_count_reasons(first.reasons)}"]
+        known = {item.file.url: item.file for item in self._files}
+        if first.file in known and (found := describe(known[first.file])):
+            said.append(found)
+        if len(files) > 1:
+            said.append(f"so are {len(files) - 1} more files")
+        raise DataError(
+            "every row of an input file is bad",
+            seen="; ".join(said),
+            expected="columns user_id, prompt and completion, or user_id and messages",
+            fix="repair the file or leave it out; where its columns have other names, say "
+            "data.columns.user_id=NAME and the like; data.max_bad_fraction=1 goes on without it",
+            quarantine=self.store.path(name),
+            files=len(files),
+        )
+
+    def _notes(self, shards: list[Shard]) -> Counter[tuple[str, str]]:
+        counts: Counter[tuple[str, str]] = Counter()
+        for shard in shards:
+            for kind, subject, count in shard.notes:
+                counts[kind, subject] += count
+        return counts
+
+    def _lost_users(
+        self, quarantine: pa.Table, index: pa.Table, dropped: list[str]
+    ) -> Counter[tuple[str, str]]:
+        """Quarantined rows by key of each user who has no other rows."""
+        ids = quarantine["user_id"].drop_null()
+        for known in (index["user_id"], pa.array(dropped, pa.string())):
+            ids = ids.filter(pc.invert(pc.is_in(ids, known)))
+        key = self._identity.user_key
+        return Counter(
+            {
+                ("lost_user", key(count["values"])): count["counts"]
+                for count in pc.value_counts(ids).to_pylist()
+            }
+        )
+
+    def _finish(self, jobs: list[BucketJob]) -> tuple[pa.Table, list[pa.Table], list[str]]:
+        """The index; rows that cannot be encoded; the users among whom max_users chose."""
         template = [ray.put(self._template)]
         digest = self._template.digest
         keep: dict[int, frozenset[str]] | None = None
         bad: list[pa.Table] = []
+        dropped: list[str] = []
         if self.config.max_users is not None:
             tasks = [partial(_run_job, "survey", job, digest, template, None) for job in jobs]
             surveys = run_all(tasks, "survey", self._report)
             keep = largest([counts for counts, _ in surveys], jobs, self.config.max_users)
             bad = [unfit for _, unfit in surveys]
+            dropped = [user_id for counts, _ in surveys for user_id in counts]
         tasks = [
             partial(_run_job, "finish", job, digest, template, keep[job.bucket] if keep else None)
             for job in jobs
@@ -346,7 +471,7 @@ class _Work:
         index = pa.concat_tables([INDEX_SCHEMA.empty_table(), *(table for table, _ in finished)])
         # With a survey, the rows of dropped users are in it too: theirs are the whole count.
         bad = bad or [unfit for _, unfit in finished]
-        return index.sort_by("user_id").combine_chunks(), bad
+        return index.sort_by("user_id").combine_chunks(), bad, dropped
 
     def _check_bad(self, tables: list[pa.Table], read: int) -> pa.Table:
         """All quarantined rows in order; DataError, with them on disk, where they are too many."""
@@ -359,14 +484,25 @@ class _Work:
         name = f"{self.folder}/quarantine.parquet"
         _write_table(self.store, name, table)
         common = Counter(table["reason"].to_pylist()).most_common(3)
+        worst = bad_files(_reasons(table), 3)
         raise DataError(
             "too many input rows are bad",
-            seen=f"{table.num_rows} of {read} rows; most often: "
-            + ", ".join(f"{reason} ({count})" for reason, count in common),
+            seen=f"{table.num_rows} of {read} rows; most often: {_count_reasons(common)}; most in "
+            + ", ".join(f"{file.file} ({file.rows})" for file in worst),
             expected=f"at most data.max_bad_fraction = {self.config.max_bad_fraction:g} of them",
             fix=f"see {self.store.path(name)} for each row's file, number and reason",
             quarantine=self.store.path(name),
         )
+
+
+def _reasons(quarantine: pa.Table) -> Iterator[tuple[str, str]]:
+    """The file and the reason of each row."""
+    for batch in quarantine.to_batches(max_chunksize=1 << 16):
+        yield from zip(batch["source_file"].to_pylist(), batch["reason"].to_pylist(), strict=True)
+
+
+def _count_reasons(reasons: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{reason} ({count})" for reason, count in reasons)
 
 
 # --- tasks ---------------------------------------------------------------------------------

@@ -9,36 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from itertools import groupby
+from types import MappingProxyType
+from typing import Literal
 
 from pydantic import Field
 
+from ptuning.data.columns import ColumnNames, Columns
 from ptuning.data.encode import Template, TemplateKind
+from ptuning.data.messages import ROLES, Turn, read_messages, read_turns
+from ptuning.data.times import check_time, read_time
+from ptuning.data.values import Notes, kind_of, read_split, read_text, read_user_id, read_weight
 from ptuning.errors import DataError
-from ptuning.types import SPLITS, Config, Example, Message, Split, user_key
-
-COLUMNS = ("user_id", "prompt", "completion", "messages", "timestamp", "split", "init_words")
-ROLES = ("system", "user", "assistant", "tool")
+from ptuning.types import SPLITS, Config, Example, Message, Split
 
 _SLACK = 16  # tokens that text and template may take more together than apart
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MS = timedelta(milliseconds=1)
-_EARLIEST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MS
-_LATEST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MS
-# Tables with gaps hold whole numbers as floats, so CSV files made from them end in ".0".
-_DIGITS = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?", re.ASCII)
-# Only the extended form: fromisoformat would also read the digits 20240131 as a date.
-_ISO = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ].*)?", re.ASCII)
 
 
 class DataConfig(Config):
     """Which rows are learned from, and how they are laid out on disk."""
 
+    columns: ColumnNames = ColumnNames()
+    delivery: Literal["snapshot"] = Field(
+        default="snapshot",
+        description="the input is all there is: rows and users that it does not hold are gone",
+    )
     template: TemplateKind = Field(
         default="auto",
         description="how a row is written for the model; auto: chat if it has a template",
@@ -60,7 +57,11 @@ class DataConfig(Config):
         default=8, ge=1, description="users with fewer train + valid rows are not trained (too_few)"
     )
     max_bad_fraction: float = Field(
-        default=0.05, ge=0.0, le=1.0, description="a larger share of quarantined rows fails the run"
+        default=0.05,
+        ge=0.0,
+        le=1.0,
+        description="a larger share of quarantined rows fails the run; below 1, so does a file "
+        "of which every row is bad",
     )
     buckets: int | None = Field(
         default=None,
@@ -70,98 +71,158 @@ class DataConfig(Config):
     )
 
 
-_user_key = lru_cache(maxsize=1 << 16)(user_key)  # a user has many rows; base32 is slow
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked input row."""
+    """One checked input row. `learned` is False where its weight is 0."""
 
     user_id: str
-    user_key: str
     example: Example
+    learned: bool = True
 
 
-def check_row(raw: Mapping[str, object]) -> Row:
+_COLUMNS = Columns()
+
+
+def check_row(
+    raw: Mapping[str, object],
+    columns: Columns = _COLUMNS,
+    folder: Mapping[str, object] = MappingProxyType({}),
+    notes: Notes | None = None,
+) -> Row:
     """A raw row's values, checked. Raises DataError whose `message` is a short reason.
 
-    None and NaN mean that a column is absent; columns that are not in COLUMNS are ignored.
-    `user_id` is any non-empty string, kept byte for byte (blanks at its ends too, and an id
-    of blanks alone is an id). `timestamp` is a datetime, ISO 8601 text (without a zone:
-    UTC) or epoch milliseconds (a whole number, or its digits as text).
+    The error has the field `user_id` where the row could be given to a user. `columns` finds
+    the fields among the row's keys; `folder` holds fields that the names of the file's folders
+    state, for rows that lack them; `notes` counts readings that people should know of. None,
+    NaN, and an empty time, split or weight mean that a value is absent. Example:
+    `check_row({"user_id": 7, "prompt": "2+2?", "completion": "4"}).user_id` is "7".
     """
-    values = {name: raw.get(name) for name in COLUMNS}
-    absent = {name for name, value in values.items() if value is None or value != value}
-    user_id = _text(values, "user_id", absent)
-    if not user_id:
-        raise DataError("user_id is missing" if user_id is None else "user_id is empty")
-    prompt = _text(values, "prompt", absent)
-    completion = _text(values, "completion", absent)
-    messages = None if "messages" in absent else _messages(values["messages"])
+    layout = columns.layout(tuple(raw))
+    layout.uses += 1
+    values = {}
+    for field, source in layout.sources.items():
+        value = raw[source]
+        if value is not None and value == value:
+            values[field] = value
+    if layout.input is not None and "prompt" in values:
+        values["prompt"] = _with_input(values["prompt"], raw[layout.input], notes)
+    user_id = _user_of(values, folder, notes)
+    try:
+        return _row_of(user_id, {**folder, **values} if folder else values, folder, notes)
+    except DataError as error:
+        error.fields["user_id"] = user_id
+        raise
+
+
+def _with_input(prompt: object, more: object, notes: Notes | None) -> object:
+    """Alpaca's prompt: the instruction and, where there is one, the input below it."""
+    if notes is not None:
+        notes["alpaca", ""] += 1
+    if not isinstance(prompt, str) or more is None or more == "" or more != more:
+        return prompt
+    return f"{prompt}\n\n{read_text(more, 'input')}"
+
+
+def _user_of(
+    values: Mapping[str, object], folder: Mapping[str, object], notes: Notes | None
+) -> str:
+    stated = folder.get("user_id")
+    if "user_id" not in values:
+        if stated is None:
+            raise DataError("user_id is missing")
+        return read_user_id(stated, notes)
+    user_id = read_user_id(values["user_id"], notes)
+    if stated is not None and stated != user_id:
+        raise DataError("user_id is not the one that the file's folder states")
+    return user_id
+
+
+def _row_of(
+    user_id: str, values: Mapping[str, object], folder: Mapping[str, object], notes: Notes | None
+) -> Row:
+    prompt, completion = values.get("prompt"), values.get("completion")
+    turns: list[Turn] | None = None
+    if isinstance(prompt, list) or isinstance(completion, list):
+        if "messages" in values:
+            raise DataError("the row has both messages and a prompt or completion")
+        turns = [*_as_turns(prompt, "user"), *_as_turns(completion, "assistant")]
+        prompt = completion = None
+    elif "messages" in values:
+        turns = read_turns(values["messages"])
+    if prompt is not None:
+        prompt = read_text(prompt, "prompt", numbers=True)
+    if completion is not None:
+        completion = read_text(completion, "completion", numbers=True)
+    messages = None if turns is None else read_messages(turns, notes)
     _check_shape(prompt, completion, messages)
-    split = _text(values, "split", absent)
-    if split is not None and split not in SPLITS:
-        raise DataError(f"split is not one of {', '.join(SPLITS)}")
+    split = read_split(values["split"], notes) if "split" in values else None
+    if folder and "split" in folder:
+        stated = read_split(folder["split"])
+        if split not in (None, stated):
+            raise DataError("split is not the one that the file's folder states")
+        split = stated
+    words = values.get("init_words")
     example = Example(
         prompt=prompt,
         completion=completion,
         messages=messages,
-        timestamp=None if "timestamp" in absent else _timestamp(values["timestamp"]),
+        timestamp=read_time(values["timestamp"], notes) if "timestamp" in values else None,
         split=split,
-        init_words=_text(values, "init_words", absent),
+        init_words=None if words is None else read_text(words, "init_words"),
     )
-    return Row(user_id, _user_key(user_id), example)
+    learned = read_weight(values["weight"]) if "weight" in values else True
+    if turns and learned:
+        learned = read_weight(turns[-1].get("weight"))
+    return Row(user_id, example, learned)
+
+
+def _as_turns(value: object, role: str) -> list[Turn]:
+    """A prompt or completion that is messages, or text beside one that is."""
+    if value is None:
+        raise DataError(f"{'prompt' if role == 'user' else 'completion'} is missing")
+    if isinstance(value, list):
+        return read_turns(value)
+    return [{"role": role, "content": value}]
 
 
 def check_example(example: Example) -> None:
     """A library user's row: Example's types, and the rules of `check_row`. Raises DataError."""
     if not isinstance(example, Example):
         raise DataError(
-            f"the row is not an Example but {_kind(example)}",
+            f"the row is not an Example but {kind_of(example)}",
             seen=repr(example)[:80],
             expected="ptuning.Example(prompt=..., completion=...)",
             fix="make Examples of the rows",
         )
     for name in ("prompt", "completion", "init_words"):
-        if (text := getattr(example, name)) is not None:
-            _string(text, name)
-    if (turns := example.messages) is not None:
-        alike = isinstance(turns, (list, tuple)) and all(isinstance(one, Message) for one in turns)
-        _messages([vars(turn) for turn in turns] if alike else turns)
-        if not alike:
-            raise DataError("messages are not ptuning.Message(role=..., content=...)", seen=turns)
+        text = getattr(example, name)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{name} is not a string but {kind_of(text)}")
+        if text is not None:
+            read_text(text, name)
+    if example.messages is not None:
+        _check_messages(example.messages)
     _check_shape(example.prompt, example.completion, example.messages)
     if example.split is not None and example.split not in SPLITS:
         raise DataError(f"split is not one of {', '.join(SPLITS)}", seen=repr(example.split))
     if (stamp := example.timestamp) is not None:
         if type(stamp) is not int:
             raise DataError(
-                f"timestamp is not an int but {_kind(stamp)}",
+                f"timestamp is not an int but {kind_of(stamp)}",
                 seen=repr(stamp),
                 expected="epoch milliseconds",
                 fix="make an int of it",
             )
-        _timestamp(stamp)
+        check_time(stamp)
 
 
-def _text(values: Mapping[str, object], name: str, absent: set[str]) -> str | None:
-    return None if name in absent else _string(values[name], name)
-
-
-def _string(value: object, name: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{name} is not a string but {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError(f"{name} is not valid UTF-8") from None
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {"NoneType": "missing", "dict": "an object", "list": "a list"}
-    return names.get(type(value).__name__, type(value).__name__)
+def _check_messages(turns: object) -> None:
+    alike = isinstance(turns, (list, tuple)) and all(isinstance(turn, Message) for turn in turns)
+    messages = read_messages([vars(turn) for turn in turns] if alike else read_turns(turns))
+    if not alike:
+        raise DataError("messages are not ptuning.Message(role=..., content=...)", seen=turns)
+    if messages != tuple(turns):  # read in a file, but an Example is what the template gets
+        raise DataError(f"a message's role is not one of {', '.join(ROLES)}", seen=turns)
 
 
 def _check_shape(
@@ -178,54 +239,6 @@ def _check_shape(
         raise DataError(f"{missing} is missing")
     if not completion:
         raise DataError("completion is empty")
-
-
-def _messages(value: object) -> tuple[Message, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"messages is not a list but {_kind(value)}")
-    if not value:
-        raise DataError("messages is empty")
-    turns = []
-    for item in value:
-        if not isinstance(item, Mapping):
-            raise DataError(f"a message is not an object but {_kind(item)}")
-        role = _string(item.get("role"), "a message's role")
-        if role not in ROLES:
-            raise DataError(f"a message's role is not one of {', '.join(ROLES)}")
-        turns.append(
-            Message(role=role, content=_string(item.get("content"), "a message's content"))
-        )
-    if turns[-1].role != "assistant":
-        raise DataError("the last message is not from the assistant")
-    if not turns[-1].content:
-        raise DataError("completion is empty")
-    return tuple(turns)
-
-
-def _timestamp(value: object) -> int:
-    """Epoch milliseconds, rounded down."""
-    if isinstance(value, str):
-        digits = _DIGITS.fullmatch(value)
-        value = int(digits[1]) if digits else _parse_iso(value)
-    if isinstance(value, datetime):
-        aware = value if value.tzinfo else value.replace(tzinfo=UTC)
-        return (aware - _EPOCH) // _MS
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise DataError(f"timestamp is neither a time nor a whole number but {_kind(value)}")
-    if not _EARLIEST <= value <= _LATEST:
-        raise DataError("timestamp is outside the years 1 to 9999 (expected epoch milliseconds)")
-    return value
-
-
-def _parse_iso(text: str) -> datetime:
-    try:
-        if _ISO.fullmatch(text):
-            return datetime.fromisoformat(text)
-    except ValueError:
-        pass
-    raise DataError("timestamp is neither ISO 8601 nor epoch milliseconds")
 
 
 def time_order(examples: Sequence[Example]) -> list[int]:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipelines.rows.buckets import BAD, NOTE, examples_of, read_blocks
+from pipelines.rows.inputs import find_files, inspect
 from pipelines.rows.partition import Partition, read_index, read_users
+from ptuning.data.columns import ColumnNames
 from ptuning.data.examples import DataConfig, arrange
 from ptuning.store import Store
 from ptuning.types import Example
 
+
+@dataclass(frozen=True)
+class Keys:
+    """A store's identity as far as partitions need it."""
+
+    salt: bytes
+
+    def user_key(self, user_id: str) -> str:
+        digest = hmac.digest(self.salt, user_id.encode("utf-8"), "sha256")
+        return base64.b32encode(digest).decode("ascii").rstrip("=").lower()
+
+
+KEYS = Keys(b"salt")
 SMALL = DataConfig(buckets=5)
 HOSTILE = [
     "../../x",
@@ -62,6 +81,25 @@ def expected_users(rows: Iterable[Raw], max_rows: int | None = None) -> dict[str
             Example(**{key: value for key, value in row.items() if key != "user_id"})
         )
     return {user: arrange(examples, max_rows) for user, examples in users.items()}
+
+
+def read_files(
+    sources: Iterable[Path | str], names: ColumnNames | None = None, piece_bytes: int = 1 << 20
+) -> tuple[dict[str, list[Example]], list[tuple[str, int, str]], dict[tuple[str, str], int]]:
+    """What sources hold, without Ray: users' examples as read, bad rows, notes."""
+    files = find_files([str(source) for source in sources]).files
+    pieces = [piece for file in files for piece in inspect(file, piece_bytes).pieces]
+    users: dict[str, list[Example]] = defaultdict(list)
+    bad, notes = [], Counter[tuple[str, str]]()
+    for block in read_blocks(pieces, 5, 1 << 20, names or ColumnNames()):
+        for row, example in zip(block.to_pylist(), examples_of(block), strict=True):
+            if row["bucket"] == BAD:
+                bad.append((os.path.basename(row["source_file"]), row["row"], row["reason"]))
+            elif row["bucket"] == NOTE:
+                notes[row["reason"], row["user_id"]] += row["row"]
+            else:
+                users[row["user_id"]].append(example)
+    return dict(users), bad, dict(notes)
 
 
 def read_all(store: Store, made: Partition) -> dict[str, list[Example]]:

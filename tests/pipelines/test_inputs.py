@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from partition_rows import (
     HOSTILE,
+    KEYS,
     SMALL,
     Raw,
     expected_users,
@@ -24,26 +25,22 @@ from partition_rows import (
     read_all,
     write_jsonl,
 )
-from tiny_model import make_tokenizer
 
-from pipelines.rows.inputs import find_files, inspect, read_piece
+from pipelines.rows.inputs import find_files, inspect
 from pipelines.rows.partition import partition
+from pipelines.rows.readers import Piece, RawRow, read_piece
+from ptuning.data.columns import Columns
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
+from ptuning.data.values import Notes
 from ptuning.errors import DataError
 from ptuning.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-@pytest.fixture(scope="module")
-def template() -> Template:
-    return Template.of(make_tokenizer())
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+def read(piece: Piece) -> list[RawRow]:
+    return list(read_piece(piece, Columns(), Notes()))
 
 
 def write_formats(folder: Path, rows: list[Raw]) -> list[Path]:
@@ -76,7 +73,7 @@ def test_every_format_gives_the_same_index(
     indexes = []
     for file in write_formats(tmp_path / "in", rows):
         store = Store(tmp_path / "stores" / file.name)
-        made = partition([str(file)], store, SMALL, template, block_bytes=2000)
+        made = partition([str(file)], store, SMALL, template, KEYS, block_bytes=2000)
         assert made.rows_read == len(rows), file.name
         assert read_all(store, made) == expected_users(rows), file.name
         indexes.append(index_of(store, made))
@@ -91,7 +88,10 @@ def write_bad_rows(folder: Path) -> list[tuple[str, int, str]]:
         (b'{"user_id": "a", ', "the line is not valid JSON"),
         (b"[1]", "the line is not a JSON object"),
         (b'{"user_id": "\xff"}', "the line is not valid UTF-8"),
-        (b'{"user_id": 3, "prompt": "p", "completion": "c"}', "user_id is not a string but int"),
+        (
+            b'{"user_id": [], "prompt": "p", "completion": "c"}',
+            "user_id is not a string but a list",
+        ),
         (b'{"user_id": "\\ud800", "prompt": "p", "completion": "c"}', "user_id is not valid UTF-8"),
         (b'{"prompt": "p", "completion": "c"}', "user_id is missing"),
         (
@@ -134,7 +134,7 @@ def test_bad_rows_are_quarantined_with_file_row_and_reason(
 ) -> None:
     expected = write_bad_rows(tmp_path / "in")
     config = DataConfig(buckets=3, max_bad_fraction=0.2)
-    made = partition([str(tmp_path / "in")], store, config, template, block_bytes=300)
+    made = partition([str(tmp_path / "in")], store, config, template, KEYS, block_bytes=300)
     assert quarantined(store, made.partition_id) == expected
     assert made.rows_quarantined == len(expected)
     assert made.rows_kept == made.rows_read - len(expected) == 104
@@ -161,7 +161,7 @@ def test_conversations_are_kept_turn_by_turn(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(cells)
-    made = partition([str(tmp_path / "*.*")], store, SMALL, template)
+    made = partition([str(tmp_path / "*.*")], store, SMALL, template, KEYS)
     (examples,) = read_all(store, made).values()
     assert len(examples) == made.rows_read == 27
     assert len({replace(example, timestamp=0, split=None) for example in examples}) == 1
@@ -185,7 +185,7 @@ def test_inputs_that_cannot_be_used_fail_with_a_reason(
     ray_session: None, tmp_path: Path, store: Store, template: Template, make: Any, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        partition([str(make(tmp_path))], store, SMALL, template)
+        partition([str(make(tmp_path))], store, SMALL, template, KEYS)
 
 
 def test_a_gzip_file_that_breaks_off_fails_and_names_the_file(
@@ -194,14 +194,16 @@ def test_a_gzip_file_that_breaks_off_fails_and_names_the_file(
     whole = gzip.compress(write_jsonl(tmp_path / "x", make_rows(["a"], each=500)).read_bytes())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
-        partition([str(tmp_path / "a.jsonl.gz")], store, SMALL, template)
+        partition([str(tmp_path / "a.jsonl.gz")], store, SMALL, template, KEYS)
 
 
 def test_a_file_named_twice_is_read_once_and_hidden_files_are_left_out(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b[1].csv", "sub/c.parquet", "_tmp/d.jsonl", ".e.jsonl", "f.txt"):
         write_jsonl(tmp_path / name, [])
     sources = [str(tmp_path), str(tmp_path / "a.jsonl"), str(tmp_path / "b[1].csv")]
-    assert [file.name for file in find_files(sources)] == ["a.jsonl", "b[1].csv", "c.parquet"]
+    listing = find_files(sources)
+    assert [file.name for file in listing.files] == ["a.jsonl", "b[1].csv", "c.parquet"]
+    assert listing.unread == (str(tmp_path / "f.txt"),)
 
 
 def test_files_behind_a_uri_are_read_as_local_ones_are(tmp_path: Path) -> None:
@@ -212,16 +214,14 @@ def test_files_behind_a_uri_are_read_as_local_ones_are(tmp_path: Path) -> None:
     for name in names:
         memory.pipe(f"/uri-test/sub/{name}", (tmp_path / "in" / name).read_bytes())
     for source in ("memory://uri-test", "memory://uri-test/sub/*.*"):
-        files = find_files([source])
+        files = find_files([source]).files
         assert [file.name for file in files] == names
         for file in files:
             assert file.url.startswith("memory://")
-            local = inspect(find_files([str(tmp_path / "in" / file.name)])[0], 100)
+            local = inspect(find_files([str(tmp_path / "in" / file.name)]).files[0], 100)
             remote = inspect(file, 100)
             assert remote.digest == local.digest
-            assert [list(read_piece(piece)) for piece in remote.pieces] == [
-                list(read_piece(piece)) for piece in local.pieces
-            ]
+            assert [*map(read, remote.pieces)] == [*map(read, local.pieces)]
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 10, 64, 1 << 20])
@@ -229,9 +229,9 @@ def test_pieces_of_a_file_are_its_lines_each_once(tmp_path: Path, piece_bytes: i
     text = "".join(json.dumps({"user_id": "x" * (n % 50)}) + "\n" * (n % 3) for n in range(1, 60))
     path = tmp_path / "a.jsonl"
     path.write_text(text)
-    (file,) = find_files([str(path)])
+    (file,) = find_files([str(path)]).files
     pieces = inspect(file, piece_bytes).pieces
     assert [piece.end for piece in pieces[:-1]] == [piece.start for piece in pieces[1:]]
-    rows = [row for piece in pieces for row in read_piece(piece)]
+    rows = [row for piece in pieces for row in read(piece)]
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line]
     assert [number for number, _ in rows] == [number for number, _ in lines]

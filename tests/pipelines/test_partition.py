@@ -17,33 +17,32 @@ import pyarrow.parquet as pq
 import pytest
 from partition_rows import (
     HOSTILE,
+    KEYS,
     SMALL,
+    Keys,
     expected_users,
     index_of,
     make_rows,
     read_all,
     write_jsonl,
 )
-from tiny_model import make_tokenizer
 
-from pipelines.rows.partition import partition, read_index, read_partition, read_users
+from pipelines.rows.buckets import read_bad, read_blocks, shard_of, write_shard
+from pipelines.rows.inputs import find_files, inspect
+from pipelines.rows.partition import (
+    Partition,
+    partition,
+    read_index,
+    read_partition,
+    read_users,
+)
+from ptuning.data.columns import ColumnNames
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig, data_digest
 from ptuning.errors import DataError, RunError
 from ptuning.store import Store
-from ptuning.types import user_key
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-
-
-@pytest.fixture(scope="module")
-def template() -> Template:
-    return Template.of(make_tokenizer())
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
 
 
 @pytest.mark.parametrize("block_bytes", [100, 700, 16 << 20])
@@ -61,7 +60,9 @@ def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
     before = context.target_max_block_size
     context.target_max_block_size = max(block_bytes, 64)
     try:
-        made = partition([str(tmp_path / "in")], store, SMALL, template, block_bytes=block_bytes)
+        made = partition(
+            [str(tmp_path / "in")], store, SMALL, template, KEYS, block_bytes=block_bytes
+        )
     finally:
         context.target_max_block_size = before
 
@@ -72,7 +73,7 @@ def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
         users = read_users(store, made.partition_id, entry["bucket"], [entry["user_key"]])
         assert list(users) == [entry["user_id"]]
         examples = users[entry["user_id"]]
-        assert entry["user_key"] == user_key(entry["user_id"])
+        assert entry["user_key"] == KEYS.user_key(entry["user_id"])
         assert entry["rows"] == len(examples)
         assert entry["data_digest"] == data_digest(examples)
         assert entry["first_at"] == min(example.timestamp or 0 for example in examples)
@@ -88,7 +89,7 @@ def test_bucket_files_are_sorted_by_user_then_time(
 ) -> None:
     rows = make_rows([f"u{n}" for n in range(30)], each=8)
     random.Random(1).shuffle(rows)
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, SMALL, template)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, SMALL, template, KEYS)
     folder = Path(store.path("partitions", made.partition_id))
     files = sorted(folder.glob("user_bucket=*/*"))
     assert {file.parent.name for file in files} <= {f"user_bucket={n:05d}" for n in range(5)}
@@ -114,7 +115,7 @@ def test_order_and_layout_of_files_change_no_digest(
         for number in range(count):
             write_jsonl(folder / f"{seed}-{number}.jsonl", shuffled[number::count])
         store = Store(tmp_path / f"store{seed}")
-        made = partition([str(folder)], store, DataConfig(buckets=5, max_rows=10), template)
+        made = partition([str(folder)], store, DataConfig(buckets=5, max_rows=10), template, KEYS)
         indexes.append((index_of(store, made), read_all(store, made)))
     assert indexes[0] == indexes[1]
 
@@ -125,9 +126,9 @@ def test_max_rows_keeps_the_newest_and_test_rows_apart(
     rows = make_rows(["plain"], each=100)
     rows += [row | {"split": "test"} for row in make_rows(["tested"], each=20, start=10**12)]
     rows += [row | {"split": "valid"} for row in make_rows(["tested"], each=20)]
-    rows += make_rows(["tested"], each=60, start=10**9)
+    rows += make_rows(["tested"], each=60, start=10**11)
     config = DataConfig(buckets=2, max_rows=40)
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS)
     assert read_all(store, made) == expected_users(rows, max_rows=40)
     counts = {
         entry["user_id"]: (entry["rows_train"], entry["rows_valid"], entry["rows_test"])
@@ -143,10 +144,10 @@ def test_max_users_keeps_those_with_most_train_and_valid_rows_ties_by_id(
     rows = make_rows(["few"], each=9) + make_rows(["a", "b", "c"], each=10)
     rows += make_rows(["most"], each=12)
     # Rows that do not count: test rows, and completions too long to be kept.
-    rows += [row | {"split": "test"} for row in make_rows(["few"], each=9, start=10**9)]
+    rows += [row | {"split": "test"} for row in make_rows(["few"], each=9, start=10**11)]
     rows += [row | {"completion": "x" * 600} for row in make_rows(["few"], each=3)]
     config = DataConfig(buckets=5, max_users=3, max_bad_fraction=0.2)
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS)
     assert [entry["user_id"] for entry in index_of(store, made)] == ["a", "b", "most"]
     assert set(read_all(store, made)) == {"a", "b", "most"}
     assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (len(rows), 32, 3)
@@ -158,7 +159,7 @@ def test_users_with_too_few_rows_are_in_the_index_and_marked(
     rows = make_rows(["seven"], each=7) + make_rows(["eight"], each=8)
     rows += [row | {"split": "train"} for row in make_rows(["unvalidated"], each=20)]
     config = DataConfig(buckets=2, max_rows=4)  # fewer than min_examples: nobody's fault
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template)
+    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS)
     marked = {entry["user_id"]: entry["too_few"] for entry in index_of(store, made)}
     assert marked == {"seven": True, "eight": False, "unvalidated": True}
     assert (made.users, made.too_few) == (3, 2)
@@ -167,11 +168,11 @@ def test_users_with_too_few_rows_are_in_the_index_and_marked(
 def test_too_many_bad_rows_fail_and_leave_the_quarantine_file(
     ray_session: None, tmp_path: Path, store: Store, template: Template
 ) -> None:
-    rows = make_rows(["a"], each=90) + [{"user_id": 1}] * 6 + [{}] * 4
+    rows = make_rows(["a"], each=90) + [{"user_id": True}] * 6 + [{}] * 4
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError) as caught:
-        partition([source], store, SMALL, template)
-    assert "user_id is not a string but int (6), user_id is missing (4)" in str(caught.value)
+        partition([source], store, SMALL, template, KEYS)
+    assert "user_id is not a string but bool (6), user_id is missing (4)" in str(caught.value)
     assert "10 of 100 rows" in str(caught.value)
     file = Path(caught.value.fields["quarantine"])
     assert str(file) in str(caught.value)
@@ -179,7 +180,130 @@ def test_too_many_bad_rows_fail_and_leave_the_quarantine_file(
     assert read_partition(store, file.parent.name) is None
     with pytest.raises(RunError, match="not finished"):
         read_index(store, file.parent.name)
-    assert partition([source], store, DataConfig(max_bad_fraction=0.1), template).users == 1
+    assert partition([source], store, DataConfig(max_bad_fraction=0.1), template, KEYS).users == 1
+
+
+def texts_of(made: Partition) -> dict[tuple[str, str], tuple[int, str]]:
+    return {(one.kind, Path(one.subject).name): (one.count, one.text) for one in made.notices}
+
+
+def test_a_file_of_bad_rows_alone_fails_and_is_named_with_its_columns(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    for number in range(30):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", make_rows([f"u{number}"]))
+    write_jsonl(tmp_path / "in" / "odd.jsonl", [{"name": "bob", "text": "hi"}] * 10)
+    with pytest.raises(DataError) as caught:  # 3 % of the rows are bad
+        partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    for part in (
+        "odd.jsonl: user_id is missing (10)",
+        "columns are 'name', 'text'",
+        "user_id=NAME",
+    ):
+        assert part in str(caught.value)
+    assert pq.read_table(caught.value.fields["quarantine"]).num_rows == 10
+    config = DataConfig(buckets=5, max_bad_fraction=1)
+    made = partition([str(tmp_path / "in")], store, config, template, KEYS)
+    assert made.users == 30
+    assert texts_of(made)["lost_file", "odd.jsonl"][0] == 10
+    assert [(Path(bad.file).name, bad.rows, bad.reasons) for bad in made.bad_files] == [
+        ("odd.jsonl", 10, (("user_id is missing", 10),))
+    ]
+
+
+@pytest.mark.parametrize("max_users", [None, 1])
+def test_a_user_of_whom_no_row_is_left_is_named(
+    ray_session: None, tmp_path: Path, store: Store, template: Template, max_users: int | None
+) -> None:
+    rows = make_rows(["ann"], each=70) + make_rows(["cy"], each=9)
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "thanks"}]
+    rows += [{"user_id": "bob", "messages": turns}] * 3  # refused when it is read
+    rows += [row | {"completion": "x" * 600} for row in make_rows(["dan"], each=2)]  # too long
+    rows += [{"user_id": "cy", "prompt": "q"}]
+    config = DataConfig(buckets=3, max_bad_fraction=0.1, max_users=max_users)
+    source = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    made = partition([source], store, config, template, KEYS)
+    lost = {key: count for (kind, key), (count, _) in texts_of(made).items() if kind == "lost_user"}
+    assert lost == {KEYS.user_key("bob"): 3, KEYS.user_key("dan"): 2}
+    table = pq.read_table(store.path("partitions", made.partition_id, "quarantine.parquet"))
+    assert sorted(table["user_id"].to_pylist()) == ["bob"] * 3 + ["cy"] + ["dan"] * 2
+
+
+def test_files_that_are_not_read_are_named_each_time(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    write_jsonl(tmp_path / "in" / "a.jsonl", make_rows(["ann"]))
+    made = partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    assert made.notices == ()
+    for number in range(30):
+        write_jsonl(tmp_path / "in" / f"{number:02}.xlsx", [])
+    again = partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    assert again.partition_id == made.partition_id
+    assert len(again.notices) == 21
+    assert again.notices[0].subject == str(tmp_path / "in" / "00.xlsx")
+    assert "was not read" in again.notices[0].text
+    assert again.notices[-1].text == "10 more files were not read"
+
+
+def test_what_was_read_in_a_way_that_one_may_not_expect_is_said(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    rows = [
+        row | {"user_id": 7, "weight": n % 5, "mood": 1} for n, row in enumerate(make_rows("a"))
+    ]
+    rows = [row | {"weight": min(row["weight"], 1), "split": "dev"} for row in rows]
+    source = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    made = partition([source], store, SMALL, template, KEYS, block_bytes=100)
+    assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (10, 8, 0)
+    assert [(one.kind, one.subject, one.count) for one in made.notices] == [
+        ("unknown_column", "mood", 10),
+        ("weight_zero", "", 2),
+        ("number_id", "int", 10),
+        ("split_name", "dev as valid", 10),
+    ]
+    assert read_partition(store, made.partition_id) == made
+
+
+def test_a_partition_depends_on_folders_rules_and_the_stores_keys(
+    ray_session: None,
+    tmp_path: Path,
+    store: Store,
+    template: Template,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = make_rows(["a", "b"])
+    first = write_jsonl(tmp_path / "split=train" / "a.jsonl", rows)
+    moved = write_jsonl(tmp_path / "day=2" / "split=train" / "a.jsonl", rows)
+    other = write_jsonl(tmp_path / "split=test" / "a.jsonl", rows)
+    made = partition([str(first)], store, SMALL, template, KEYS)
+    assert made.too_few == 2
+    assert partition([str(moved)], store, SMALL, template, KEYS) == made
+    ids = [
+        made.partition_id,
+        partition([str(other)], store, SMALL, template, KEYS).partition_id,
+        partition([str(first)], store, SMALL, template, Keys(b"other")).partition_id,
+    ]
+    monkeypatch.setattr("pipelines.rows.partition.ROW_RULES", 99)
+    ids.append(partition([str(first)], store, SMALL, template, KEYS).partition_id)
+    assert len(set(ids)) == 4
+
+
+def test_quarantined_rows_are_read_without_the_others(tmp_path: Path) -> None:
+    rows = [*make_rows(["a"]), {"user_id": "b"}]
+    (file,) = find_files([str(write_jsonl(tmp_path / "a.jsonl", rows))]).files
+    (block,) = read_blocks(inspect(file, 1 << 20).pieces, 5, 1 << 20, ColumnNames())
+    described = write_shard(block, str(tmp_path / "store"), "shards")
+    shard = shard_of(described.to_pylist()[0])
+    assert (sum(shard.rows), shard.bad_rows, shard.files) == (10, 1, (str(tmp_path / "a.jsonl"),))
+    (tmp_path / "store" / shard.name).unlink()
+    assert read_bad(str(tmp_path / "store"), [shard]).to_pylist() == [
+        {
+            "source_file": str(tmp_path / "a.jsonl"),
+            "row": 11,
+            "reason": "prompt, completion or messages is missing",
+            "user_id": "b",
+        }
+    ]
 
 
 def test_too_many_rows_that_do_not_fit_fail_too(
@@ -187,7 +311,7 @@ def test_too_many_rows_that_do_not_fit_fail_too(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", make_rows(["a"], each=10))
     with pytest.raises(DataError, match="10 of 10 rows"):
-        partition([str(source)], store, DataConfig(max_length=8), template)
+        partition([str(source)], store, DataConfig(max_length=8), template, KEYS)
     assert len(list(Path(store.root).rglob("quarantine.parquet"))) == 1
 
 
@@ -201,20 +325,20 @@ def test_a_finished_partition_is_found_again_wherever_the_data_lies(
     def note(stage: str, done: int, total: int) -> None:
         stages.append(stage)
 
-    made = partition([str(first)], store, SMALL, str(tiny_model_dir), progress=note)
+    made = partition([str(first)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
     assert {"inspect", "read", "finish"} <= set(stages)
     stages.clear()
     second = write_jsonl(tmp_path / "there" / "a.jsonl", rows)
-    again = partition([str(second)], store, SMALL, str(tiny_model_dir), progress=note)
+    again = partition([str(second)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
     assert again == made
     assert set(stages) == {"inspect"}
 
     others = [
         partition(
-            [str(write_jsonl(tmp_path / "b.jsonl", rows))], store, SMALL, str(tiny_model_dir)
+            [str(write_jsonl(tmp_path / "b.jsonl", rows))], store, SMALL, str(tiny_model_dir), KEYS
         ),
-        partition([str(first)], store, DataConfig(buckets=6), str(tiny_model_dir)),
-        partition([str(write_jsonl(first, rows[1:]))], store, SMALL, str(tiny_model_dir)),
+        partition([str(first)], store, DataConfig(buckets=6), str(tiny_model_dir), KEYS),
+        partition([str(write_jsonl(first, rows[1:]))], store, SMALL, str(tiny_model_dir), KEYS),
     ]
     assert len({made.partition_id, *(other.partition_id for other in others)}) == 4
 
@@ -222,6 +346,7 @@ def test_a_finished_partition_is_found_again_wherever_the_data_lies(
 KILLED = """
     import os, signal, sys
     import ray
+    from partition_rows import KEYS
     from pipelines.rows.partition import partition
     from ptuning.data.examples import DataConfig
     from ptuning.store import Store
@@ -232,7 +357,7 @@ KILLED = """
 
     ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
     config = DataConfig(buckets=5)
-    partition([sys.argv[3]], Store(sys.argv[4]), config, sys.argv[5], progress=progress)
+    partition([sys.argv[3]], Store(sys.argv[4]), config, sys.argv[5], KEYS, progress=progress)
 """
 
 
@@ -262,7 +387,7 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
     living = folder / f"_attempt-0-{os.getpid()}-ab-{socket.gethostname()}"
     living.mkdir()
 
-    made = partition([str(source)], store, SMALL, str(tiny_model_dir))
+    made = partition([str(source)], store, SMALL, str(tiny_model_dir), KEYS)
     assert made.partition_id == partition_id
     assert read_all(store, made) == expected_users(rows)
     assert list(folder.glob("_attempt-*")) == [living]  # of a process that lives: not ours
@@ -286,7 +411,7 @@ def test_killed_workers_cost_no_row_and_count_none_twice(
                 os.kill(workers.pop(), signal.SIGKILL)
 
     source = str(tmp_path / "in")
-    made = partition([source], store, SMALL, template, progress=kill, block_bytes=500)
+    made = partition([source], store, SMALL, template, KEYS, progress=kill, block_bytes=500)
     assert not workers
     assert made.rows_read == len(rows)
     assert read_all(store, made) == expected_users(rows)
@@ -297,13 +422,13 @@ def test_without_ray_the_error_says_so(
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RunError, match="Ray is not initialised"):
-        partition([str(tmp_path)], store, SMALL, template)
+        partition([str(tmp_path)], store, SMALL, template, KEYS)
 
 
 def test_a_user_that_is_missing_from_its_bucket_is_an_error(store: Store) -> None:
     assert read_users(store, "none", 0) == {}
     with pytest.raises(RunError, match="not in their bucket"):
-        read_users(store, "none", 0, [user_key("a")])
+        read_users(store, "none", 0, [KEYS.user_key("a")])
 
 
 def test_the_shared_chat_data(ray_session: None, tmp_path: Path, template: Template) -> None:
@@ -313,6 +438,6 @@ def test_the_shared_chat_data(ray_session: None, tmp_path: Path, template: Templ
         pytest.skip("no shared data: set PTUNING_SHARED_DATA to its folder")
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     store = Store(tmp_path)
-    made = partition([str(source)], store, DataConfig(max_rows=40), template)
+    made = partition([str(source)], store, DataConfig(max_rows=40), template, KEYS)
     assert (made.users, made.rows_read, made.rows_kept) == (100, 6000, 4000)
     assert read_all(store, made) == expected_users(rows, max_rows=40)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import random
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
 from functools import cache
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -15,20 +19,25 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny_model import make_tokenizer
 
+from ptuning.data.columns import ALIASES, FIELDS, INPUT, ROW_RULES, ColumnNames, Columns
 from ptuning.data.encode import Template
 from ptuning.data.examples import (
     DataConfig,
     Fit,
     arrange,
     assign_splits,
+    check_example,
     check_row,
     data_digest,
     select_rows,
     time_order,
     too_few,
 )
+from ptuning.data.messages import ROLE_NAMES
+from ptuning.data.times import EpochMs
+from ptuning.data.values import SPLIT_NAMES, Notes
 from ptuning.errors import DataError
-from ptuning.types import Example, Message, user_key
+from ptuning.types import Example, Message
 
 GOOD = {"user_id": "alice", "prompt": "a question", "completion": "an answer"}
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -42,10 +51,9 @@ def example(number: int, time: int | None = None, **changes: Any) -> Example:
     return Example(prompt=f"p{number}", completion=f"c{number}", timestamp=time, **changes)
 
 
-def test_a_good_row_becomes_an_example_under_its_users_key() -> None:
+def test_a_good_row_becomes_an_example_of_its_user() -> None:
     checked = check_row(row(timestamp=5, split="test", init_words="be brief", extra=1))
     assert checked.user_id == "alice"
-    assert checked.user_key == user_key("alice")
     assert checked.example == Example(
         prompt="a question",
         completion="an answer",
@@ -65,7 +73,7 @@ def test_messages_become_turns() -> None:
 
 @pytest.mark.parametrize("absent", [None, float("nan")])
 def test_none_and_nan_mean_absent(absent: object) -> None:
-    optional = dict.fromkeys(("messages", "timestamp", "split", "init_words"), absent)
+    optional = dict.fromkeys(("messages", "timestamp", "split", "weight", "init_words"), absent)
     assert check_row(row(**optional)).example == check_row(row()).example
     with pytest.raises(DataError, match="user_id is missing"):
         check_row(row(user_id=absent))
@@ -76,26 +84,38 @@ def test_none_and_nan_mean_absent(absent: object) -> None:
     [
         ({"user_id": ...}, "user_id is missing"),
         ({"user_id": ""}, "user_id is empty"),
-        ({"user_id": 7}, "user_id is not a string but int"),
-        ({"user_id": b"x"}, "user_id is not a string but bytes"),
+        ({"user_id": True}, "user_id is not a string but bool"),
+        ({"user_id": 7.5}, "user_id is a number that is not whole (write it as text)"),
+        ({"user_id": 2.0**60}, "user_id is a number that is not whole (write it as text)"),
+        ({"user_id": UUID(int=7).bytes}, "user_id is raw bytes (write it as text)"),
+        ({"user_id": b"\xff"}, "user_id is not valid UTF-8"),
+        ({"user_id": b""}, "user_id is empty"),
+        ({"user_id": ["x"]}, "user_id is not a string but a list"),
         ({"user_id": "a\ud800"}, "user_id is not valid UTF-8"),
         ({"prompt": ...}, "prompt is missing"),
-        ({"prompt": 3}, "prompt is not a string but int"),
+        ({"prompt": 3.5}, "prompt is not a string but float"),
+        ({"completion": True}, "completion is not a string but bool"),
+        (
+            {"completion": [{"role": "assistant", "content": "x"}], "prompt": ...},
+            "prompt is missing",
+        ),
         ({"completion": ...}, "completion is missing"),
         ({"completion": ""}, "completion is empty"),
         ({"completion": "\udcff"}, "completion is not valid UTF-8"),
         ({"prompt": ..., "completion": ...}, "prompt, completion or messages is missing"),
         ({"messages": TURNS}, "the row has both messages and a prompt or completion"),
-        ({"split": "dev"}, "split is not one of train, valid, test"),
+        ({"split": "holdout"}, "split is not one of train, valid, test but 'holdout'"),
         ({"split": 1}, "split is not a string but int"),
         ({"init_words": ["x"]}, "init_words is not a string but a list"),
-        ({"timestamp": "yesterday"}, "timestamp is neither ISO 8601 nor epoch milliseconds"),
-        ({"timestamp": "2024-13-01"}, "timestamp is neither ISO 8601 nor epoch milliseconds"),
-        ({"timestamp": ""}, "timestamp is neither ISO 8601 nor epoch milliseconds"),
-        ({"timestamp": True}, "timestamp is neither a time nor a whole number but bool"),
-        ({"timestamp": 1.5}, "timestamp is neither a time nor a whole number but float"),
-        ({"timestamp": [1]}, "timestamp is neither a time nor a whole number but a list"),
-        ({"timestamp": 1_700_000_000_000_000_000}, "timestamp is outside the years 1 to 9999"),
+        ({"weight": 0.5}, "weight is neither 0 nor 1"),
+        ({"weight": "heavy"}, "weight is neither 0 nor 1"),
+        ({"timestamp": "yesterday"}, "timestamp is neither ISO 8601, RFC 2822 nor an epoch time"),
+        ({"timestamp": "2024-13-01"}, "timestamp is neither ISO 8601, RFC 2822 nor"),
+        ({"timestamp": "Wed, 01 May 2024 10:00:00 CEST"}, "timestamp is neither ISO 8601,"),
+        ({"timestamp": True}, "timestamp is neither a time nor a number but bool"),
+        ({"timestamp": [1]}, "timestamp is neither a time nor a number but a list"),
+        ({"timestamp": float("inf")}, "timestamp is not a finite number"),
+        ({"timestamp": 10**22}, "timestamp is outside the years 1 to 9999"),
     ],
 )
 def test_a_bad_row_is_refused_with_a_short_reason(changes: dict[str, Any], reason: str) -> None:
@@ -108,7 +128,11 @@ def test_a_bad_row_is_refused_with_a_short_reason(changes: dict[str, Any], reaso
     ("messages", "reason"),
     [
         ([], "messages is empty"),
-        ("hello", "messages is not a list but str"),
+        ("hello", "messages is not valid JSON"),
+        ("7", "messages is not a list but int"),
+        ({"role": ["user"], "content": []}, "messages is an object of lists that differ in length"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]], "a message has a part"),
+        ([TURNS[0], {"role": "assistant", "content": None, "tool_calls": [1]}], "completion is"),
         ([1], "a message is not an object but int"),
         (TURNS[:1], "the last message is not from the assistant"),
         ([{"role": "robot", "content": "x"}, *TURNS], "a message's role is not one of"),
@@ -130,8 +154,190 @@ def test_an_id_is_taken_as_it_is(user_id: str) -> None:
 
 def test_ids_that_differ_by_normalisation_are_different_users() -> None:
     composed, decomposed = "caf\u00e9", "cafe\u0301"
-    keys = {check_row(row(user_id=one)).user_key for one in (composed, decomposed)}
-    assert len(keys) == 2
+    ids = {check_row(row(user_id=one)).user_id for one in (composed, decomposed)}
+    assert ids == {composed, decomposed}
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (7, "7"),
+        (7.0, "7"),
+        (Decimal(7), "7"),
+        (Decimal("7E+1"), "70"),
+        (Decimal(2**63), str(2**63)),
+        (UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+        ("caf\u00e9".encode(), "caf\u00e9"),
+        ("7.0", "7.0"),
+    ],
+)
+def test_a_user_whose_id_is_typed_differently_is_the_same_user(written: object, text: str) -> None:
+    notes = Notes()
+    assert check_row(row(user_id=written), notes=notes).user_id == text
+    assert bool(notes) == isinstance(written, (int, float, Decimal))
+
+
+@pytest.mark.parametrize(
+    ("written", "split"),
+    [
+        ("Train", "train"),
+        ("validation", "valid"),
+        ("val", "valid"),
+        ("dev", "valid"),
+        ("EVAL", "valid"),
+        (" test ", "test"),
+        (b"train", "train"),
+        ("", None),
+    ],
+)
+def test_the_usual_names_of_splits_are_read(written: object, split: str | None) -> None:
+    assert check_row(row(split=written)).example.split == split
+
+
+@pytest.mark.parametrize(("weight", "learned"), [(0, False), (1, True), ("0", False), (0.0, False)])
+def test_rows_of_weight_zero_are_not_learned_from(weight: object, learned: bool) -> None:
+    turns = [TURNS[0] | {"weight": 0}, TURNS[1] | {"weight": weight}]
+    assert check_row(row(weight=weight)).learned is learned
+    assert check_row(row(prompt=..., completion=..., messages=turns)).learned is learned
+    assert check_row(row(weight=None)).learned is check_row(row(weight="")).learned is True
+
+
+def test_the_columns_of_rows_may_have_other_names() -> None:
+    columns = Columns(ColumnNames(user_id="author", completion="reply"))
+    raw = {"author": "ann", "user_id": "x", "Prompt": "q", "reply": "a", "output": "z"}
+    checked = check_row(raw, columns)
+    assert (checked.user_id, checked.example.prompt, checked.example.completion) == (
+        "ann",
+        "q",
+        "a",
+    )
+    assert columns.unknown() == {"user_id": 1, "output": 1}
+    with pytest.raises(DataError, match="user_id is missing"):
+        check_row(row(), columns)  # a column that was named is not replaced by another
+
+
+@pytest.mark.parametrize("name", ["USER_ID", " user_id", "User ID", "userId", "user-id"])
+def test_case_and_blanks_of_column_names_do_not_matter(name: str) -> None:
+    assert check_row({**row(user_id=...), name: "ann"}).user_id == "ann"
+
+
+def test_a_field_that_two_columns_could_be_is_refused() -> None:
+    assert check_row({**row(), "USER_ID": "bob"}).user_id == "alice"  # the exact name is clear
+    with pytest.raises(DataError, match="stands twice"):
+        check_row({**row(user_id=...), "USER_ID": "ann", "User_Id": "bob"})
+
+
+@pytest.mark.parametrize(
+    ("raw", "prompt", "completion"),
+    [
+        ({"instruction": "do", "input": "this", "output": "a"}, "do\n\nthis", "a"),
+        ({"instruction": "do", "input": "", "output": "a"}, "do", "a"),
+        ({"instruction": "do", "output": "a"}, "do", "a"),
+        ({"prompt": "q", "completion": "a", "instruction": "x", "output": "y"}, "q", "a"),
+        ({"prompt": "q", "completion": 1}, "q", "1"),
+    ],
+)
+def test_prompts_and_completions_by_their_other_names_and_types(
+    raw: dict[str, Any], prompt: str, completion: str
+) -> None:
+    example = check_row({"user_id": "ann", **raw}).example
+    assert (example.prompt, example.completion) == (prompt, completion)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"messages": TURNS},
+        {"messages": json.dumps(TURNS)},
+        {"messages": json.dumps(TURNS).encode()},
+        {"messages": [list(turn.items()) for turn in TURNS]},
+        {"messages": {name: [turn[name] for turn in TURNS] for name in ("role", "content")}},
+        {"messages": [t | {"content": [{"type": "text", "text": t["content"]}]} for t in TURNS]},
+        {"messages": [t | {"content": [t["content"][:1], t["content"][1:]]} for t in TURNS]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"prompt": TURNS[:1], "completion": "hello"},
+        {"prompt": "hi", "completion": TURNS[1:]},
+    ],
+)
+def test_the_usual_shapes_of_a_conversation_are_the_same_row(raw: dict[str, Any]) -> None:
+    assert check_row({"user_id": "ann", **raw}).example == Example(
+        messages=(Message(role="user", content="hi"), Message(role="assistant", content="hello"))
+    )
+
+
+def test_developer_and_function_turns_and_bare_tool_calls_are_kept() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}
+    turns = [
+        {"role": "developer", "content": "be kind"},
+        call,
+        {"role": "function", "content": "12"},
+        *TURNS,
+    ]
+    notes = Notes()
+    messages = check_row({"user_id": "a", "messages": turns}, notes=notes).example.messages or ()
+    assert [turn.role for turn in messages[:3]] == ["system", "assistant", "tool"]
+    assert messages[1].content == ""
+    assert notes == {("tool_call", ""): 1}
+
+
+def test_an_example_of_the_library_has_the_roles_that_templates_know() -> None:
+    answer = Message(role="assistant", content="a")
+    check_example(Example(messages=(Message(role="user", content="q"), answer)))
+    with pytest.raises(DataError, match="role is not one of"):
+        check_example(Example(messages=(Message(role="developer", content="q"), answer)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "user_id", "split"),
+    [
+        ({"user_id": "ann"}, {"user_id": ...}, "ann", None),
+        ({"user_id": "7"}, {"user_id": 7}, "7", None),
+        ({"split": "test"}, {}, "alice", "test"),
+        ({"split": "validation"}, {"split": "valid"}, "alice", "valid"),
+    ],
+)
+def test_what_a_folder_states_holds_for_rows_that_do_not_say_it(
+    folder: dict[str, str], changes: dict[str, Any], user_id: str, split: str | None
+) -> None:
+    checked = check_row(row(**changes), folder=folder)
+    assert (checked.user_id, checked.example.split) == (user_id, split)
+
+
+@pytest.mark.parametrize("folder", [{"user_id": "bob"}, {"split": "test"}])
+def test_a_row_that_contradicts_its_folder_is_nobodys(folder: dict[str, str]) -> None:
+    with pytest.raises(DataError, match="is not the one that the file's folder states"):
+        check_row(row(split="train"), folder=folder)
+
+
+def test_a_bad_row_names_its_user_where_it_has_one() -> None:
+    with pytest.raises(DataError) as caught:
+        check_row(row(completion=""))
+    assert caught.value.fields["user_id"] == "alice"
+
+
+def test_an_older_partition_is_never_taken_for_rows_read_by_newer_rules() -> None:
+    """Where this fails, what a raw row means has changed: raise ROW_RULES, then this digest."""
+    bases: list[dict[str, Any]] = [row(), {"user_id": 7, "messages": TURNS}]
+    bases += [{"user_id": b"a", "conversations": [{"from": "human", "value": "q"}, *TURNS]}]
+    bases += [{"USER ID": "a", "instruction": "q", "input": "x", "output": 1}]
+    changes: list[dict[str, Any]] = [{}, {"weight": 0}, {"weight": 2}, {"split": "dev"}]
+    changes += [{"timestamp": 10**power * 3 + 7} for power in range(20)]
+    changes += [{"timestamp": text} for text in ("2024-05-01", "2024-05-01 10:00 UTC", "", "x")]
+    outcomes = []
+    for base in bases:
+        for change in changes:
+            try:
+                checked = check_row(base | change)
+                outcome = [checked.user_id, repr(checked.example), str(checked.learned)]
+            except DataError as error:
+                outcome = [error.message]
+            outcomes.append(outcome)
+    rules = [FIELDS, ALIASES, INPUT, ROLE_NAMES, SPLIT_NAMES, outcomes]
+    digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
+    assert (ROW_RULES, digest) == (2, "1d822842ef74bc58"), (
+        "raise ROW_RULES in ptuning/data/columns.py"
+    )
 
 
 MOMENT = datetime(2024, 3, 1, 12, 0, 0, 250_000, tzinfo=UTC)
@@ -147,14 +353,53 @@ MOMENT_MS = 1_709_294_400_250
         "2024-03-01T12:00:00.250Z",
         "2024-03-01 12:00:00.250",
         "2024-03-01T14:00:00.250+02:00",
+        "2024-03-01 12:00:00.250 UTC",
+        "2024-03-01 14:00:00.250 +02:00",
+        "2024-03-01 14:00:00.250+02",
         MOMENT_MS,
         float(MOMENT_MS),
         str(MOMENT_MS),
         f"{MOMENT_MS}.0",
+        Decimal(MOMENT_MS),
+        MOMENT_MS / 1000,
+        str(MOMENT_MS / 1000),
+        Decimal(MOMENT_MS) / 1000,
+        MOMENT_MS * 1000 + 999,
+        MOMENT_MS * 1_000_000,
+        EpochMs(MOMENT_MS),
     ],
 )
 def test_every_way_to_write_a_time_gives_the_same_milliseconds(written: object) -> None:
     assert check_row(row(timestamp=written)).example.timestamp == MOMENT_MS
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("Fri, 01 Mar 2024 12:00:00 GMT", 1_709_294_400_000),
+        ("1 Mar 2024 14:00:00 +0200", 1_709_294_400_000),
+        (1_709_294_400, 1_709_294_400_000),
+        ("1709294400.0", 1_709_294_400_000),
+        (946_684_800, 946_684_800_000),  # 2000, nine digits
+        (-1_709_294_400, -1_709_294_400_000),
+        (date(2024, 3, 1), 1_709_251_200_000),
+        ("2024-03-01", 1_709_251_200_000),
+        (EpochMs(1_000_000_000), 1_000_000_000),  # a typed time in January 1970
+        (12, 12),  # a count of rows
+        ("", None),
+        (" ", None),
+        ("NaT", None),
+    ],
+)
+def test_times_are_read_by_what_they_say(written: object, expected: int | None) -> None:
+    assert check_row(row(timestamp=written)).example.timestamp == expected
+
+
+@given(st.integers(10**8, 4 * 10**9))
+def test_a_log_of_seconds_and_milliseconds_is_in_the_order_of_its_times(second: int) -> None:
+    written = [second, (second + 1) * 1000, (second + 2) * 10**6, float(second + 3)]
+    times = [check_row(row(timestamp=one)).example.timestamp for one in written]
+    assert times == [(second + later) * 1000 for later in range(4)]
 
 
 def test_times_before_1970_are_rounded_down() -> None:

@@ -1,0 +1,115 @@
+"""What a reader of the data should be told: typed, counted, and few enough to print.
+
+Whatever is skipped, ignored or lost as a whole (a file, a column, a user) is named here, and
+so is every reading that somebody might not expect. A run's screen and report show the texts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Kind = Literal[
+    "unread_file",
+    "lost_file",
+    "lost_user",
+    "unknown_column",
+    "weight_zero",
+    "tool_call",
+    "header_again",
+    "number_id",
+    "split_name",
+    "epoch_unit",
+    "alpaca",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which they are shown
+MOST_SUBJECTS = 20  # of one kind; the others are counted in one more notice
+
+_TEXTS: dict[Kind, str] = {
+    "unread_file": "{subject} was not read: its name has none of the known endings",
+    "lost_file": "{subject} gave nothing: all of its rows ({count}) are quarantined",
+    "lost_user": "user {subject} (user key) has no rows left: all ({count}) are quarantined",
+    "unknown_column": "column {subject!r} was not read ({count} rows have it)",
+    "weight_zero": "{count} rows of weight 0 were not learned from",
+    "tool_call": "{count} turns that only call a tool were kept without text",
+    "header_again": "{subject} repeats its header {count} times; those lines were skipped",
+    "number_id": "user ids of type {subject} were taken as their decimal text ({count} rows)",
+    "split_name": "split {subject} ({count} rows)",
+    "epoch_unit": "timestamps were read as epoch {subject} ({count} rows)",
+    "alpaca": "instruction and input were read as the prompt ({count} rows)",
+}
+_OTHERS: dict[Kind, str] = {
+    "unread_file": "{more} more files were not read",
+    "lost_file": "{more} more files gave nothing ({count} rows)",
+    "lost_user": "{more} more users have no rows left ({count} rows)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """One thing to say. `subject` is a file, column, user key or name; `count` is of rows
+    (of files for `unread_file`). `subject` is "" where the notice sums up the rest of a kind."""
+
+    kind: Kind
+    subject: str
+    count: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadFile:
+    """Quarantined rows of one file, and their most frequent reasons with counts."""
+
+    file: str
+    rows: int
+    reasons: tuple[tuple[str, int], ...]
+
+
+def make_notices(counts: Mapping[tuple[str, str], int]) -> tuple[Notice, ...]:
+    """Notices for (kind, subject) -> count, by kind and then by count, at most 21 of a kind."""
+    notices: list[Notice] = []
+    for kind in KINDS:
+        items = [(subject, count) for (name, subject), count in counts.items() if name == kind]
+        items.sort(key=lambda item: (-item[1], item[0]))
+        notices += [_notice(kind, *item) for item in items[:MOST_SUBJECTS]]
+        if rest := items[MOST_SUBJECTS:]:
+            count = sum(count for _, count in rest)
+            text = _OTHERS.get(kind, "{more} more of the same kind ({count} rows)")
+            text = text.format(more=len(rest), count=count)
+            notices.append(Notice(kind=kind, subject="", count=count, text=text))
+    return tuple(notices)
+
+
+def _notice(kind: Kind, subject: str, count: int) -> Notice:
+    text = _TEXTS[kind].format(subject=subject, count=count)
+    return Notice(kind=kind, subject=subject, count=count, text=text)
+
+
+def bad_files(rows: Iterable[tuple[str, str]], most: int = MOST_SUBJECTS) -> tuple[BadFile, ...]:
+    """The files with the most quarantined rows, of (file, reason) of each such row."""
+    files: dict[str, Counter[str]] = {}
+    for file, reason in rows:
+        files.setdefault(file, Counter())[reason] += 1
+    order = sorted(files, key=lambda file: (-files[file].total(), file))[:most]
+    return tuple(
+        BadFile(file=file, rows=files[file].total(), reasons=tuple(files[file].most_common(3)))
+        for file in order
+    )
+
+
+def notices_from(values: Iterable[Mapping[str, Any]]) -> tuple[Notice, ...]:
+    """The inverse of `dataclasses.asdict` after JSON."""
+    return tuple(Notice(**value) for value in values)
+
+
+def bad_files_from(values: Iterable[Mapping[str, Any]]) -> tuple[BadFile, ...]:
+    return tuple(
+        BadFile(
+            file=value["file"],
+            rows=value["rows"],
+            reasons=tuple((reason, count) for reason, count in value["reasons"]),
+        )
+        for value in values
+    )

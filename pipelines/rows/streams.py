@@ -1,0 +1,229 @@
+"""Bytes of an input as a stream of UTF-8, whatever it was compressed and encoded with.
+
+What a file is is read from its first bytes where those are certain (gzip, Zstandard, bzip2,
+Parquet, ZIP, byte-order marks) and from its name otherwise.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import IO, Any, Literal, cast
+
+import fsspec
+import pyarrow as pa
+
+from ptuning.errors import DataError
+
+Kind = Literal["parquet", "jsonl", "json", "csv"]  # json: values of several lines each
+Compression = Literal["", "gzip", "zstd", "bz2"]
+
+KINDS: dict[str, Kind] = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+EXPECTED = f"a name that ends in {', '.join(KINDS)}; texts also with {', '.join(COMPRESSIONS)}"
+UNREADABLE = (OSError, EOFError, UnicodeError, zlib.error, pa.ArrowException)
+
+_HEAD = 1 << 16  # bytes that are looked at
+_MAGIC: dict[bytes, Compression] = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bz2",
+}
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_RECORD = b"\x1e"  # begins each value of a JSON text sequence (RFC 7464)
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """One file: absolute path or URI, what it is, and its size in bytes.
+
+    `folders` are the columns that the names of its folders state (`split=test`).
+    """
+
+    url: str
+    kind: Kind
+    size: int
+    compression: Compression = ""
+    encoding: str = "utf-8"
+    folders: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.url
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its bytes are its text, so that it can be read from any line on."""
+        return not self.compression and self.encoding == "utf-8"
+
+
+def kind_of(name: str) -> tuple[Kind, Compression] | None:
+    """What a name says of a file; None where its ending is not known."""
+    lower = name.lower()
+    for ending, compression in COMPRESSIONS.items():
+        if lower.endswith(ending):
+            inner = kind_of(lower.removesuffix(ending))
+            return (inner[0], compression) if inner and inner[0] != "parquet" else None
+    kind = next((kind for ending, kind in KINDS.items() if lower.endswith(ending)), None)
+    return (kind, "") if kind else None
+
+
+@contextmanager
+def reading(file: InputFile) -> Iterator[None]:
+    """Raises what goes wrong while a file is read as a DataError that names it."""
+    try:
+        yield
+    except (*UNREADABLE, DataError) as error:
+        raise unreadable(file, error) from error
+    except Exception as error:
+        if not file.is_remote:
+            raise
+        # Each network file system raises errors of its client's.
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: InputFile, error: Exception) -> DataError:
+    how = f", {file.compression} compressed" if file.compression else ""
+    return DataError(
+        "an input file cannot be read",
+        seen=f"{file.url}: {' '.join(str(error).split())[:300] or type(error).__name__}",
+        expected=f"a whole {file.kind} file{how}",
+        fix="repair the file or leave it out"
+        + (", or see why it cannot be reached" if file.is_remote else ""),
+    )
+
+
+def open_binary(url: str) -> IO[bytes]:
+    """A buffered, seekable reader of a path or URI."""
+    if "://" not in url:
+        return open(url, "rb", buffering=1 << 20)
+    fs, path = fsspec.core.url_to_fs(url)
+    return io.BufferedReader(fs.open(path, "rb"), 1 << 20)
+
+
+@contextmanager
+def open_content(file: InputFile) -> Iterator[IO[bytes]]:
+    """The file's content: decompressed, and text as UTF-8."""
+    with ExitStack() as stack:
+        raw = stack.enter_context(open_binary(file.url))
+        yield _content(stack, raw, file)
+
+
+def _content(stack: ExitStack, raw: IO[bytes], file: InputFile) -> IO[bytes]:
+    stream: Any = raw
+    if file.compression == "gzip":
+        stream = stack.enter_context(gzip.GzipFile(fileobj=raw))
+    elif file.compression == "bz2":
+        stream = stack.enter_context(bz2.BZ2File(raw))
+    elif file.compression == "zstd":
+        stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+        stream = stack.enter_context(stream)
+    if file.encoding != "utf-8":
+        stream = stack.enter_context(io.BufferedReader(_Recoded(stream, file.encoding)))
+    return cast(IO[bytes], stream)
+
+
+class _Recoded(io.RawIOBase):
+    """A stream of another encoding as UTF-8. Half a surrogate pair stays one, and so invalid."""
+
+    def __init__(self, stream: IO[bytes], encoding: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._stream.read(_HEAD)
+            text = self._decoder.decode(block, final=not block)
+            self._ready = text.encode("utf-8", "surrogatepass")
+            if not block:
+                break
+        taken = self._ready[: len(buffer)]
+        self._ready = self._ready[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+def recognise(file: InputFile, raw: IO[bytes]) -> InputFile:
+    """The file with its kind, compression and encoding as its first bytes say; seeks to 0."""
+    head = raw.read(_HEAD)
+    if head.startswith(b"PAR1"):
+        file = replace(file, kind="parquet", compression="")
+    elif head.startswith(b"PK\x03\x04"):
+        raise DataError("it is a ZIP archive (an Excel workbook?)")
+    elif file.kind != "parquet" and head:
+        found = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
+        file = replace(file, compression=found or file.compression)
+        if file.compression:
+            with open_content(file) as content:
+                head = content.read(_HEAD)
+        file = replace(file, encoding=_encoding(head))
+        if file.kind == "jsonl":
+            text = head.decode(file.encoding, "replace").encode("utf-8")
+            file = replace(file, kind="json" if _spans_lines(text) else "jsonl")
+    raw.seek(0)
+    return file
+
+
+def _encoding(head: bytes) -> str:
+    """UTF-16 by its mark, or by the zero bytes of its first (ASCII) letter; else UTF-8."""
+    for mark, encoding in _MARKS.items():
+        if head.startswith(mark):
+            return encoding
+    if head[:2].count(0) == 1 and len(head) > 1:
+        return "utf-16-le" if head[1] == 0 else "utf-16-be"
+    return "utf-8"
+
+
+def _spans_lines(head: bytes) -> bool:
+    """Whether JSON is not one object a line: an array, or objects broken over lines."""
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().lstrip(_RECORD).lstrip()
+    lines = [line for line in text.splitlines() if line.strip(b" \t,")]
+    if b"\n" not in text and b"\r" in text.rstrip():
+        return True  # line ends of one old system: no line reader finds them
+    if text.startswith(b"["):
+        first = _parsed(lines[0])
+        if not isinstance(first, list) or (not first and len(lines) == 1):
+            return True
+        return bool(first) and isinstance(first[0], dict)
+    if not text.startswith(b"{") or (len(lines) == 1 and len(head) >= _HEAD):
+        return False
+    return not any(isinstance(_parsed(line), dict) for line in lines) and _begins_whole(text)
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line.lstrip(_RECORD))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _begins_whole(text: bytes) -> bool:
+    """Whether an object of several lines stands at the text's begin."""
+    try:
+        json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
