@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ from pipelines.rows.buckets import (
 from pipelines.rows.inputs import InputFile, Inspected, Piece, find_files, inspect
 from pipelines.rows.ray_tasks import Progress, cpus, quiet_ray_data, run_all
 from ptuning.data.encode import Template
-from ptuning.data.examples import DataConfig
+from ptuning.data.examples import NOT_OF_ROWS, DataConfig
 from ptuning.errors import DataError, RunError
 from ptuning.store import Store
 from ptuning.types import Example
@@ -114,7 +113,8 @@ def partition_id_of(files: Sequence[Inspected], config: DataConfig, template: Te
     Names without folders: the same data elsewhere is the same partition.
     """
     inputs = sorted([item.file.name, item.file.size, item.digest] for item in files)
-    parts = [FORMAT, inputs, config.model_dump(mode="json"), template.digest]
+    rows = config.model_dump(mode="json", exclude=set(NOT_OF_ROWS))
+    parts = [FORMAT, inputs, rows, template.digest]
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:20]
 
@@ -386,8 +386,6 @@ def _run_job(
     The template's reference comes in a list, or Ray would fetch it anew for each task.
     """
     if digest not in _templates:
-        # The task asked for one CPU; tokenizers would take all.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _templates.clear()
         _templates[digest] = ray.get(template[0])
     if kind == "survey":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from itertools import groupby
+from typing import Literal
 
 from pydantic import Field
 
@@ -34,6 +35,10 @@ _LATEST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MS
 _DIGITS = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?", re.ASCII)
 # Only the extended form: fromisoformat would also read the digits 20240131 as a date.
 _ISO = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}([T ].*)?", re.ASCII)
+
+
+# Fields of DataConfig that say what a run does with users who left: no part of a partition.
+NOT_OF_ROWS = ("on_shrink", "max_shrink")
 
 
 class DataConfig(Config):
@@ -61,6 +66,17 @@ class DataConfig(Config):
     )
     max_bad_fraction: float = Field(
         default=0.05, ge=0.0, le=1.0, description="a larger share of quarantined rows fails the run"
+    )
+    on_shrink: Literal["base", "keep"] = Field(
+        default="base",
+        description="who answers a user whose rows are gone, or too few now: the base model, or "
+        "the prefix of the rows that were there",
+    )
+    max_shrink: float = Field(
+        default=0.2,
+        ge=0.0,
+        le=1.0,
+        description="a run that would take the prefix of a larger share of its users stops first",
     )
     buckets: int | None = Field(
         default=None,

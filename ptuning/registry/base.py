@@ -7,7 +7,7 @@ two aliases: `candidate` (newest) and `champion` (served).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -65,6 +65,8 @@ class Version:
     training_digest: str
     data_digest: str
     gate_digest: str = ""
+    run_id: str = ""  # the run and pack that judged it last: where its losses are kept
+    pack_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,12 @@ class Registry(Protocol):
 
     def set_alias(self, version: Version, alias: Alias) -> None:
         """Point one alias of the version's own model at it."""
+
+    def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
+        """Take an alias away; nothing happens where there is none."""
+
+    def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
+        """Keys of all users who have a champion under that name."""
 
 
 def check_names(user_key: str, prefix_name: str) -> None:

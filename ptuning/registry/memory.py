@@ -6,7 +6,7 @@ It runs the same contract tests as MLflow. It keeps nothing beyond its process.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ptuning.errors import RegistryError
@@ -88,6 +88,25 @@ class MemoryRegistry:
                 )
             model.aliases[alias] = held[version.version]
 
+    def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
+        """See `Registry.remove_alias`."""
+        check_names(user_key, prefix_name)
+        check_alias(alias)
+        with self._lock:
+            self._ask()
+            if model := self._models.get((user_key, prefix_name)):
+                model.aliases.pop(alias, None)
+
+    def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
+        """See `Registry.with_champion`."""
+        with self._lock:
+            self._ask()
+            yield from [
+                key
+                for (key, name), model in self._models.items()
+                if name == prefix_name and "champion" in model.aliases
+            ]
+
     def _register(self, entry: Registration) -> Version:
         model = self._models.setdefault((entry.user_key, entry.prefix_name), _Model())
         version = next((v for v in model.versions if v.digest == entry.digest), None)
@@ -95,7 +114,12 @@ class MemoryRegistry:
             version = _version(entry, len(model.versions) + 1)
             model.versions.append(version)
         elif version.gate_digest != entry.gate_digest:  # judged anew
-            judged = replace(version, gate_digest=entry.gate_digest)
+            judged = replace(
+                version,
+                gate_digest=entry.gate_digest,
+                run_id=entry.tags.get("run_id", ""),
+                pack_id=entry.tags.get("pack_id", ""),
+            )
             model.versions[model.versions.index(version)] = judged
             version = judged
         self.entries[entry.user_key, entry.prefix_name, entry.digest] = entry
@@ -121,4 +145,6 @@ def _version(entry: Registration, number: int) -> Version:
         training_digest=entry.training_digest,
         data_digest=entry.data_digest,
         gate_digest=entry.gate_digest,
+        run_id=entry.tags.get("run_id", ""),
+        pack_id=entry.tags.get("pack_id", ""),
     )

@@ -43,20 +43,9 @@ from ptuning.registry.base import (
     check_alias,
     check_names,
 )
+from ptuning.system import environment
 
-# MLflow reads these when it is imported or when it asks; what the user has set stays.
-for _key, _value in {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-    # By default a server that is down is asked for four minutes, a silent one for sixteen.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "PGCONNECT_TIMEOUT": "10",
-}.items():
-    os.environ.setdefault(_key, _value)
+environment.set_defaults()  # MLflow reads its variables when it is imported
 
 import requests  # noqa: E402
 import sqlalchemy  # noqa: E402
@@ -184,6 +173,34 @@ class MlflowRegistry:
         with self._asking(f"set the alias {alias}"):
             self._models.set_registered_model_alias(name, alias, version.version)
             self._make_durable()
+
+    def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
+        """See `Registry.remove_alias`."""
+        check_alias(alias)
+        name = model_name(user_key, prefix_name)
+        with self._asking(f"remove the alias {alias}"):
+            try:
+                self._models.delete_registered_model_alias(name, alias)
+            except MlflowException as error:
+                if not self._is_absent(error, name, alias):
+                    raise
+            self._make_durable()
+
+    def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
+        """See `Registry.with_champion`."""
+        token = None
+        while True:
+            with self._asking("list the champions"):
+                page = self._models.search_registered_models(
+                    "name LIKE 'ptuning-%'", _PAGE, None, token
+                )
+            for model in page:
+                key = model.name.removeprefix("ptuning-")[:52]
+                if "champion" in model.aliases and model.name == model_name(key, prefix_name):
+                    yield key
+            token = page.token
+            if not token:
+                return
 
     # One pack's run: found again by a tag that is written in the same call that creates it.
 
@@ -385,6 +402,8 @@ class MlflowRegistry:
             training_digest=tags.get("training_digest", ""),
             data_digest=tags.get("data_digest", ""),
             gate_digest=tags.get("gate_digest", ""),
+            run_id=tags.get("run_id", ""),
+            pack_id=tags.get("pack_id", ""),
         )
 
     @contextmanager
@@ -479,8 +498,10 @@ def _tags(entry: Registration) -> dict[str, str]:
 
 def _judgement(entry: Registration) -> dict[str, str]:
     """Tags that change where another gate judges the same prefix."""
-    decided = {"decision": entry.tags["decision"]} if "decision" in entry.tags else {}
-    return {**decided, "gate_digest": entry.gate_digest}
+    of_run = {
+        key: entry.tags[key] for key in ("decision", "run_id", "pack_id") if key in entry.tags
+    }
+    return {**of_run, "gate_digest": entry.gate_digest}
 
 
 def _description(entry: Registration) -> str:

@@ -8,7 +8,6 @@ traded is time for memory: the gather costs the same however few rows a call has
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from ptuning.model.load import (
     own_device,
     read_model,
 )
+from ptuning.system import environment
 from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
 
 
@@ -45,9 +45,7 @@ def load_sharded(
     The weights are sharded while they are read, so that no rank ever holds the whole model.
     """
     place = own_device(device)
-    if place.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
+    environment.set_deepspeed_defaults(place.type)
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 

@@ -183,7 +183,6 @@ def test_a_champion_with_other_virtual_tokens_is_judged_on_the_same_rows(
         backbone,
         recipe,
         rows,
-        champion_uri=str(tmp_path / prefix_path(user_key("ann"), str(before.digest))),
         champion_digest=before.digest,
     )
     after = _work(backbone, tmp_path, recipe, pack)["ann"]
@@ -203,7 +202,6 @@ def test_another_users_file_is_never_taken_for_the_champion(
         backbone,
         recipe,
         rows,
-        champion_uri=str(tmp_path / prefix_path(user_key("bob"), str(before.digest))),
         champion_digest=before.digest,
     )
     after = _work(backbone, tmp_path, recipe, pack)["ann"]
@@ -217,7 +215,6 @@ def test_a_champion_of_another_method_is_judged_on_the_same_tokens(
     first = _recipe()
     made = _work(backbone, tmp_path, first, _pack(backbone, first, rows))["ann"]
     champion = {
-        "champion_uri": str(tmp_path / prefix_path(user_key("ann"), str(made.digest))),
         "champion_digest": made.digest,
     }
     for method in (
