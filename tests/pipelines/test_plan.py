@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-
 from hypothesis import given
 from hypothesis import strategies as st
 
