@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from transformers import (
     DynamicCache,
     LlamaForCausalLM,
 )
+from waiting import eventually
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
@@ -57,13 +57,6 @@ class Gate:
 
     def open(self) -> None:
         self.steps.release(10**6)
-
-
-def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 from serving import Files, prefix_file, save_llama
+from waiting import eventually
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
@@ -27,6 +28,7 @@ from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import Prefix
 from ptuning.registry import RegistryConfig, open_registry
 from ptuning.store import Store
+from ptuning.system.ports import free_port
 from serve.config import ServeConfig
 from serve.http.auth import is_loopback
 
@@ -36,19 +38,6 @@ LAUNCH = Path(__file__).parent / "launch.py"
 MODEL = "tiny"
 REFRESH_SECONDS = 1.0
 START_SECONDS = 180.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @dataclass
