@@ -80,8 +80,8 @@ def test_a_relative_model_works_in_workers_that_live_elsewhere(ran: Typed) -> No
 
 
 HEADS = """partition: |tune: |register: |note: |Run |users  |trained  |unchanged  |too few  |
-failed  |total  |loss, nats |base model  |another user's prefix  |own prefix  |own beats |time  |start  |
-partition  |plan  |tune  |evaluate  |register  |deploy  |answer as these users: |
+failed  |total  |loss, nats |base model  |another user's prefix  |own prefix  |own beats |time  |
+start  |partition  |plan  |tune  |evaluate  |register  |deploy  |answer as these users: |
 ask as one of them: |models and metrics: |this report: """.replace("\n", "").split("|")
 
 
