@@ -194,7 +194,9 @@ def _lineage(run: Run, pack: Pack) -> Callable[[UserReport], dict[str, str]]:
 
 def retire(run: Run, plan: Plan, registry: Registry) -> None:
     """Take their prefix from users whose rows are gone: from here on the base model answers."""
-    retire_users(registry, plan.retired, run.config.registry.prefix_name)
+    for start in range(0, len(plan.retired), _CHUNK):
+        keys = plan.retired[start : start + _CHUNK]
+        retire_users(registry, keys, run.config.registry.prefix_name, run.run_id)
 
 
 def outcomes(plan: Plan, reports: Mapping[str, UserReport]) -> dict[str, UserReport]:

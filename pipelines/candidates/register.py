@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from pipelines.plan import PlannedUser
@@ -88,15 +88,26 @@ def _hold(report: UserReport, reason: str) -> None:
     report.gate = Gate(decision="pending", reason=reason)
 
 
-def retire_users(registry: Registry, user_keys: Iterable[str], prefix_name: str) -> None:
-    """Take both aliases away: the base model answers these users from here on.
+def retire_users(
+    registry: Registry, user_keys: Sequence[str], prefix_name: str, run_id: str
+) -> list[str]:
+    """Take both aliases away: the base model answers these users from here on. Returns whose.
 
     The candidate's too, or a user who comes back with the same rows would be taken for one whose
-    prefix is up to date. It goes last: whoever is killed in between retires the user again.
+    prefix is up to date. It goes last: whoever is killed in between retires the user again. A user
+    whom a newer run than `run_id` judged has rows again, and stays.
     """
-    for key in user_keys:
-        registry.remove_alias(key, prefix_name, "champion")
-        registry.remove_alias(key, prefix_name, "candidate")
+    retired = []
+    for key, now in registry.current(user_keys, prefix_name).items():
+        versions = [version for version in (now.candidate, now.champion) if version is not None]
+        if any(version.run_id > run_id for version in versions):
+            continue
+        if now.champion is not None:
+            registry.remove_alias(key, prefix_name, "champion")
+        if now.candidate is not None:
+            registry.remove_alias(key, prefix_name, "candidate")
+        retired.append(key)
+    return retired
 
 
 def user_metrics(report: UserReport) -> dict[str, float]:

@@ -32,14 +32,24 @@ def _report(digest: str, decision: str = "promoted") -> UserReport:
 
 
 def _register(
-    registry: MemoryRegistry, tmp_path: Path, report: UserReport, gate: str = "g"
+    registry: MemoryRegistry,
+    tmp_path: Path,
+    report: UserReport,
+    gate: str = "g",
+    run_id: str = "r",
 ) -> None:
     register_pack(
         registry,
         Store(tmp_path),
         PackRecord(run_id="r", pack_id=str(report.digest)),
         [report],
-        lambda _report: {"training_digest": "t", "data_digest": "d", "decision": "x"},
+        lambda _: {
+            "training_digest": "t",
+            "data_digest": "d",
+            "decision": "x",
+            "run_id": run_id,
+            "pack_id": "p",
+        },
         "default",
         gate,
     )
@@ -103,9 +113,19 @@ def test_a_retired_user_has_no_champion_and_is_a_new_user_when_coming_back(tmp_p
     _register(registry, tmp_path, _report("ours"))
     assert list(registry.with_champion()) == [KEY]
     for _ in range(2):  # again after being killed in between
-        retire_users(registry, [KEY], "default")
+        retire_users(registry, [KEY], "default", "r")
     now = registry.current([KEY])[KEY]
     assert (now.champion, now.candidate, list(registry.with_champion())) == (None, None, [])
+
+
+def test_an_older_run_that_is_resumed_retires_nobody_whom_a_newer_one_trained(
+    tmp_path: Path,
+) -> None:
+    registry = MemoryRegistry()
+    _register(registry, tmp_path, _report("ours"), run_id="tuesday")
+    assert retire_users(registry, [KEY], "default", "monday") == []
+    assert registry.champion(KEY) is not None
+    assert retire_users(registry, [KEY], "default", "wednesday") == [KEY]
 
 
 def test_a_figure_that_no_report_knows_is_refused() -> None:
