@@ -156,25 +156,23 @@ def test_another_gate_judges_again_without_training_and_as_training_would(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
-    strict, mild = "gate.min_gain=99", "gate.min_gain=-10"
-    first = _run(data, store, config_of(tiny_model_dir, strict))
+    strict, mild = (config_of(tiny_model_dir, f"gate.min_gain={gain}") for gain in (99, -10))
+    registry = open_registry(strict.registry, f"sqlite:///{store}/mlflow.db")
+    first = _run(data, store, strict)
     assert first["users"]["trained"] == first["users"]["rejected"] == 2
-    key, name = user_key("ann"), "default"
-    registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
-    for gate, decision in ((mild, "promoted"), (strict, "rejected"), (mild, "promoted")):
-        judged = _run(data, store, config_of(tiny_model_dir, gate))
+    assert registry.champion(user_key("ann")) is None
+    reasons = {row["user_id"]: row["reason"] for row in users_of(store, first["run_id"])}
+    for config, decision in ((mild, "promoted"), (strict, "rejected")):
+        judged = _run(data, store, config)
         assert judged["users"]["trained"] == judged["tokens_trained"] == 0
         assert judged["users"]["unchanged"] == judged["judged_again"][decision] == 2
-        assert registry.champion(key, name) is not None, "who is champion stays so"
+        assert registry.champion(user_key("ann")) is not None, "a gate takes nobody's champion"
         rows = {row["user_id"]: row for row in users_of(store, judged["run_id"])}
         assert (rows["ann"]["status"], rows["ann"]["decision"]) == ("unchanged", decision)
-    at_once = _run(data, tmp_path / "other", config_of(tiny_model_dir, mild))
-    alone = {row["user_id"]: row for row in users_of(tmp_path / "other", at_once["run_id"])}
-    for user, row in rows.items():
-        assert row["reason"] == alone[user]["reason"], "the same words as after training"
+    assert {user: row["reason"] for user, row in rows.items()} == reasons
     for path in (store / "runs").glob("*/done"):
         shutil.rmtree(path)
-    again = _run(data, store, config_of(tiny_model_dir, strict))
+    again = _run(data, store, mild)
     assert again["users"]["trained"] == 2, "losses that nobody has are made anew"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from runs import settings, user_rows, users_of, write_rows
 from tiny_model import save_model
+from waiting import eventually
+
+from ptuning.system.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STRANGERS = ("serve.py", "torch.py", "json.py", "mlflow.py", "logging.py", "ptuning.py", "rows.py")
@@ -151,3 +155,30 @@ def test_a_registry_that_is_not_there_is_found_before_a_row_is_read(ran: Typed) 
     assert done.err.count("\n") == 1, done.err
     assert "partition" not in done.out
     assert not (ran.project / "new" / "partitions").exists()
+
+
+def test_a_service_starts_beside_files_with_the_names_of_our_packages(
+    ran: Typed, tmp_path: Path
+) -> None:
+    port, log = free_port(), tmp_path / "log"
+    arguments = ["serve", "--store", "store", "--port", str(port), *as_options("model")]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON"))}
+    with log.open("wb") as output:
+        service = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ptuning")), *arguments],
+            cwd=ran.project,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        eventually(
+            lambda: service.poll() is not None or f"127.0.0.1:{port}" in log.read_text(), 250
+        )
+        assert service.poll() is None, log.read_text()[-2000:]
+    finally:
+        service.send_signal(signal.SIGINT)
+        try:
+            service.wait(60)
+        except subprocess.TimeoutExpired:
+            service.kill()
