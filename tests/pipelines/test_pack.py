@@ -196,14 +196,14 @@ def test_a_champion_with_other_virtual_tokens_is_judged_on_the_same_rows(
 def test_another_users_file_is_never_taken_for_the_champion(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
+    """Somebody copied it to where the user's own would lie."""
     recipe = _recipe()
     before = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))["bob"]
-    pack = _pack(
-        backbone,
-        recipe,
-        rows,
-        champion_digest=before.digest,
+    digest, store = str(before.digest), Store(tmp_path)
+    store.write(
+        prefix_path(user_key("ann"), digest), store.read(prefix_path(user_key("bob"), digest))
     )
+    pack = _pack(backbone, recipe, rows, champion_digest=digest)
     after = _work(backbone, tmp_path, recipe, pack)["ann"]
     assert "champion" not in after.losses
     assert "another user" in after.details["champion_ignored"]
