@@ -39,7 +39,17 @@ DEFAULTS = {
 }
 _LOOPBACK_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Loggers that speak of themselves at start; their errors still come through.
-_TALKATIVE = ("ray", "mlflow", "alembic", "transformers", "deepspeed", "DeepSpeed", "matplotlib")
+_TALKATIVE = (
+    "ray",
+    "mlflow",
+    "alembic",
+    "urllib3",
+    "botocore",
+    "transformers",
+    "deepspeed",
+    "DeepSpeed",
+    "matplotlib",
+)
 
 
 def set_defaults(*names: str) -> None:
