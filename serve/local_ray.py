@@ -32,6 +32,7 @@ def start_ray(num_cpus: float) -> bool:
         return False
     if os.environ.get(_LOOPBACK_NODE) == "0":
         ray_constants.ENABLE_RAY_CLUSTER = False  # if ray was imported before this module
+    environment.silence_loggers()
     with environment.neutral_directory():
         ray.init(
             address="local",

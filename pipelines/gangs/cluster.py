@@ -45,6 +45,7 @@ def session(config: RayConfig) -> Iterator[float]:
         ray_constants.ENABLE_RAY_CLUSTER = False
     if ours:
         try:
+            environment.silence_loggers()
             with environment.neutral_directory():
                 ray.init(
                     address=config.address or "local",

@@ -74,6 +74,13 @@ def keep_new_ray_on_loopback() -> None:
     os.environ.setdefault(_LOOPBACK_NODE, "0")
 
 
+def silence_loggers() -> None:
+    """Errors only from talkative libraries. To be said again after one of them was imported: Ray
+    and MLflow set their loggers' levels then, whatever they were."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def silence_libraries(*, terminal: bool) -> None:
     """For a command: only our own lines are printed, and errors of libraries.
 
@@ -81,8 +88,7 @@ def silence_libraries(*, terminal: bool) -> None:
     in a log each step of a bar would be a line.
     """
     warnings.filterwarnings("ignore")
-    for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_loggers()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
