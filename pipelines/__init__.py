@@ -1,0 +1,5 @@
+"""The run on Ray, and the command line."""
+
+from ptuning.system import environment
+
+environment.set_defaults()  # Ray and MLflow read their variables when they are imported

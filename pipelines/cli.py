@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# No telemetry unless the user turns it on, decided before Ray or MLflow is imported.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("DO_NOT_TRACK", "true")
-
 import click
+
+from ptuning.system import environment
 
 DONE, FAILED, USAGE, SOME_FAILED = 0, 1, 2, 3
 
+_STORE = click.option(
+    "--store",
+    default="./ptuning-store",
+    show_default=True,
+    help="Directory or object-store prefix that holds partitions, prefixes and runs.",
+)
 _SETTINGS = (
-    click.option(
-        "--store",
-        default="./ptuning-store",
-        show_default=True,
-        help="Directory or object-store prefix that holds partitions, prefixes and runs.",
-    ),
+    _STORE,
     click.option("--model", help="Backbone: `smollm2`, a directory, a hub id or a .gguf file."),
     click.option("--config", "config_file", help="YAML file with configuration sections."),
     click.option(
@@ -175,9 +172,10 @@ def generate(
     """
     config = _load(model, config_file, settings)
     from pipelines.answer import answer
+    from ptuning.store import Store
 
     answers, served_by = answer(
-        config, store, user_id, list(prompts), max_new_tokens, temperature, seed
+        config, Store(store), user_id, list(prompts), max_new_tokens, temperature, seed
     )
     click.echo(served_by, err=True)
     for text in answers:
@@ -209,27 +207,44 @@ def serve(
     more = [f"serve.host={host}"] if host else []
     more += [f"serve.port={port}"] if port is not None else []
     config = _load(model, config_file, [*settings, *more])
-    from pipelines.candidates.publish import serve_forever
+    from pipelines.champion import check_has_runs
+    from pipelines.service import serve_forever
+    from ptuning.store import Store
 
-    serve_forever(config, store)
+    check_has_runs(config, Store(store))
+    serve_forever(
+        config.serve, Store(store), config.backbone, config.data.template, config.registry
+    )
     return DONE
 
 
 @cli.command()
-@click.option("--store", default="./ptuning-store", show_default=True, help="The store.")
-def status(store: str) -> int:
-    """List the store's runs: when, how far, and what came of them."""
+@_STORE
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list for programs.")
+def status(store: str, as_json: bool) -> int:
+    """List the store's runs: when, how far, and what came of them.
+
+    A run is finished, running, stopped (its driver is gone; the same `ptuning run` resumes it)
+    or, where that cannot be told from here, unfinished.
+    """
     from rich.console import Console
 
-    from pipelines.report.status import print_status
+    from pipelines.report.status import print_status, run_states
     from ptuning.store import Store
 
-    print_status(Console(), Store(store))
+    states = run_states(Store(store))
+    if as_json:
+        import json
+
+        click.echo(json.dumps(states, indent=1))
+    else:
+        print_status(Console(), store, states)
     return DONE
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors become one readable line and the right exit code."""
+    environment.silence_libraries(terminal=sys.stderr.isatty())
     from ptuning.errors import ConfigError, PTuningError
 
     try:

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -20,7 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from pipelines.candidates.publish import ServeConfig
+from pipelines.service import ServeConfig
 from ptuning.data.examples import DataConfig
 from ptuning.errors import ConfigError
 from ptuning.gate import GateConfig
@@ -28,6 +27,7 @@ from ptuning.methods import METHODS, AnyMethod, PrefixTuning
 from ptuning.model.facts import BackboneConfig
 from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.registry.base import RegistryConfig
+from ptuning.system.redaction import hide_passwords
 from ptuning.train.config import TrainConfig
 from ptuning.types import Config
 
@@ -77,15 +77,20 @@ class RunConfig(Config):
     ray: RayConfig = RayConfig()
 
     def digest(self) -> str:
-        """SHA-256 of what a run's result depends on: neither `serve` nor `ray`."""
-        values = self.model_dump(mode="json", exclude={"serve", "ray"})
+        """SHA-256 of what a run's result depends on.
+
+        That is neither `serve` nor `ray`, nor where the registry is: a password that was changed,
+        or a server that moved, must not keep a run from being resumed.
+        """
+        left_out: dict[str, Any] = {"serve": True, "ray": True, "registry": {"uri"}}
+        values = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The configuration as a file; a password in the registry's address is left out."""
         values = self.model_dump(mode="json")
         if uri := self.registry.uri:
-            values["registry"]["uri"] = re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", uri)
+            values["registry"]["uri"] = hide_passwords(uri)
         return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -94,7 +99,10 @@ def load_config(
     settings: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> RunConfig:
-    """Compose a configuration. Raises ConfigError for anything unknown or out of range."""
+    """Compose a configuration. Raises ConfigError for anything unknown or out of range.
+
+    Paths are made absolute here, once: workers and replicas have other working directories.
+    """
     tree: dict[str, Any] = {}
     if file is not None:
         _merge(tree, _read_yaml(file))
@@ -124,7 +132,7 @@ def load_config(
     _check_keys(RunConfig, tree, "")
     _read_none(tree)
     try:
-        return RunConfig.model_validate(tree)
+        return _with_absolute_paths(RunConfig.model_validate(tree))
     except ValidationError as error:
         first = error.errors()[0]
         # Without the parts of a path that only say which type of a union was tried.
@@ -136,6 +144,67 @@ def load_config(
             expected=first["msg"],
             fix=f"`ptuning run --help` describes {where}",
         ) from error
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with every path that names something on this machine made absolute."""
+    backbone = config.backbone.model_copy(update={"name": _absolute_model(config.backbone.name)})
+    registry, serve = config.registry, config.serve
+    if registry.uri is not None:
+        registry = registry.model_copy(update={"uri": _absolute_uri(registry.uri)})
+    if serve.api_keys_file is not None:
+        path = os.path.abspath(os.path.expanduser(serve.api_keys_file))
+        serve = serve.model_copy(update={"api_keys_file": path})
+    return config.model_copy(update={"backbone": backbone, "registry": registry, "serve": serve})
+
+
+def _absolute_model(name: str) -> str:
+    """An alias and a hub id stay; a directory or file becomes its absolute path."""
+    path = Path(name).expanduser()
+    if name.startswith((".", "~")) or path.suffix == ".gguf":
+        return os.path.abspath(path)
+    if not path.exists() or ("/" not in name and _is_alias(name)):
+        return name
+    return os.path.abspath(path)
+
+
+def _is_alias(name: str) -> bool:
+    from ptuning.model.load import ALIASES  # imports Transformers
+
+    return name in ALIASES
+
+
+def _absolute_uri(uri: str) -> str:
+    """`sqlite:///relative.db` names a file below the working directory."""
+    scheme, slashes, path = uri.partition(":///")
+    if not scheme.startswith("sqlite") or not slashes or path.startswith(("/", ":")) or not path:
+        return uri
+    return f"{scheme}:///{os.path.abspath(path)}"
+
+
+# What an answer depends on besides the store; the rest of the configuration is of training.
+_OF_ANSWERS = ("backbone.", "registry.", "serve.")
+_OF_ANSWERS_TOO = {"data.template", "data.max_length"}
+
+
+def command_options(config: RunConfig) -> list[str]:
+    """Command-line arguments that serve what a run with this configuration made: whatever is not
+    at its default and matters to an answer, without passwords."""
+    options = []
+    for key, field in known_keys():
+        if not key.startswith(_OF_ANSWERS) and key not in _OF_ANSWERS_TOO:
+            continue
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        if value == field.get_default(call_default_factory=True):
+            continue
+        if key == "backbone.name":
+            options += ["--model", str(value)]
+        else:
+            text = json.dumps(value) if isinstance(value, (bool, list, dict)) else str(value)
+            options += ["--set", f"{key}={hide_passwords(text)}"]
+    return options
 
 
 def _parse(path: Sequence[str], text: str) -> Any:

@@ -1,4 +1,9 @@
-"""Which users train together, and on which worker: pure functions of the index.
+"""Who trains, who is only judged again, who retires, and who trains together: pure functions.
+
+Nothing here reads a store or a registry. In particular the plan believes a version's digests:
+whether a prefix file is still there and whole is looked at elsewhere, a sample a run
+(pipelines/candidates/lost.py), and the keys found go in as `lost`. Hashing every file would read
+0.7 TB a night at a million users to find what a service reports when it first meets it.
 
 Users of one bucket stay together (a pack reads one or two bucket files), and packs are
 balanced by supervised tokens, the work they are.
@@ -7,30 +12,69 @@ balanced by supervised tokens, the work they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from ptuning.types import Status
+from ptuning.errors import RunError
+from ptuning.registry.base import Current
+from ptuning.types import Split, Status
+
+OnShrink = Literal["base", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexRow:
+    """One user of the partition's index: where the rows are, how many, and what they hold."""
+
+    user_id: str
+    user_key: str
+    bucket: int
+    tokens: int  # supervised
+    data_digest: str
+    too_few: bool
+    rows: Mapping[Split, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> IndexRow:
+        """From a row of the index file (INDEX_SCHEMA)."""
+        return cls(
+            user_id=values["user_id"],
+            user_key=values["user_key"],
+            bucket=values["bucket"],
+            tokens=values["supervised_tokens"],
+            data_digest=values["data_digest"],
+            too_few=values["too_few"],
+            rows={
+                "train": values["rows_train"],
+                "valid": values["rows_valid"],
+                "test": values["rows_test"],
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedUser:
-    """One user of a pack; the champion it must beat, if it has one."""
+    """One user of a pack; the champion it must beat, if it has one.
+
+    Of a user who is only judged again, `run_id` and `pack_id` say whose done-record holds the
+    losses, and `candidate_digest` is the prefix that is judged.
+    """
 
     user_key: str
     bucket: int
     tokens: int
     data_digest: str
     training_digest: str
-    champion_uri: str | None = None
     champion_digest: str | None = None
     candidate_digest: str | None = None
+    run_id: str = ""
+    pack_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Users that train together in one process. The id is made from what they train."""
+    """Users that are worked on together in one process. The id is made from what they train."""
 
     pack_id: str
     users: tuple[PlannedUser, ...]
@@ -41,25 +85,162 @@ class Pack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The settings that decide who trains.
+
+    `identity(user_key, data_digest)` is the training digest of a user's rows. `everybody` says
+    that the index holds all users of the data; under `data.max_users` it does not, so nobody
+    who is absent from it is taken for gone.
+    """
+
+    identity: Callable[[str, str], str]
+    gate_digest: str
+    pack_users: int
+    workers: int
+    on_shrink: OnShrink = "base"
+    max_shrink: float = 0.2
+    everybody: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run's packs, and the users that are not trained with the reason why."""
+    """What a run does with each user.
+
+    `packs` train; `judged` have an unchanged prefix that another gate judges from stored losses;
+    `skipped` are neither, with the status they are reported with. Users in `skipped` as `retired`
+    lose their champion; `kept` counts those who would, were `data.on_shrink` not `keep`.
+    `notes` say in words what a reader of the report should know.
+    """
 
     packs: tuple[Pack, ...] = ()
+    judged: tuple[Pack, ...] = ()
     skipped: Mapping[str, Status] = field(default_factory=dict)  # user_key -> status
+    kept: int = 0
+    notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def retired(self) -> tuple[str, ...]:
+        """Keys of the users who lose their champion, sorted."""
+        return tuple(sorted(key for key, status in self.skipped.items() if status == "retired"))
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        packs = tuple(
-            Pack(
-                pack_id=pack["pack_id"],
-                users=tuple(PlannedUser(**user) for user in pack["users"]),
-            )
-            for pack in value["packs"]
+    def train_instead(self, keys: Collection[str], rules: Rules) -> Plan:
+        """The plan with the judged users of `keys` among those who train: their stored losses
+        cannot be found."""
+        if not keys:
+            return self
+        judged = [user for pack in self.judged for user in pack.users]
+        training = [user for pack in self.packs for user in pack.users]
+        training += [user for user in judged if user.user_key in keys]
+        judged = [user for user in judged if user.user_key not in keys]
+        note = f"{len(keys):,} users train again: the losses that another gate would judge are gone"
+        return Plan(
+            packs=make_packs(training, rules.pack_users, rules.workers),
+            judged=make_packs(judged, rules.pack_users, 1),
+            skipped=self.skipped,
+            kept=self.kept,
+            notes=(*self.notes, note),
         )
-        return cls(packs=packs, skipped=dict(value["skipped"]))
+
+
+def plan_users(
+    users: Iterable[tuple[IndexRow, Current | None]],
+    served: Iterable[str],
+    rules: Rules,
+    lost: Collection[str] = (),
+) -> Plan:
+    """Decide about every user, in one pass over the index.
+
+    `users` are the index's rows, each with what the registry has of the user; `served` are the
+    keys of all who have a champion; `lost` those whose prefix file is known to be gone. In memory
+    are the plan and the keys of `served`.
+
+    A user with too few rows, or with a champion and no rows at all, retires if `on_shrink` says
+    `base`. Raises RunError where more than `max_shrink` of the served would retire: a delivery
+    that lost a file looks the same as users who left, and only a person can tell.
+    """
+    trained: list[PlannedUser] = []
+    judged: list[PlannedUser] = []
+    skipped: dict[str, Status] = {}
+    gone = set(served)
+    count, shrunk = len(gone), 0
+    for row, now in users:
+        has_champion = row.user_key in gone or (now is not None and now.champion is not None)
+        gone.discard(row.user_key)
+        if row.too_few:
+            shrunk += has_champion
+            retires = has_champion and rules.on_shrink == "base"
+            skipped[row.user_key] = "retired" if retires else "too_few"
+            continue
+        user = _planned(row, now, rules)
+        match _compare(user, now, rules, row.user_key in lost):
+            case "train":
+                trained.append(user)
+            case "judge":
+                judged.append(user)
+            case "unchanged":
+                skipped[row.user_key] = "unchanged"
+    gone = gone if rules.everybody else set()
+    shrunk += len(gone)
+    if rules.on_shrink == "base":
+        _check_shrink(shrunk, count, rules.max_shrink)
+        skipped |= dict.fromkeys(gone, "retired")
+    return Plan(
+        packs=make_packs(trained, rules.pack_users, rules.workers),
+        judged=make_packs(judged, rules.pack_users, 1),
+        skipped=skipped,
+        kept=0 if rules.on_shrink == "base" else shrunk,
+        notes=_notes(rules, lost),
+    )
+
+
+def _planned(row: IndexRow, now: Current | None, rules: Rules) -> PlannedUser:
+    champion = now.champion if now else None
+    candidate = now.candidate if now else None
+    return PlannedUser(
+        user_key=row.user_key,
+        bucket=row.bucket,
+        tokens=row.tokens,
+        data_digest=row.data_digest,
+        training_digest=rules.identity(row.user_key, row.data_digest),
+        champion_digest=champion.digest if champion else None,
+        candidate_digest=candidate.digest if candidate else None,
+        run_id=candidate.run_id if candidate else "",
+        pack_id=candidate.pack_id if candidate else "",
+    )
+
+
+def _compare(
+    user: PlannedUser, now: Current | None, rules: Rules, lost: bool
+) -> Literal["train", "judge", "unchanged"]:
+    """Training again would give the candidate there is: then only its judgement may be out of
+    date. Without a word on whose record holds its losses, it is trained."""
+    candidate = now.candidate if now else None
+    if lost or candidate is None or candidate.training_digest != user.training_digest:
+        return "train"
+    if candidate.gate_digest == rules.gate_digest:
+        return "unchanged"
+    return "judge" if user.run_id and user.pack_id else "train"
+
+
+def _check_shrink(shrunk: int, served: int, most: float) -> None:
+    if shrunk <= most * served:
+        return
+    raise RunError(
+        "too many users would lose their prefix: their rows are gone, or too few are left",
+        seen=f"{shrunk:,} of {served:,} served users",
+        expected=f"at most data.max_shrink = {most:g} of them",
+        fix="check that --data names all rows (the input is taken as everything there is); if "
+        "they did leave, raise data.max_shrink, or keep their prefixes with data.on_shrink=keep",
+    )
+
+
+def _notes(rules: Rules, lost: Collection[str]) -> tuple[str, ...]:
+    notes = []
+    if not rules.everybody:
+        notes.append("data.max_users is set, so users who are absent from the data keep serving")
+    if lost:
+        notes.append(f"{len(lost):,} users train again: their prefix file is lost or damaged")
+    return tuple(notes)
 
 
 def make_packs(users: Sequence[PlannedUser], pack_users: int, workers: int) -> tuple[Pack, ...]:
@@ -73,15 +254,17 @@ def make_packs(users: Sequence[PlannedUser], pack_users: int, workers: int) -> t
     count = max(-(-len(ordered) // pack_users), min(workers, len(ordered)))
     per_pack = sum(user.tokens for user in ordered) / count
     packs: list[list[PlannedUser]] = [[]]
+    filled = 0  # tokens of the last pack
     for position, user in enumerate(ordered):
-        filled = sum(one.tokens for one in packs[-1])
         left = len(ordered) - position
         open_packs = count - len(packs)
         # A pack ends when it is full, or has its share of the tokens and the rest fits the others.
         enough = filled >= per_pack and left <= open_packs * pack_users and open_packs > 0
         if packs[-1] and (len(packs[-1]) >= pack_users or enough or left <= open_packs):
             packs.append([])
+            filled = 0
         packs[-1].append(user)
+        filled += user.tokens
     return tuple(Pack(pack_id=_pack_id(pack), users=tuple(pack)) for pack in packs)
 
 

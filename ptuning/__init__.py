@@ -12,11 +12,11 @@ Needs torch and transformers only. Names are imported when they are first used, 
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
-# The tokenizers library warns in forked workers unless this is decided beforehand.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from ptuning.system import environment
+
+environment.set_defaults("TOKENIZERS_PARALLELISM")  # before a tokenizer is made
 
 if TYPE_CHECKING:
     from ptuning.data.encode import Encoded

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-Status = Literal["trained", "unchanged", "too_few", "failed"]
+Status = Literal["trained", "unchanged", "too_few", "retired", "failed"]
 Decision = Literal["promoted", "rejected", "pending"]
 
 

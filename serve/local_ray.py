@@ -12,10 +12,10 @@ import logging
 import os
 from typing import Any
 
-# Read when ray is imported, also by the processes that Ray starts.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+from ptuning.system import environment
+
 _LOOPBACK_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-os.environ.setdefault(_LOOPBACK_NODE, "0")
+environment.keep_new_ray_on_loopback()  # read when ray is imported, and by what Ray starts
 
 import ray  # noqa: E402
 import ray._private.ray_constants as ray_constants  # noqa: E402
@@ -40,14 +40,16 @@ def start_ray(num_cpus: float) -> bool:
     if loopback:
         _need(ray_constants, "ENABLE_RAY_CLUSTER")
         ray_constants.ENABLE_RAY_CLUSTER = False  # if ray was imported before this module
-    ray.init(
-        address="local",
-        num_cpus=max(1, round(num_cpus)),
-        include_dashboard=False,
-        object_store_memory=_STORE_BYTES,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    environment.silence_loggers()
+    with environment.neutral_directory():
+        ray.init(
+            address="local",
+            num_cpus=max(1, round(num_cpus)),
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
     if loopback and (address := ray.util.get_node_ip_address()) not in _LOOPBACK:
         ray.shutdown()
         raise ServeError(

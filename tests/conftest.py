@@ -10,11 +10,11 @@ import pytest
 from hypothesis import settings
 from tiny_model import save_model
 
+from ptuning.system import environment
+
 # Read when Ray and Transformers are imported, so they are set before any test imports them.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+environment.set_defaults()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # A busy machine is no failure; the whole test has pytest's deadline.
 settings.register_profile("ptuning", deadline=None)

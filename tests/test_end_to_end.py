@@ -37,7 +37,7 @@ def _run(data: Path, store: Path, model: Path, log: Path, *more: str) -> dict[st
         process.kill()
     assert code == 0, log.read_text()[-3000:]
     newest = max(store.glob("runs/*/summary.json"))
-    table = pq.read_table(newest.parent / "users.parquet").to_pylist()
+    table = pq.read_table(newest.parent / "users").to_pylist()
     return {row["user_id"]: row for row in table}
 
 

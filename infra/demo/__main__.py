@@ -8,7 +8,6 @@ demo finds nothing to train.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,9 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import httpx
 import pyarrow.parquet as pq
@@ -91,7 +87,7 @@ def _tune(console: Console, data: Path) -> str:
 def _losses(run_id: str) -> list[LossRow]:
     """Per user the figures of the run that trained them last, newest run first."""
     found: dict[str, LossRow] = {}
-    for path in sorted((STORE / "runs").glob("*/users.parquet"), reverse=True):
+    for path in sorted((STORE / "runs").glob("*/users/*.parquet"), reverse=True):
         for row in pq.read_table(path).to_pylist():
             if row["status"] == "trained" and row["user_id"] not in found:
                 found[row["user_id"]] = LossRow(
@@ -107,7 +103,7 @@ def _promoted() -> set[str]:
     """Users who were promoted in some run of this store."""
     return {
         row["user_id"]
-        for path in (STORE / "runs").glob("*/users.parquet")
+        for path in (STORE / "runs").glob("*/users/*.parquet")
         for row in pq.read_table(path).to_pylist()
         if row["decision"] == "promoted"
     }

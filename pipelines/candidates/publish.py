@@ -1,20 +1,11 @@
-"""The run's only contact with the service: its configuration, starting it, what it reads."""
+"""Publish what a run promoted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from ptuning.errors import ConfigError, RunError
-from ptuning.registry import registry_uri
+from ptuning.errors import RunError
 from ptuning.registry.base import Registry
-from ptuning.store import Store
-from serve.config import ServeConfig
-
-if TYPE_CHECKING:
-    from pipelines.config import RunConfig
-
-__all__ = ["ServeConfig", "deploy", "registry_of", "serve_forever"]
 
 
 def deploy(registry: Registry, promoted: Mapping[str, str], prefix_name: str) -> None:
@@ -37,30 +28,3 @@ def deploy(registry: Registry, promoted: Mapping[str, str], prefix_name: str) ->
             seen=f"{len(astray)} of {len(promoted)} users, such as {astray[0]}",
             fix="another run may have promoted meanwhile; run again to compare with it",
         )
-
-
-def registry_of(config: RunConfig, store: Store) -> str:
-    """URI of the registry that a reading verb uses. A mistyped store must not become a new,
-    empty one that answers everybody with the base model."""
-    if config.registry.uri is None and store.is_local and not store.exists("mlflow.db"):
-        raise ConfigError(
-            "no run has been made in this store",
-            seen=store.root,
-            expected="a store with an mlflow.db",
-            fix="check --store, run `ptuning run` first, or set registry.uri",
-        )
-    return registry_uri(config.registry, store)
-
-
-def serve_forever(config: RunConfig, store: str) -> None:
-    """Run the service until it is stopped."""
-    import serve.app
-
-    registry_of(config, Store(store))
-    serve.app.run(
-        config.serve,
-        store=Store(store).root,
-        backbone=config.backbone,
-        template=config.data.template,
-        registry=config.registry,
-    )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
 from pipelines.plan import PlannedUser
+from pipelines.report.metrics import WHO, check_names
 from ptuning.registry.base import PackRecord, Registration, Registry
 from ptuning.store import Store, prefix_path
 from ptuning.types import Gate, UserReport
@@ -53,17 +54,60 @@ def hold_overtaken(
     prefix_name: str,
     reports: Sequence[UserReport],
     planned: Mapping[str, PlannedUser],
-) -> None:
-    """Leave a user `pending` whose champion changed since the plan: it was never compared with."""
+) -> set[str]:
+    """Leave users `pending` whose aliases changed since the plan.
+
+    A champion that is new was never compared with. A candidate that is new is a newer run's: then
+    this run's prefix is of older rows or settings, and is not to be registered at all, or an old
+    run that is resumed would move the alias back and everybody would train again. Returns the
+    keys of those.
+    """
     current = registry.current(planned, prefix_name)
+    overtaken = set()
     for report in reports:
-        now = current.get(report.user_key)
+        if report.status != "trained":
+            continue
+        now, user = current.get(report.user_key), planned[report.user_key]
         champion = now.champion.digest if now and now.champion else None
-        known = (None, planned[report.user_key].champion_digest, report.digest)
-        if report.decision == "promoted" and champion not in known:
-            report.decision = "pending"
+        candidate = now.candidate.digest if now and now.candidate else None
+        if candidate not in (None, user.candidate_digest, report.digest):
+            overtaken.add(report.user_key)
+            _hold(report, "a newer run trained this user meanwhile; its prefix stays")
+        elif report.decision == "promoted" and champion not in (
+            None,
+            user.champion_digest,
+            report.digest,
+        ):
             reason = "the champion changed while this run worked; the next run compares with it"
-            report.gate = Gate(decision="pending", reason=reason)
+            _hold(report, reason)
+    return overtaken
+
+
+def _hold(report: UserReport, reason: str) -> None:
+    report.decision = "pending"
+    report.gate = Gate(decision="pending", reason=reason)
+
+
+def retire_users(
+    registry: Registry, user_keys: Sequence[str], prefix_name: str, run_id: str
+) -> list[str]:
+    """Take both aliases away: the base model answers these users from here on. Returns whose.
+
+    The candidate's too, or a user who comes back with the same rows would be taken for one whose
+    prefix is up to date. It goes last: whoever is killed in between retires the user again. A user
+    whom a newer run than `run_id` judged has rows again, and stays.
+    """
+    retired = []
+    for key, now in registry.current(user_keys, prefix_name).items():
+        versions = [version for version in (now.candidate, now.champion) if version is not None]
+        if any(version.run_id > run_id for version in versions):
+            continue
+        if now.champion is not None:
+            registry.remove_alias(key, prefix_name, "champion")
+        if now.candidate is not None:
+            registry.remove_alias(key, prefix_name, "candidate")
+        retired.append(key)
+    return retired
 
 
 def user_metrics(report: UserReport) -> dict[str, float]:
@@ -77,7 +121,7 @@ def user_metrics(report: UserReport) -> dict[str, float]:
         base, own = (figures.get(f"nll_{who}_{split}") for who in ("base", "candidate"))
         if base is not None and own is not None:
             figures[f"gain_over_base_{split}"] = base - own
-    return figures
+    return check_names(figures)
 
 
 def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
@@ -88,9 +132,9 @@ def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
         "users_promoted": sum(report.decision == "promoted" for report in reports),
         "users_failed": sum(report.status == "failed" for report in reports),
     }
-    for who in ("base", "candidate", "other"):
+    for who in WHO:
         losses = [user_metrics(report).get(f"nll_{who}_valid") for report in trained]
         known = [loss for loss in losses if loss is not None]
         if known:
             figures[f"nll_{who}_valid_median"] = median(known)
-    return figures
+    return check_names(figures)

@@ -8,18 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-
-# Read when ray is imported.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Threads that wait by spinning stop a busy machine (infra/decisions.md).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import ray
 import ray._private.ray_constants as ray_constants
@@ -30,6 +22,7 @@ from ptuning.model.devices import choose_attention, choose_device, choose_dtype,
 from ptuning.model.fingerprint import fingerprint_of
 from ptuning.model.load import load_template, model_class, read_config, weight_bytes
 from ptuning.model.locate import locate
+from ptuning.system import environment
 from ptuning.system.private import set_private
 
 _WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, measured
@@ -43,17 +36,19 @@ def session(config: RayConfig) -> Iterator[float]:
     if ours and config.address is None:
         # A Ray of our own is for this machine alone: it listens on loopback only. The name
         # speaks of Windows; what it does is to make the node's address 127.0.0.1.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        environment.keep_new_ray_on_loopback()
         set_private(ray_constants, "ENABLE_RAY_CLUSTER", False)
     if ours:
         try:
-            ray.init(
-                address=config.address or "local",
-                include_dashboard=False if config.address is None else None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                configure_logging=False,
-            )
+            environment.silence_loggers()
+            with environment.neutral_directory():
+                ray.init(
+                    address=config.address or "local",
+                    include_dashboard=False if config.address is None else None,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    configure_logging=False,
+                )
         except (ConnectionError, RuntimeError) as error:
             raise RunError(
                 "Ray cannot be reached or started",

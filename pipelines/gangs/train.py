@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.config import RayConfig
+from pipelines.done_record import DoneRecord
 from pipelines.gangs.cluster import Gang
 from pipelines.gangs.meeting import join_peers, leave_peers
-from pipelines.gangs.worker import PackJob, losses_from_json, losses_to_json, pack_machine
+from pipelines.gangs.worker import PackJob, pack_machine
 from pipelines.plan import Pack, Plan, assign
+from pipelines.run_folder import RunFolder
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import RunError
 from ptuning.model.backbone import Backbone
@@ -33,7 +35,6 @@ from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.store import Store
 from ptuning.train.step import Driver, LocalDriver, Machine, Train
-from ptuning.types import UserReport
 from ptuning.users import Recipe
 
 TICK_S = 0.5  # how often a worker reports tokens, and the driver looks
@@ -55,28 +56,12 @@ class GangTask:
     threads: int
 
 
-def done_name(run_id: str, pack_id: str) -> str:
-    """Name of a pack's done-record, the commit of its users."""
-    return f"runs/{run_id}/done/{pack_id}.json"
-
-
-def read_done(store: Store, run_id: str, packs: Iterable[Pack]) -> dict[str, list[UserReport]]:
-    """Reports of the committed packs, by pack id."""
-    names = set(store.list(f"runs/{run_id}/done"))
-    done = {}
-    for pack in packs:
-        if f"{pack.pack_id}.json" in names:
-            record = store.read_json(done_name(run_id, pack.pack_id))
-            done[pack.pack_id] = [_report_from_json(user) for user in record["users"]]
-    return done
-
-
 def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: Progress) -> None:
     """Train every pack that has no done-record. Raises RunError if the gang cannot finish."""
-    store = Store(task.store)
-    done = read_done(store, task.run_id, plan.packs)
+    folder = RunFolder(Store(task.store), task.run_id)
+    done = folder.done_packs()
     remaining = [pack for pack in plan.packs if pack.pack_id not in done]
-    before = sum(len(reports) for reports in done.values())
+    before = sum(len(pack.users) for pack in plan.packs if pack.pack_id in done)
     progress(before, 0)
     if not remaining:
         return
@@ -105,7 +90,7 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
         ),
         run_config=ray.train.RunConfig(
             name=f"gang-{task.run_id}",
-            storage_path=_scratch(store, task.run_id),
+            storage_path=folder.scratch,
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
@@ -118,14 +103,9 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
                 seen=_root_cause(error),
                 fix="mend the cause and run the same command again; committed users are kept",
             ) from error
-    missing = len(plan.packs) - len(read_done(store, task.run_id, plan.packs))
+    missing = len({pack.pack_id for pack in plan.packs} - folder.done_packs())
     if missing:
         raise RunError("the gang ended without training every pack", seen=f"{missing} packs left")
-
-
-def _scratch(store: Store, run_id: str) -> str:
-    """Where Ray Train keeps its own state: it is not part of the run's results."""
-    return store.path("runs", run_id, "ray")
 
 
 def _root_cause(error: BaseException) -> str:
@@ -181,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
     rank, size = context.get_world_rank(), context.get_world_size()
     store = Store(task.store)
     plan: Plan = config["plan"]
-    done = read_done(store, task.run_id, plan.packs)
+    done = RunFolder(store, task.run_id).done_packs()
     # Shares are of the whole plan: ranks that list `done` at different moments must agree.
     share = [pack for pack in assign(plan.packs, size)[rank] if pack.pack_id not in done]
     sharded = task.backbone.sharding == "zero3"
@@ -222,13 +202,14 @@ def _all_packs(
         start = time.monotonic()
         reports = yield from pack_machine(backbone, job, pack)
         backbone.verify_unchanged(before)
-        record = {
-            "pack_id": pack.pack_id,
-            "attempt": attempt,
-            "seconds": round(time.monotonic() - start, 3),
-            "users": [_report_to_json(report) for report in reports],
-        }
-        if job.store.write_once(done_name(task.run_id, pack.pack_id), record):
+        record = DoneRecord(
+            pack_id=pack.pack_id,
+            attempt=attempt,
+            seconds=round(time.monotonic() - start, 3),
+            champions={user.user_key: user.champion_digest for user in pack.users},
+            reports=tuple(reports),
+        )
+        if RunFolder(job.store, task.run_id).commit(record):
             board.add.remote(len(reports), 0)
 
 
@@ -248,27 +229,3 @@ def _counted(machine: Machine[None], board: Any) -> Machine[None]:
             board.add.remote(0, tokens)
             tokens, told = 0, time.monotonic()
         result = yield work
-
-
-def _report_to_json(report: UserReport) -> dict[str, Any]:
-    value = {
-        name: getattr(report, name)
-        for name in ("user_key", "status", "digest", "error", "stage", "steps", "tokens", "details")
-    }
-    history = [
-        {name: _finite(loss) for name, loss in dict(epoch).items()} for epoch in report.history
-    ]
-    return {**value, "history": history, "losses": losses_to_json(report)}
-
-
-def _report_from_json(value: dict[str, Any]) -> UserReport:
-    return UserReport(**{**value, "losses": losses_from_json(value["losses"])})
-
-
-def _finite(loss: object) -> object:
-    """JSON has no NaN; the error of a failed user says what it was."""
-    return (
-        loss
-        if not isinstance(loss, float) or (loss == loss and abs(loss) != float("inf"))
-        else None
-    )

@@ -6,7 +6,6 @@ through the same code in lock-step with its peers.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,13 +20,13 @@ from ptuning.errors import ArtifactError, CorruptArtifact, PTuningError, WrongMe
 from ptuning.model.backbone import Backbone
 from ptuning.prefix.artifact import ArtifactConfig, Prefix, make_prefix, pack_prefix
 from ptuning.scoring import score_split
-from ptuning.store import Store, prefix_path, read_uri, resume_path
+from ptuning.store import Store, prefix_path, resume_path
 from ptuning.train.config import Trained, UserRows
 from ptuning.train.packed import train_pack
 from ptuning.train.resume import Resume
 from ptuning.train.start import positions_of
 from ptuning.train.step import Machine
-from ptuning.types import Example, Split, SplitLosses, UserReport, seed_of, user_key
+from ptuning.types import Example, Split, UserReport, seed_of, user_key
 from ptuning.users import Recipe, belongs, check_resume, meta_of, prepare, warm_start
 
 
@@ -130,11 +129,11 @@ def _check_data(backbone: Backbone, job: PackJob, member: _Member) -> None:
 def _champion(backbone: Backbone, job: PackJob, member: _Member) -> Prefix | None:
     """The prefix the user has now, if this backbone can still use it."""
     planned = member.planned
-    if planned.champion_uri is None:
+    if planned.champion_digest is None:
         return None
     try:
         return Prefix.from_bytes(
-            read_uri(planned.champion_uri),
+            job.store.read(prefix_path(planned.user_key, planned.champion_digest)),
             backbone,
             user_key=planned.user_key,
             prefix_name=job.recipe.prefix_name,
@@ -290,31 +289,3 @@ def _alike(prefixes: Sequence[Prefix | None]) -> list[list[int]]:
             shapes = [(name, tuple(t.shape)) for name, t in sorted(prefix.members[0].items())]
             groups[(str(shapes), len(prefix.members), prefix.seen)].append(n)
     return list(groups.values())
-
-
-def losses_to_json(report: UserReport) -> dict[str, dict[str, dict[str, list[Any]]]]:
-    """Losses as JSON, which has no NaN: null stands for a loss that is not finite."""
-    return {
-        who: {
-            split: {
-                "nats": [nats if math.isfinite(nats) else None for nats in loss.nats],
-                "tokens": list(loss.tokens),
-            }
-            for split, loss in splits.items()
-        }
-        for who, splits in report.losses.items()
-    }
-
-
-def losses_from_json(value: Mapping[str, Any]) -> dict[str, dict[str, SplitLosses]]:
-    """The inverse of `losses_to_json`."""
-    return {
-        who: {
-            split: SplitLosses(
-                nats=tuple(math.nan if nats is None else float(nats) for nats in loss["nats"]),
-                tokens=tuple(int(count) for count in loss["tokens"]),
-            )
-            for split, loss in splits.items()
-        }
-        for who, splits in value.items()
-    }

@@ -20,13 +20,15 @@ from pipelines.report.summary import (
     loss_text,
     next_steps,
     nll,
+    notice_lines,
     percent_text,
-    redact,
+    reason_of,
     shares,
     stage_rates,
     summary,
     trained_users,
 )
+from ptuning.system.redaction import hide_user
 from ptuning.types import UserReport
 
 USERS_SHOWN = 200  # in the page
@@ -73,7 +75,8 @@ def html_report(facts: RunFacts) -> str:
         _cards(facts, result),
         _drawing_section(facts),
         _time_section(facts, result),
-        _failures_section(result["failures"]),
+        _failures_section(result),
+        _notices_section(facts),
         _users_section(facts),
         _next_section(facts),
     ]
@@ -156,11 +159,18 @@ def _time_section(facts: RunFacts, result: dict[str, Any]) -> str:
     return _section("Time", _html_table(("stage", "time#", "throughput#"), rows))
 
 
-def _failures_section(found: list[dict[str, str]]) -> str:
+def _failures_section(result: dict[str, Any]) -> str:
+    found = result["failures"]
     if not found:
         return ""
-    rows = [(f["user_key"][:12], f["stage"], f["error"]) for f in found[:USERS_SHOWN]]
-    return _section(f"Failures ({len(found):,})", _html_table(("user key", "stage", "error"), rows))
+    rows = [(f["user_key"][:12], f["stage"], f["error"]) for f in found]
+    title = f"Failures ({result['users']['failed']:,})"
+    return _section(title, _html_table(("user key", "stage", "error"), rows))
+
+
+def _notices_section(facts: RunFacts) -> str:
+    lines = "".join(f"<p>{_escape(line)}</p>" for line in notice_lines(facts))
+    return _section("Worth knowing", lines) if lines else ""
 
 
 def _users_section(facts: RunFacts) -> str:
@@ -170,16 +180,15 @@ def _users_section(facts: RunFacts) -> str:
     shown = ""
     if len(facts.users) > USERS_SHOWN:
         shown = f"The first {USERS_SHOWN} of {len(facts.users):,}. "
-    note = f'<p class="soft">{shown}users.parquet has every user, with ids.</p>'
+    note = f'<p class="soft">{shown}The table in users/ has every user, with ids.</p>'
     return _section("Users", note + _html_table(head, rows))
 
 
-def _page_row(user_id: str, report: UserReport) -> tuple[str, ...]:
+def _page_row(user_id: str | None, report: UserReport) -> tuple[str, ...]:
     # What is published comes from test rows where there are any.
     split = "valid" if nll(report, "candidate", "test") is None else "test"
     base, own = nll(report, "base", split), nll(report, "candidate", split)
     gain = f"{base - own:+.3f}" if base is not None and own is not None else "–"
-    why = report.error or (report.gate.reason if report.gate else "")
     return (
         report.user_key[:12],
         report.decision or report.status.replace("_", " "),
@@ -190,7 +199,7 @@ def _page_row(user_id: str, report: UserReport) -> tuple[str, ...]:
         split if own is not None else "–",
         f"{report.steps:,}",
         f"{report.tokens:,}",
-        redact(why, user_id),
+        hide_user(reason_of(report) or "", user_id or ""),
     )
 
 

@@ -2,41 +2,90 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from pipelines.run_folder import RunFolder, all_runs
+from ptuning.errors import RunError
 from ptuning.store import Store
 
-
-def print_status(console: Console, store: Store) -> None:
-    """One line per run, newest last."""
-    runs = [run for run in store.list("runs") if store.exists(f"runs/{run}/config.yaml")]
-    if not runs:
-        console.print(f"no runs in {store.root}; begin with: ptuning run --data PATH")
-        return
-    table = Table(title=store.root, title_justify="left")
-    for column in ("run", "state", "users", "trained", "promoted", "failed", "nll base → own"):
-        is_text = column in ("run", "state")
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
-    for run in runs:
-        table.add_row(run, *_row(store, run))
-    console.print(table)
+_STYLES = {"finished": "green", "running": "cyan", "stopped": "red", "unfinished": "yellow"}
 
 
-def _row(store: Store, run: str) -> list[str]:
-    if store.exists(f"runs/{run}/summary.json"):
-        summary = store.read_json(f"runs/{run}/summary.json")
-        users, nll = summary["users"], summary["nll"]
-        losses = (
-            f"{nll['base']:.3f} → {nll['candidate']:.3f}"
-            if nll.get("base") is not None and nll.get("candidate") is not None
-            else ""
+def run_states(store: Store) -> list[dict[str, Any]]:
+    """One entry per run, oldest first: `run_id`, `state`, `packs` {done, total}, `summary`.
+
+    `packs` and `summary` are None before there is a plan or an end. Raises RunError where there
+    is no store: a mistyped path has no runs either, and must not look like a quiet night.
+    """
+    if not _exists(store):
+        raise RunError(
+            "there is no store there",
+            seen=store.root,
+            expected="a directory or prefix that `ptuning run` has written",
+            fix="check --store, or begin with: ptuning run --data PATH",
         )
-        counts = [str(users[key]) for key in ("total", "trained", "promoted", "failed")]
-        return ["done", *counts, losses]
-    if not store.exists(f"runs/{run}/plan.json"):
-        return ["begun", "", "", "", "", ""]
-    plan = store.read_json(f"runs/{run}/plan.json")
-    done = len([name for name in store.list(f"runs/{run}/done") if name.endswith(".json")])
-    users = sum(len(pack["users"]) for pack in plan["packs"])
-    return [f"unfinished: {done} of {len(plan['packs'])} packs", str(users), "", "", "", ""]
+    return [_entry(folder) for folder in all_runs(store)]
+
+
+def _exists(store: Store) -> bool:
+    return bool(store.list(".")) if store.is_local else bool(store.list("runs"))
+
+
+def _entry(folder: RunFolder) -> dict[str, Any]:
+    plan = folder.read_plan_header()
+    packs = None
+    if plan is not None:
+        done = folder.done_packs()
+        ids = [*plan["packs"], *plan["judged"]]
+        packs = {"done": sum(pack in done for pack in ids), "total": len(ids)}
+    return {
+        "run_id": folder.run_id,
+        "state": folder.state(),
+        "packs": packs,
+        "summary": folder.read_summary(),
+    }
+
+
+def print_status(console: Console, store: str, states: list[dict[str, Any]]) -> None:
+    """One line per run, newest last, in less than 80 columns."""
+    if not states:
+        console.print(f"no runs in {store}; begin with: ptuning run --data PATH", soft_wrap=True)
+        return
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("run", "state", "users", "trained", "promoted", "failed", "nll"):
+        side = "left" if column in ("run", "state") else "right"
+        table.add_column(column, justify=side, no_wrap=True, overflow="ignore")  # type: ignore[arg-type]
+    for state in states:
+        table.add_row(*_row(state))
+    # Wider than the screen is better than cut: a pipe has no width at all.
+    needed = console.measure(table).maximum
+    console.print(table, soft_wrap=True, width=max(console.width, needed))
+
+
+def _row(state: dict[str, Any]) -> list[str | Text]:
+    style = _STYLES[state["state"]]
+    summary, packs = state["summary"], state["packs"]
+    if summary is None:
+        told = state["state"] if packs is None else f"{state['state']} {_share(packs)}"
+        return [state["run_id"], Text(told, style=style), "", "", "", "", ""]
+    users, nll = summary["users"], summary["nll"]
+    counts = [_short(users[key]) for key in ("total", "trained", "promoted", "failed")]
+    losses = ""
+    if nll["base"] is not None and nll["candidate"] is not None:
+        losses = f"{nll['base']:.2f}→{nll['candidate']:.2f}"
+    return [state["run_id"], Text(state["state"], style=style), *counts, losses]
+
+
+def _share(packs: dict[str, int]) -> str:
+    return f"{100 * packs['done'] // max(1, packs['total'])} %"
+
+
+def _short(count: int) -> str:
+    """Four characters and a letter at most: 999,999 is `1000k`."""
+    if count < 100_000:
+        return str(count)
+    return f"{count / 1000:.0f}k" if count < 10_000_000 else f"{count / 1e6:.0f}M"

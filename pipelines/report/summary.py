@@ -1,6 +1,6 @@
-"""What a run says at its end: summary.json, users.parquet and the terminal's report.
+"""What a run says at its end: summary.json, the users table and the terminal's report.
 
-The page is pipelines/html_report.py, the bar while it works pipelines/progress.py.
+The page is pipelines/report/page.py, the bar while it works pipelines/report/progress.py.
 
 Everything is computed from one value, `RunFacts`; nothing here reads a store or a registry,
 so a report can be made again from what was committed. The price is that all users' reports
@@ -13,51 +13,70 @@ key, and an id that an error message quotes is taken out before it is shown.
 from __future__ import annotations
 
 import math
-import re
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, Protocol
 
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.report.metrics import SCORED, WHO
 from ptuning.errors import RunError
+from ptuning.system.redaction import hide_passwords, hide_user
 from ptuning.types import SPLITS, UserReport, user_key
 
 STAGES = ("start", "partition", "plan", "tune", "evaluate", "register", "deploy")
-STATUSES = ("trained", "unchanged", "too_few", "failed")
+STATUSES = ("trained", "unchanged", "too_few", "retired", "failed")
 DECISIONS = ("promoted", "rejected", "pending")
-WHO = ("base", "champion", "candidate", "other")
 
+FAILURES_KEPT = 100  # in summary.json
 FAILURES_SHOWN = 5  # on the terminal
+
+
+class BadFile(Protocol):
+    """Quarantined rows of one file, and their most frequent reasons with counts."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def reasons(self) -> Sequence[tuple[str, int]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """All that a report is made from.
 
-    `users` are (user_id, report) of every user in the run's partitions; `users_total` is
-    their number as the partitions' index has it, and is checked against `users`.
+    `users` are (user_id, report) of every user in the run's partitions, and of those who retired
+    because they are in none, whose id is None; `users_total` is their number by the index and the
+    plan, and is checked against `users`. `key_of` is how the store makes a key from an id.
     `split_rows[user_key][split]` counts rows. `seconds` has a value for each stage that ran,
-    and `total` (without it: the stages' sum). `store`, `registry_uri` and `report_path` are
-    only printed.
+    and `total` (without it: the stages' sum). `notices` and `bad_files` say what was skipped and
+    what was taken for granted. `options` are what the next command needs besides `--store`; with
+    `store`, `registry_uri` and `report_path` they are only printed.
     """
 
     run_id: str
-    users: Sequence[tuple[str, UserReport]]
+    users: Sequence[tuple[str | None, UserReport]]
     users_total: int
     rows_read: int
     rows_kept: int
     rows_quarantined: int
     tokens_trained: int
     seconds: Mapping[str, float]
-    split_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    split_rows: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
+    notices: Sequence[str] = ()
+    bad_files: Sequence[BadFile] = ()
+    key_of: Callable[[str], str] = user_key
+    options: Sequence[str] = ()
     store: str = ""
     registry_uri: str = ""
     report_path: str = ""
@@ -70,10 +89,14 @@ def summary(facts: RunFacts) -> dict[str, Any]:
     """summary.json as design.md has it; raises RunError where its sums do not hold.
 
     Losses are nats per completion token: medians over trained users, None without any.
+    `users` adds up: total = trained + unchanged + too_few + retired + failed, and trained =
+    promoted + rejected + pending. Users whose prefix is unchanged, but was judged by another gate
+    than before, are unchanged there and counted by decision in `judged_again`.
     """
     result: dict[str, Any] = {
         "run_id": facts.run_id,
         "users": _counts(facts),
+        "judged_again": _judged_again(facts),
         "rows": {
             "read": facts.rows_read,
             "kept": facts.rows_kept,
@@ -82,7 +105,7 @@ def summary(facts: RunFacts) -> dict[str, Any]:
         "tokens_trained": facts.tokens_trained,
         "seconds": _seconds(facts),
         "nll": _medians(facts, "valid"),
-        "failures": failures(facts),
+        "failures": failures(facts)[:FAILURES_KEPT],
     }
     on_test = _medians(facts, "test")
     if any(value is not None for value in on_test.values()):
@@ -96,7 +119,7 @@ def failures(facts: RunFacts) -> list[dict[str, str]]:
         {
             "user_key": report.user_key,
             "stage": report.stage or "unknown",
-            "error": redact(report.error or "no reason was kept", user_id),
+            "error": hide_user(report.error or "no reason was kept", user_id or ""),
         }
         for user_id, report in facts.users
         if report.status == "failed"
@@ -104,24 +127,26 @@ def failures(facts: RunFacts) -> list[dict[str, str]]:
     return sorted(found, key=lambda failure: failure["user_key"])
 
 
-def redact(text: str, user_id: str) -> str:
-    """The text without the user's id, which an error may quote plainly or as a literal."""
-    for form in {user_id, repr(user_id)[1:-1]}:
-        # Whole words only: the id "a" must not eat the letters of the message.
-        text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "<user>", text)
-    return text
-
-
 def _counts(facts: RunFacts) -> dict[str, int]:
     _check_identity(facts)
     statuses = Counter[str](report.status for _, report in facts.users)
-    decisions = Counter[str](report.decision for _, report in facts.users if report.decision)
+    decisions = Counter[str](report.decision for report in trained_users(facts) if report.decision)
     counts = {"total": facts.users_total}
     counts |= {status: statuses[status] for status in STATUSES}
     counts |= {decision: decisions[decision] for decision in DECISIONS}
     _check_sum(facts, counts, "total", STATUSES)
     _check_sum(facts, counts, "trained", DECISIONS)
     return counts
+
+
+def _judged_again(facts: RunFacts) -> dict[str, int]:
+    """Unchanged users with a decision: another gate judged the prefix they have."""
+    decisions = Counter[str](
+        report.decision
+        for _, report in facts.users
+        if report.status == "unchanged" and report.decision
+    )
+    return {decision: decisions[decision] for decision in DECISIONS}
 
 
 def _check_sum(facts: RunFacts, counts: dict[str, int], whole: str, parts: Iterable[str]) -> None:
@@ -140,8 +165,8 @@ def _check_identity(facts: RunFacts) -> None:
     """Each report is its own user's, and no user has two."""
     seen: set[str] = set()
     for user_id, report in facts.users:
-        if report.user_key != user_key(user_id) or report.user_key in seen:
-            twice = report.user_key in seen
+        twice = report.user_key in seen
+        if twice or (user_id is not None and report.user_key != facts.key_of(user_id)):
             raise RunError(
                 "A user has two reports" if twice else "A report is under another user's id",
                 seen=report.user_key,
@@ -190,37 +215,31 @@ def nll(report: UserReport, who: str, split: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-# ---------------------------------------------------------------- users.parquet
+# ---------------------------------------------------------------- the users table
 
 USERS_SCHEMA = pa.schema(
     [
-        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("user_id", pa.string()),  # none: the user retired, and is in no row any more
         pa.field("user_key", pa.string(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("decision", pa.string()),
         pa.field("digest", pa.string()),
         *(pa.field(f"rows_{split}", pa.int64()) for split in SPLITS),
-        *(
-            pa.field(f"nll_{who}_{split}", pa.float64())
-            for split in ("valid", "test")
-            for who in WHO
-        ),
+        *(pa.field(f"nll_{who}_{split}", pa.float64()) for split in SCORED for who in WHO),
         pa.field("steps", pa.int64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
-        pa.field("gate_reason", pa.string()),
-        pa.field("stage", pa.string()),
-        pa.field("error", pa.string()),
+        pa.field("reason", pa.string()),
     ]
 )
 
 
 def users_table(facts: RunFacts) -> pa.Table:
-    """users.parquet: one row per user, in the order given. Losses in nats per token."""
+    """One row per user, in the order given. Losses in nats per completion token."""
     rows = [_user_row(user_id, report, facts) for user_id, report in facts.users]
     return pa.Table.from_pylist(rows, schema=USERS_SCHEMA)
 
 
-def _user_row(user_id: str, report: UserReport, facts: RunFacts) -> dict[str, Any]:
+def _user_row(user_id: str | None, report: UserReport, facts: RunFacts) -> dict[str, Any]:
     counts = facts.split_rows.get(report.user_key, {})
     return {
         "user_id": user_id,
@@ -230,12 +249,23 @@ def _user_row(user_id: str, report: UserReport, facts: RunFacts) -> dict[str, An
         "digest": report.digest,
         "steps": report.steps,
         "tokens": report.tokens,
-        "gate_reason": report.gate.reason if report.gate else None,
-        "stage": report.stage,
-        "error": report.error,
+        "reason": reason_of(report),
         **{f"rows_{split}": counts.get(split) for split in SPLITS},
-        **{f"nll_{who}_{split}": nll(report, who, split) for who in WHO for split in SPLITS[1:]},
+        **{f"nll_{who}_{split}": nll(report, who, split) for who in WHO for split in SCORED},
     }
+
+
+def reason_of(report: UserReport) -> str | None:
+    """Why the user came out as they did: the failure, the gate's words, or what is missing."""
+    if report.status == "failed":
+        return f"{report.stage or 'unknown stage'}: {report.error or 'no reason was kept'}"
+    if report.gate is not None:
+        return report.gate.reason
+    return {
+        "too_few": "too few rows to train on; the base model answers",
+        "retired": "the rows are gone, or too few are left; the base model answers",
+        "unchanged": "nothing that the prefix depends on has changed",
+    }.get(report.status)
 
 
 # ---------------------------------------------------------------- figures both reports show
@@ -292,24 +322,19 @@ def stage_rates(facts: RunFacts) -> dict[str, str]:
 
 
 def next_steps(facts: RunFacts) -> list[tuple[str, str]]:
-    """(what, command or place) of what a person does after a run."""
+    """(what, command or place) of what a person does after a run; commands can be pasted."""
     steps = []
     if facts.store:
-        steps.append(("answer as these users", f"ptuning serve --store {shlex.quote(facts.store)}"))
+        options = shlex.join(["--store", facts.store, *facts.options])
+        steps.append(("answer as these users", f"ptuning serve {options}"))
+        steps.append(("ask as one of them", f'ptuning generate {options} --user ID "your prompt"'))
     if facts.registry_uri:
-        uri = _without_password(facts.registry_uri)
+        uri = hide_passwords(facts.registry_uri)
         command = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         steps.append(("models and metrics", uri if uri.startswith("http") else command))
     if facts.report_path:
         steps.append(("this report", facts.report_path))
     return steps
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":***@")))
 
 
 def number_text(value: float) -> str:
@@ -344,7 +369,8 @@ def print_report(console: Console, facts: RunFacts) -> None:
     for table in (_outcomes(result), losses, _stages(facts, result)):
         console.print(table)
         console.print()
-    _print_failures(console, result["failures"])
+    _print_failures(console, result)
+    _print_notices(console, facts)
     for what, where in next_steps(facts):
         console.print(Text(f"{what}: ", style="dim") + Text(where), soft_wrap=True)
 
@@ -361,8 +387,11 @@ def _outcomes(result: dict[str, Any]) -> Table:
     table = _grid(("users", "left"), ("", "right"), ("of these", "left"))
     trained = ", ".join(f"{users[decision]:,} {decision}" for decision in DECISIONS)
     table.add_row("trained", f"{users['trained']:,}", trained)
-    table.add_row("unchanged", f"{users['unchanged']:,}", "no new rows since their last run")
-    table.add_row("too few", f"{users['too_few']:,}", "too few rows, served by the base model")
+    table.add_row("unchanged", f"{users['unchanged']:,}", _unchanged_text(result))
+    table.add_row("too few", f"{users['too_few']:,}", "too few rows to train on")
+    if users["retired"]:
+        gone = "rows gone or too few now: the base model answers"
+        table.add_row("retired", f"{users['retired']:,}", gone, style="yellow")
     style = "red" if users["failed"] else ""
     table.add_row(Text("failed", style=style), Text(f"{users['failed']:,}", style=style), "")
     used = f"{rows['read']:,} rows read, {rows['quarantined']:,} quarantined"
@@ -398,12 +427,37 @@ def _stages(facts: RunFacts, result: dict[str, Any]) -> Table:
     return table
 
 
-def _print_failures(console: Console, found: list[dict[str, str]]) -> None:
+def _unchanged_text(result: dict[str, Any]) -> str:
+    again = result["judged_again"]
+    if not sum(again.values()):
+        return "no new rows since their last run"
+    told = ", ".join(f"{again[decision]:,} {decision}" for decision in DECISIONS)
+    return f"no new rows; judged again by another gate: {told}"
+
+
+def _print_notices(console: Console, facts: RunFacts) -> None:
+    for line in notice_lines(facts):
+        console.print(Text("note: ", style="yellow") + Text(line), soft_wrap=True)
+    console.print()
+
+
+def notice_lines(facts: RunFacts) -> list[str]:
+    """What was skipped, file by file with the reasons, and what was taken for granted."""
+    bad = [
+        f"{bad.file}: {bad.rows:,} rows quarantined, most often "
+        + ", ".join(f"{reason} ({count:,})" for reason, count in bad.reasons)
+        for bad in facts.bad_files
+    ]
+    return [*facts.notices, *bad]
+
+
+def _print_failures(console: Console, result: dict[str, Any]) -> None:
+    found, failed = result["failures"], result["users"]["failed"]
     for failure in found[:FAILURES_SHOWN]:
         head = f"failed {failure['user_key'][:12]} in {failure['stage']}: "
         console.print(Text(head, style="red") + Text(failure["error"]), soft_wrap=True)
-    if len(found) > FAILURES_SHOWN:
-        more = len(found) - FAILURES_SHOWN
-        console.print(Text(f"and {more:,} more in summary.json and users.parquet", style="red"))
+    if failed > FAILURES_SHOWN:
+        more = failed - FAILURES_SHOWN
+        console.print(Text(f"and {more:,} more in the run's users table", style="red"))
     if found:
         console.print()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +58,7 @@ from pipelines.rows.readers import Piece, describe
 from pipelines.rows.streams import InputFile
 from ptuning.data.columns import ROW_RULES, ColumnNames, Columns
 from ptuning.data.encode import Template
-from ptuning.data.examples import DataConfig
+from ptuning.data.examples import NOT_OF_ROWS, DataConfig
 from ptuning.errors import DataError, RunError
 from ptuning.store import Store
 from ptuning.types import Example
@@ -152,7 +151,8 @@ def partition_id_of(
     # A key that another salt would not give; it tells nothing of the salt.
     keys = identity.user_key("")
     rules = [FORMAT, ROW_RULES]
-    parts = [rules, inputs, config.model_dump(mode="json"), template.digest, keys]
+    settings = config.model_dump(mode="json", exclude=set(NOT_OF_ROWS))
+    parts = [rules, inputs, settings, template.digest, keys]
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:20]
 
@@ -522,8 +522,6 @@ def _run_job(
     The template's reference comes in a list, or Ray would fetch it anew for each task.
     """
     if digest not in _templates:
-        # The task asked for one CPU; tokenizers would take all.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _templates.clear()
         _templates[digest] = ray.get(template[0])
     if kind == "survey":

@@ -28,6 +28,10 @@ from ptuning.types import SPLITS, Config, Example, Message, Split
 _SLACK = 16  # tokens that text and template may take more together than apart
 
 
+# Fields of DataConfig that say what a run does with users who left: no part of a partition.
+NOT_OF_ROWS = ("on_shrink", "max_shrink")
+
+
 class DataConfig(Config):
     """Which rows are learned from, and how they are laid out on disk."""
 
@@ -62,6 +66,17 @@ class DataConfig(Config):
         le=1.0,
         description="a larger share of quarantined rows fails the run; below 1, so does a file "
         "of which every row is bad",
+    )
+    on_shrink: Literal["base", "keep"] = Field(
+        default="base",
+        description="who answers a user whose rows are gone, or too few now: the base model, or "
+        "the prefix of the rows that were there",
+    )
+    max_shrink: float = Field(
+        default=0.2,
+        ge=0.0,
+        le=1.0,
+        description="a run that would take the prefix of a larger share of its users stops first",
     )
     buckets: int | None = Field(
         default=None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +37,7 @@ from ptuning.methods import METHODS, AnyMethod
 from ptuning.methods.base import Method
 from ptuning.model.batch import EMBEDDINGS, PackPrefix, Visibility
 from ptuning.model.facts import DECODER, Facts
+from ptuning.system.files import write_atomic
 from ptuning.types import Config
 
 if TYPE_CHECKING:  # it brings in Transformers
@@ -153,7 +153,7 @@ class Prefix:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the prefix file; a reader or a crash never meets half of it."""
-        return write_file(Path(path), self._bytes)
+        return write_atomic(path, self._bytes)
 
     @classmethod
     def load(
@@ -294,22 +294,6 @@ class Prefix:
                 fix=_RESTORE,
             )
         return method
-
-
-def write_file(target: Path, data: bytes) -> Path:
-    """Write a file that appears whole or not at all, in a directory made if need be."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with attempt.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(attempt, target)
-    except BaseException:
-        attempt.unlink(missing_ok=True)
-        raise
-    return target
 
 
 def make_prefix(

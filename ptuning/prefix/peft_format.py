@@ -38,7 +38,8 @@ from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape, WrongUser
 from ptuning.methods.base import MAX_VIRTUAL_TOKENS
 from ptuning.model.backbone import Backbone
 from ptuning.model.facts import DECODER
-from ptuning.prefix.artifact import Prefix, PrefixMeta, write_file
+from ptuning.prefix.artifact import Prefix, PrefixMeta
+from ptuning.system.files import write_atomic
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptuning_prefix.json"
 TENSOR = "prompt_embeddings"
@@ -76,9 +77,9 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
         **own,
     }
     target = Path(directory)
-    write_file(target / WEIGHTS, save_safetensors({TENSOR: tensor}, {"format": "pt"}))
-    write_file(target / OURS, _json({"digest": prefix.digest, "meta": asdict(prefix.meta)}))
-    write_file(target / CONFIG, _json(config))
+    write_atomic(target / WEIGHTS, save_safetensors({TENSOR: tensor}, {"format": "pt"}))
+    write_atomic(target / OURS, _json({"digest": prefix.digest, "meta": asdict(prefix.meta)}))
+    write_atomic(target / CONFIG, _json(config))
     return target
 
 

@@ -92,9 +92,9 @@ def open_registry(
 
 
 def _open_mlflow(uri: str, experiment: str, scope: Scope) -> Registry:
-    from ptuning.registry.mlflow.settings import set_defaults
+    from ptuning.system import environment
 
-    set_defaults()  # MLflow reads some of them when it is imported
+    environment.set_defaults()  # MLflow reads some of them when it is imported
     from ptuning.registry.mlflow.registry import MlflowRegistry
 
     return MlflowRegistry(uri, experiment, scope)

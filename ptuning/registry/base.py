@@ -9,7 +9,7 @@ stores can move, and whoever can write the registry cannot make a reader fetch a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -71,8 +71,9 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """One registered version. `version` is a string, as MLflow gives it; `decision` and
-    `planned_at` are of the run that judged it last."""
+    """One registered version. `version` is a string, as MLflow gives it; `decision`,
+    `planned_at`, `run_id` and `pack_id` are of the run that judged it last; its losses are kept
+    there."""
 
     user_key: str
     prefix_name: str
@@ -83,6 +84,8 @@ class Version:
     gate_digest: str = ""
     decision: str = ""
     planned_at: int = 0
+    run_id: str = ""
+    pack_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,12 @@ class Registry(Protocol):
 
     def set_alias(self, version: Version, alias: Alias) -> None:
         """Point one alias of the version's own model at it."""
+
+    def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
+        """Take an alias away; nothing happens where there is none."""
+
+    def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
+        """Keys of all users of this backbone who have a champion under that name."""
 
 
 # Rules that every registry follows.

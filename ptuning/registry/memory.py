@@ -6,7 +6,7 @@ It runs the same contract tests as MLflow. It keeps nothing beyond its process.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ptuning.errors import RegistryError
@@ -133,6 +133,25 @@ class MemoryRegistry:
                 )
             model.aliases[alias] = version.version
 
+    def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
+        """See `Registry.remove_alias`."""
+        check_alias(alias)
+        name = self.scope.model_name(user_key, prefix_name)
+        with self.server.lock:
+            self._ask()
+            if model := self.server.models.get(name):
+                model.aliases.pop(alias, None)
+
+    def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
+        """See `Registry.with_champion`."""
+        with self.server.lock:
+            self._ask()
+            named = [(name, model) for name, model in self.server.models.items() if model.aliases]
+        for name, model in named:
+            key = self.scope.key_of(name, prefix_name)
+            if key is not None and "champion" in model.aliases:
+                yield key
+
     def _register(self, pack: PackRecord, entry: Registration) -> Version:
         name = self.scope.model_name(entry.user_key, entry.prefix_name)
         model = self.server.models.setdefault(name, _Model())
@@ -171,4 +190,6 @@ def _version(pack: PackRecord, entry: Registration, number: int) -> Version:
         gate_digest=entry.gate_digest,
         decision=entry.decision,
         planned_at=pack.planned_at,
+        run_id=pack.run_id,
+        pack_id=pack.pack_id,
     )

@@ -99,9 +99,21 @@ class Scope:
         """
         check_names(user_key, prefix_name)
         suffix = "" if prefix_name == "default" else f".{prefix_name}"
-        name = f"{self.namespace}.{self.fingerprint[:8]}.{user_key}{suffix}"
+        name = f"{self.prefix}{user_key}{suffix}"
         _check("registered model's name", name, f".{{1,{MAX_NAME}}}", "use a shorter prefix_name")
         return name
+
+    @property
+    def prefix(self) -> str:
+        """What all names of this scope begin with."""
+        return f"{self.namespace}.{self.fingerprint[:8]}."
+
+    def key_of(self, name: str, prefix_name: str) -> str | None:
+        """The user key in a registered model's name, where it is of this scope and prefix name."""
+        key = name.removeprefix(self.prefix).split(".")[0]
+        if not matches(USER_KEY_PATTERN, key) or self.model_name(key, prefix_name) != name:
+            return None
+        return key
 
 
 def source_of(user_key: str, digest: str) -> str:

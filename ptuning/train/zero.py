@@ -8,7 +8,6 @@ traded is time for memory: the gather costs the same however few rows a call has
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from ptuning.model.facts import BackboneConfig
 from ptuning.model.fingerprint import fingerprint_of
 from ptuning.model.load import load_tokenizer, model_class, read_config, read_model
 from ptuning.model.locate import locate
+from ptuning.system import environment
 from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
 
 
@@ -33,9 +33,7 @@ def load_sharded(config: BackboneConfig, *, template: TemplateKind = "auto") -> 
     The weights are sharded while they are read, so that no rank ever holds the whole model.
     """
     device = usable_device(config.device)
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
+    environment.set_deepspeed_defaults(device.type)
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig, load_config
+from pipelines.run_folder import RunFolder
+from ptuning.store import Store
 
 WORDS = ("alpha", "beta", "gamma", "delta", "kappa", "omega")
 
@@ -49,6 +51,12 @@ def settings(model: Path, *more: str) -> list[str]:
         "ray.workers=1",
         *more,
     ]
+
+
+def users_of(store: Path, run_id: str) -> list[dict[str, Any]]:
+    """The rows of a run's users table."""
+    rows: list[dict[str, Any]] = RunFolder(Store(store), run_id).read_users().to_pylist()
+    return rows
 
 
 def config_of(model: Path, *more: str) -> RunConfig:

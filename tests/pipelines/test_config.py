@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from pipelines.config import known_keys, load_config
+from pipelines.config import RunConfig, command_options, known_keys, load_config
 from ptuning.errors import ConfigError
 
 
@@ -95,11 +95,87 @@ def test_none_is_the_word_for_it_wherever_help_says_so(tmp_path: Path) -> None:
     assert both.method.encoder == "none"  # type: ignore[union-attr]
 
 
-def test_serving_and_cluster_settings_are_no_part_of_a_runs_identity() -> None:
-    plain = load_config(None, [], {})
-    moved = load_config(None, ["ray.workers=4", "serve.port=9000"], {})
-    other = load_config(None, ["train.epochs=4"], {})
-    assert plain.digest() == moved.digest() != other.digest()
+OTHER_VALUES = {
+    "data": "data.max_rows=40",
+    "backbone": "backbone.dtype=bfloat16",
+    "method": "method.num_virtual_tokens=3",
+    "train": "train.epochs=4",
+    "gate": "gate.min_gain=0.5",
+    "registry": "registry.prefix_name=tone",
+    "artifact": "artifact.dtype=bfloat16",
+    "serve": "serve.port=9000",
+    "ray": "ray.workers=4",
+}
+
+
+def test_a_run_is_identified_by_every_section_that_its_result_depends_on() -> None:
+    assert set(OTHER_VALUES) == set(RunConfig.model_fields), "a new section is said here"
+    plain = load_config(None, [], {}).digest()
+    differ = {
+        section
+        for section, setting in OTHER_VALUES.items()
+        if load_config(None, [setting], {}).digest() != plain
+    }
+    assert differ == set(RunConfig.model_fields) - {"serve", "ray"}
+
+
+def test_a_rotated_password_and_a_moved_registry_keep_a_run_resumable() -> None:
+    digests = {
+        load_config(None, [f"registry.uri={uri}"], {}).digest()
+        for uri in ("postgresql://me:old@a/mlflow", "postgresql://me:new@b/mlflow")
+    }
+    assert digests == {load_config(None, [], {}).digest()}
+
+
+def test_paths_are_absolute_wherever_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers and replicas have other working directories."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for name in ("./model", "model", f"../{tmp_path.name}/model", str(tmp_path / "model")):
+        config = load_config(None, [f"backbone.name={name}"], {})
+        assert config.backbone.name == str(tmp_path / "model")
+    file = tmp_path / "run.yaml"
+    file.write_text("backbone: {name: model.gguf}\nserve: {api_keys_file: keys.json}")
+    config = load_config(str(file), ["registry.uri=sqlite:///my.db"], {})
+    assert config.backbone.name == str(tmp_path / "model.gguf")
+    assert config.serve.api_keys_file == str(tmp_path / "keys.json")
+    assert config.registry.uri == f"sqlite:///{tmp_path}/my.db"
+
+
+def test_names_that_are_no_paths_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    for name in ("smollm2", "gemma3-270m", "owner/model"):
+        assert load_config(None, [f"backbone.name={name}"], {}).backbone.name == name
+    for uri in ("http://127.0.0.1:5000", "postgresql://u@h/db", "sqlite:////abs/x.db"):
+        assert load_config(None, [f"registry.uri={uri}"], {}).registry.uri == uri
+
+
+def test_the_next_command_repeats_what_an_answer_depends_on_and_no_more() -> None:
+    assert command_options(load_config(None, [], {})) == []
+    sets = [
+        "backbone.name=owner/model",
+        "backbone.dtype=float32",
+        "data.template=plain",
+        "data.max_rows=7",
+        "train.epochs=9",
+        "ray.workers=2",
+        "registry.uri=postgresql://me:hunter2@db/mlflow",
+        "registry.prefix_name=tone",
+    ]
+    options = command_options(load_config(None, sets, {}))
+    assert sorted(option for option in options if option != "--set") == [
+        "--model",
+        "backbone.dtype=float32",
+        "data.template=plain",
+        "owner/model",
+        "registry.prefix_name=tone",
+        "registry.uri=postgresql://me:***@db/mlflow",
+    ]
 
 
 def test_the_resolved_configuration_can_be_loaded_again(tmp_path: Path) -> None:

@@ -183,7 +183,6 @@ def test_a_champion_with_other_virtual_tokens_is_judged_on_the_same_rows(
         backbone,
         recipe,
         rows,
-        champion_uri=str(tmp_path / prefix_path(user_key("ann"), str(before.digest))),
         champion_digest=before.digest,
     )
     after = _work(backbone, tmp_path, recipe, pack)["ann"]
@@ -197,15 +196,14 @@ def test_a_champion_with_other_virtual_tokens_is_judged_on_the_same_rows(
 def test_another_users_file_is_never_taken_for_the_champion(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
+    """Somebody copied it to where the user's own would lie."""
     recipe = _recipe()
     before = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))["bob"]
-    pack = _pack(
-        backbone,
-        recipe,
-        rows,
-        champion_uri=str(tmp_path / prefix_path(user_key("bob"), str(before.digest))),
-        champion_digest=before.digest,
+    digest, store = str(before.digest), Store(tmp_path)
+    store.write(
+        prefix_path(user_key("ann"), digest), store.read(prefix_path(user_key("bob"), digest))
     )
+    pack = _pack(backbone, recipe, rows, champion_digest=digest)
     after = _work(backbone, tmp_path, recipe, pack)["ann"]
     assert "champion" not in after.losses
     assert "another user" in after.details["champion_ignored"]
@@ -217,7 +215,6 @@ def test_a_champion_of_another_method_is_judged_on_the_same_tokens(
     first = _recipe()
     made = _work(backbone, tmp_path, first, _pack(backbone, first, rows))["ann"]
     champion = {
-        "champion_uri": str(tmp_path / prefix_path(user_key("ann"), str(made.digest))),
         "champion_digest": made.digest,
     }
     for method in (

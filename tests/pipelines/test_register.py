@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pipelines.candidates.publish import deploy
-from pipelines.candidates.register import hold_overtaken, register_pack
-from pipelines.plan import PlannedUser
+from pipelines.candidates.register import (
+    hold_overtaken,
+    register_pack,
+    retire_users,
+    user_metrics,
+)
+from pipelines.candidates.rejudge import find_losses, records_of
+from pipelines.done_record import DoneRecord
+from pipelines.plan import Pack, PlannedUser
+from pipelines.run_folder import RunFolder
 from ptuning.errors import ConfigError, RunError
 from ptuning.registry import MemoryRegistry, RegistryConfig, registry_uri
 from ptuning.registry.base import PackRecord
 from ptuning.store import Store
-from ptuning.types import UserReport, user_key
+from ptuning.types import SplitLosses, UserReport, user_key
 
 KEY = user_key("ann")
 
@@ -23,20 +32,30 @@ def _report(digest: str, decision: str = "promoted") -> UserReport:
 
 
 def _register(
-    registry: MemoryRegistry, tmp_path: Path, report: UserReport, gate: str = "g"
+    registry: MemoryRegistry,
+    tmp_path: Path,
+    report: UserReport,
+    gate: str = "g",
+    run_id: str = "r",
 ) -> None:
     register_pack(
         registry,
         Store(tmp_path),
         PackRecord(run_id="r", pack_id=str(report.digest)),
         [report],
-        lambda _report: {"training_digest": "t", "data_digest": "d", "decision": "x"},
+        lambda _: {
+            "training_digest": "t",
+            "data_digest": "d",
+            "decision": "x",
+            "run_id": run_id,
+            "pack_id": "p",
+        },
         "default",
         gate,
     )
 
 
-def _planned(champion: str | None) -> dict[str, PlannedUser]:
+def _planned(champion: str | None, candidate: str | None = None) -> dict[str, PlannedUser]:
     user = PlannedUser(
         user_key=KEY,
         bucket=0,
@@ -44,22 +63,39 @@ def _planned(champion: str | None) -> dict[str, PlannedUser]:
         data_digest="d",
         training_digest="t",
         champion_digest=champion,
+        candidate_digest=candidate,
     )
     return {KEY: user}
 
 
 def test_a_champion_that_was_never_compared_with_is_not_replaced(tmp_path: Path) -> None:
+    """Somebody rolled the champion back by hand while the run trained."""
     registry = MemoryRegistry()
-    _register(registry, tmp_path, _report("theirs"))
+    for digest in ("first", "second"):
+        _register(registry, tmp_path, _report(digest))
+    first = registry._models[KEY, "default"].versions[0]
+    registry.set_alias(first, "champion")
     report = _report("ours")
-    hold_overtaken(registry, "default", [report], _planned(champion=None))
+    planned = _planned(champion="second", candidate="second")
+    assert hold_overtaken(registry, "default", [report], planned) == set()
     assert report.decision == "pending"
     _register(registry, tmp_path, report)
     current = registry.current([KEY])[KEY]
     assert current.champion is not None
-    assert current.champion.digest == "theirs"
+    assert current.champion.digest == "first"
     assert current.candidate is not None
     assert current.candidate.gate_digest == "", "a pending user must be judged again"
+
+
+def test_a_run_that_a_newer_one_overtook_registers_nothing(tmp_path: Path) -> None:
+    """Else the alias goes back to older rows, and the next run trains everybody again."""
+    registry = MemoryRegistry()
+    _register(registry, tmp_path, _report("newer", "rejected"))
+    for decision in ("promoted", "rejected"):
+        report = _report("ours", decision)
+        planned = _planned(champion=None, candidate=None)
+        assert hold_overtaken(registry, "default", [report], planned) == {KEY}
+        assert report.decision == "pending"
 
 
 @pytest.mark.parametrize("champion", ["old", "ours"])
@@ -67,8 +103,94 @@ def test_a_champion_that_was_compared_with_is_replaced(tmp_path: Path, champion:
     registry = MemoryRegistry()
     _register(registry, tmp_path, _report(champion))
     report = _report("ours")
-    hold_overtaken(registry, "default", [report], _planned(champion="old"))
+    planned = _planned(champion="old", candidate="old")
+    assert hold_overtaken(registry, "default", [report], planned) == set()
     assert report.decision == "promoted"
+
+
+def test_a_retired_user_has_no_champion_and_is_a_new_user_when_coming_back(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    _register(registry, tmp_path, _report("ours"))
+    assert list(registry.with_champion()) == [KEY]
+    for _ in range(2):  # again after being killed in between
+        retire_users(registry, [KEY], "default", "r")
+    now = registry.current([KEY])[KEY]
+    assert (now.champion, now.candidate, list(registry.with_champion())) == (None, None, [])
+
+
+def test_an_older_run_that_is_resumed_retires_nobody_whom_a_newer_one_trained(
+    tmp_path: Path,
+) -> None:
+    registry = MemoryRegistry()
+    _register(registry, tmp_path, _report("ours"), run_id="tuesday")
+    assert retire_users(registry, [KEY], "default", "monday") == []
+    assert registry.champion(KEY) is not None
+    assert retire_users(registry, [KEY], "default", "wednesday") == [KEY]
+
+
+def test_a_figure_that_no_report_knows_is_refused() -> None:
+    report = _report("ours")
+    assert user_metrics(report) == {"steps": 0, "tokens": 0}
+    report.losses["bsae"] = {"valid": SplitLosses(nats=(1.0,), tokens=(1,))}
+    with pytest.raises(RunError, match="nll_bsae_valid"):
+        user_metrics(report)
+
+
+# ---------------------------------------------------------------- judging again
+
+
+def _losses(**nats: float) -> dict[str, dict[str, SplitLosses]]:
+    return {who: {"valid": SplitLosses(nats=(n,), tokens=(1,))} for who, n in nats.items()}
+
+
+def _judged(champion: str | None) -> PlannedUser:
+    (user,) = _planned(champion, "ours").values()
+    return replace(user, run_id="monday", pack_id="p")
+
+
+def _record(store: Store, compared: str | None, digest: str = "ours") -> None:
+    losses = _losses(base=3.0, champion=2.0, candidate=1.0)
+    report = UserReport(user_key=KEY, status="trained", digest=digest, losses=losses)
+    record = DoneRecord(
+        pack_id="p", attempt="0", seconds=0.0, champions={KEY: compared}, reports=(report,)
+    )
+    RunFolder(store, "monday").commit(record)
+
+
+@pytest.mark.parametrize(
+    ("champion", "rivals"),
+    [
+        ("old", {"base", "champion", "candidate"}),  # it was compared with
+        ("ours", {"base", "champion", "candidate"}),  # the candidate won
+        (None, {"base", "candidate"}),  # whoever it was is gone
+    ],
+)
+def test_stored_losses_judge_a_prefix_against_what_the_user_has_now(
+    tmp_path: Path, champion: str | None, rivals: set[str]
+) -> None:
+    store = Store(tmp_path)
+    _record(store, "old")
+    packs = [Pack(pack_id="j", users=(_judged(champion),))]
+    found = find_losses(store, packs)
+    report, compared = found[KEY]
+    assert set(report.losses) == rivals
+    assert compared == "old"
+    (kept,) = records_of(packs, found)
+    assert (kept.pack_id, kept.champions, kept.reports) == ("j", {KEY: "old"}, (report,))
+
+
+def test_losses_that_say_nothing_about_now_are_not_used(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    packs = [Pack(pack_id="j", users=(_judged("a third prefix"),))]
+    assert find_losses(store, packs) == {}, "there is no record"
+    _record(store, "old")
+    assert find_losses(store, packs) == {}, "it was never compared with the present champion"
+    store.write("runs/monday/done/p.json", b"{")
+    packs = [Pack(pack_id="j", users=(_judged("old"),))]
+    assert find_losses(store, packs) == {}, "the record is damaged"
+    store.remove("runs/monday")
+    _record(store, "old", digest="another prefix")
+    assert find_losses(store, packs) == {}, "the losses are of another prefix"
 
 
 def test_a_prefix_judged_by_another_gate_says_so_in_the_registry(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""The end of a run: summary.json, users.parquet, the terminal and the page."""
+"""The end of a run: summary.json, the users table, the terminal and the page."""
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
@@ -18,12 +18,11 @@ from pipelines.report.summary import (
     USERS_SCHEMA,
     RunFacts,
     print_report,
-    redact,
     summary,
     users_table,
 )
 from ptuning.errors import RunError
-from ptuning.types import Gate, SplitLosses, UserReport, user_key
+from ptuning.types import Decision, Gate, SplitLosses, UserReport, user_key
 
 HOSTILE = '<script>alert("1")</script>&\'x'
 
@@ -67,7 +66,7 @@ def too_few(user_id: str) -> tuple[str, UserReport]:
     return user_id, UserReport(user_key=user_key(user_id), status="too_few")
 
 
-def facts_of(*users: tuple[str, UserReport]) -> RunFacts:
+def facts_of(*users: tuple[str | None, UserReport]) -> RunFacts:
     return RunFacts(
         run_id="20250101-ab12",
         users=users,
@@ -78,6 +77,7 @@ def facts_of(*users: tuple[str, UserReport]) -> RunFacts:
         tokens_trained=9000,
         seconds={"partition": 2.0, "tune": 90.0, "evaluate": 10.0},
         split_rows={user_key("ann"): {"train": 32, "valid": 8, "test": 0}},
+        options=["--model", "owner/model"],
         store="./my store",
         registry_uri="sqlite:///store/mlflow.db",
         report_path="store/runs/x/report.html",
@@ -113,11 +113,13 @@ def test_summary_has_every_key_of_the_contract(facts: RunFacts) -> None:
             "trained": 3,
             "unchanged": 0,
             "too_few": 1,
+            "retired": 0,
             "failed": 1,
             "promoted": 2,
             "rejected": 1,
             "pending": 0,
         },
+        "judged_again": {"promoted": 0, "rejected": 0, "pending": 0},
         "rows": {"read": 500, "kept": 497, "quarantined": 3},
         "tokens_trained": 9000,
         "seconds": {
@@ -176,19 +178,73 @@ def test_a_report_under_another_users_id_stops_the_summary() -> None:
         summary(facts_of(("ann", report), ("ann", report)))
 
 
+def retired(user_id: str | None, name: str) -> tuple[str | None, UserReport]:
+    return user_id, UserReport(user_key=user_key(name), status="retired")
+
+
+def judged_again(user_id: str, decision: Decision) -> tuple[str | None, UserReport]:
+    _, report = trained(user_id, 3.0, 2.5)
+    report.status, report.decision = "unchanged", decision
+    report.steps = report.tokens = 0
+    return user_id, report
+
+
+def test_users_who_left_and_users_judged_again_add_up(facts: RunFacts) -> None:
+    more = [retired("fay", "fay"), retired(None, "gil"), judged_again("hal", "rejected")]
+    found = facts_of(*facts.users, *more)
+    counts = summary(found)["users"]
+    assert (counts["total"], counts["retired"], counts["unchanged"]) == (8, 2, 1)
+    assert counts["rejected"] == 1, "of those who trained"
+    assert summary(found)["judged_again"] == {"promoted": 0, "rejected": 1, "pending": 0}
+    rows = users_table(found).to_pylist()
+    assert [row["user_id"] for row in rows[-3:]] == ["fay", None, "hal"]
+    assert rows[-2]["reason"].startswith("the rows are gone")
+
+
+@dataclass(frozen=True)
+class Bad:
+    """As the partition tells of a file."""
+
+    file: str = "b.csv"
+    rows: int = 4
+    reasons: tuple[tuple[str, int], ...] = (("user_id is missing", 4),)
+
+
+def test_both_reports_say_who_retired_and_what_was_skipped() -> None:
+    found = replace(
+        facts_of(retired("fay", "fay"), judged_again("hal", "promoted")),
+        notices=["the input is a snapshot", "b.tsv was not read"],
+        bad_files=[Bad()],
+    )
+    for text in (printed(found), html_report(found)):
+        assert "the input is a snapshot" in text
+        assert "b.tsv was not read" in text
+        assert "b.csv: 4 rows quarantined, most often user_id is missing (4)" in text
+    assert "1 retired" in html_report(found)
+    assert "retired" in printed(found)
+    assert "judged again by another gate: 1 promoted" in printed(found)
+
+
+def test_a_summary_keeps_a_hundred_failures_and_counts_them_all() -> None:
+    result = summary(facts_of(*(failed(f"u{n}", "no") for n in range(120))))
+    assert len(result["failures"]) == 100
+    assert result["users"]["failed"] == 120
+
+
+def test_a_stores_keys_are_made_as_the_store_makes_them() -> None:
+    _, report = trained("ann", 3.0, 2.5)
+    of_store = facts_of(("ann", replace(report, user_key="salted")))
+    assert summary(replace(of_store, key_of=lambda _: "salted"))["users"]["total"] == 1
+    with pytest.raises(RunError, match="another user's id"):
+        summary(of_store)
+
+
 def test_a_stage_that_the_contract_does_not_have_stops_the_summary(facts: RunFacts) -> None:
     with pytest.raises(RunError, match="tuning"):
         summary(replace(facts, seconds={"tuning": 1.0}))
 
 
-def test_an_error_loses_the_users_id_but_keeps_its_words() -> None:
-    assert redact("bad row of a@b.c: a word", "a@b.c") == "bad row of <user>: a word"
-    assert redact("a word in a hat", "at") == "a word in a hat"
-    assert "x\ny" not in redact("seen: 'x\\ny'", "x\ny")
-    assert redact("seen: 'x\\ny'", "x\ny") == "seen: '<user>'"
-
-
-# ---------------------------------------------------------------- users.parquet
+# ---------------------------------------------------------------- the users table
 
 
 def test_users_table_has_one_row_per_user_with_losses(facts: RunFacts) -> None:
@@ -201,8 +257,8 @@ def test_users_table_has_one_row_per_user_with_losses(facts: RunFacts) -> None:
     assert ann["nll_candidate_valid"] == pytest.approx(2.5)
     assert ann["nll_other_valid"] == pytest.approx(2.8)
     assert ann["nll_champion_valid"] is None
-    assert ann["gate_reason"] == "promoted for ann"
-    assert table.to_pylist()[4]["error"] == "loss of 'eve' is not finite"
+    assert ann["reason"] == "promoted for ann"
+    assert table.to_pylist()[4]["reason"] == "tune: loss of 'eve' is not finite"
 
 
 def test_users_table_of_an_empty_run_has_the_same_schema_on_disk(tmp_path) -> None:
@@ -219,7 +275,8 @@ def test_terminal_report_says_outcomes_losses_time_and_where_to_look(facts: RunF
     assert "3.500" in text
     assert "67 %" in text  # two of three beat the base, and two another user's prefix
     assert "100 tokens/s" in text
-    assert "ptuning serve --store './my store'" in text
+    assert "ptuning serve --store './my store' --model owner/model" in text
+    assert "ptuning generate --store './my store' --model owner/model --user ID" in text
     assert "mlflow ui --backend-store-uri sqlite:///store/mlflow.db" in text
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import io
 import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from runs import config_of, user_rows, write_rows
+import ray
+from runs import config_of, user_rows, users_of, write_rows
 from safetensors.torch import load_file
 
 from pipelines.config import RunConfig
 from pipelines.report.progress import RunProgress
 from pipelines.run import execute
+from ptuning.errors import DataError, RunError
 from ptuning.registry import open_registry
 from ptuning.store import Store, prefix_path
 from ptuning.types import user_key
@@ -64,7 +72,7 @@ def test_a_run_trains_everybody_with_enough_rows_and_says_so(
     assert users["trained"] == users["promoted"] + users["rejected"] + users["pending"] == 4
     assert summary["nll"]["candidate"] < summary["nll"]["base"]
     run = store / "runs" / summary["run_id"]
-    table = {row["user_id"]: row for row in pq.read_table(run / "users.parquet").to_pylist()}
+    table = {row["user_id"]: row for row in users_of(store, summary["run_id"])}
     assert set(table) == set(USERS)
     assert table["few"]["status"] == "too_few"
     assert table["few"]["digest"] is None
@@ -79,8 +87,7 @@ def test_the_registry_holds_each_users_own_prefix_with_lineage(
 ) -> None:
     _, store, summary = finished
     registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
-    run = store / "runs" / summary["run_id"]
-    for row in pq.read_table(run / "users.parquet").to_pylist():
+    for row in users_of(store, summary["run_id"]):
         current = registry.current([row["user_key"]]).get(row["user_key"])
         if row["status"] != "trained":
             assert current is None
@@ -88,23 +95,49 @@ def test_the_registry_holds_each_users_own_prefix_with_lineage(
         assert current is not None
         assert current.candidate is not None
         assert current.candidate.digest == row["digest"]
-        assert row["user_key"] in current.candidate.uri
         is_champion = current.champion is not None
         assert is_champion == (row["decision"] == "promoted")
 
 
-def test_ids_of_users_stand_only_in_partitions_and_users_parquet(
+FORMS = [
+    "Ωmega".encode(),
+    "Ωmega".encode("utf-16-le"),
+    b"\\u03a9mega",
+    b"\\u03A9mega",
+    b"%CE%A9mega",
+    b"%ce%a9mega",
+    repr("Ωmega".encode()).encode()[2:-1],  # as bytes print
+    base64.b64encode("Ωmega".encode())[:8],
+]
+
+
+def _texts(path: Path) -> Iterator[bytes]:
+    """What a file holds, as it lies there and unpacked."""
+    data = path.read_bytes()
+    yield data
+    if data[:4] == b"PAR1":
+        yield repr(pq.read_table(io.BytesIO(data)).to_pydict()).encode()
+    if data[:2] == b"\x1f\x8b":
+        yield gzip.decompress(data)
+    if data[:15] == b"SQLite format 3":
+        yield "\n".join(sqlite3.connect(path).iterdump()).encode()
+
+
+def test_ids_of_users_stand_only_in_partitions_and_users_tables(
     finished: tuple[Path, Path, dict[str, Any]],
 ) -> None:
+    """In no form: plain, escaped, quoted, encoded or compressed; in Ray's logs neither."""
     _, store, _ = finished
+    logs = Path(ray._private.worker._global_node.get_session_dir_path())
+    files = [path for root in (store, logs) for path in root.rglob("*") if path.is_file()]
     holders = [
-        path.relative_to(store)
-        for path in store.rglob("*")
-        if path.is_file() and "Ωmega".encode() in path.read_bytes()
+        path for path in files if any(form in text for text in _texts(path) for form in FORMS)
     ]
-    assert holders
+    assert any(path.is_relative_to(store / "runs") for path in holders), "nothing was searched"
     for path in holders:
-        assert path.parts[0] == "partitions" or path.name == "users.parquet", path
+        assert path.is_relative_to(store), path
+        parts = path.relative_to(store).parts
+        assert parts[0] == "partitions" or (parts[0] == "runs" and parts[2] == "users"), path
 
 
 def test_a_second_run_on_the_same_data_changes_nothing(
@@ -119,21 +152,106 @@ def test_a_second_run_on_the_same_data_changes_nothing(
     assert sorted((store / "prefixes").rglob("*.safetensors")) == before
 
 
-def test_a_damaged_prefix_file_and_a_new_gate_are_noticed(
+def test_another_gate_judges_again_without_training_and_as_training_would(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Nobody stays unchanged on a file that cannot serve, or on a gate that never judged them."""
     data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
-    first = _run(data, store, config_of(tiny_model_dir))
+    strict, mild = (config_of(tiny_model_dir, f"gate.min_gain={gain}") for gain in (99, -10))
+    registry = open_registry(strict.registry, f"sqlite:///{store}/mlflow.db")
+    first = _run(data, store, strict)
+    assert first["users"]["trained"] == first["users"]["rejected"] == 2
+    assert registry.champion(user_key("ann")) is None
+    reasons = {row["user_id"]: row["reason"] for row in users_of(store, first["run_id"])}
+    for config, decision in ((mild, "promoted"), (strict, "rejected")):
+        judged = _run(data, store, config)
+        assert judged["users"]["trained"] == judged["tokens_trained"] == 0
+        assert judged["users"]["unchanged"] == judged["judged_again"][decision] == 2
+        assert registry.champion(user_key("ann")) is not None, "a gate takes nobody's champion"
+        rows = {row["user_id"]: row for row in users_of(store, judged["run_id"])}
+        assert (rows["ann"]["status"], rows["ann"]["decision"]) == ("unchanged", decision)
+    assert {user: row["reason"] for user, row in rows.items()} == reasons
+    for path in (store / "runs").glob("*/done"):
+        shutil.rmtree(path)
+    again = _run(data, store, mild)
+    assert again["users"]["trained"] == 2, "losses that nobody has are made anew"
+
+
+def test_a_damaged_prefix_file_is_noticed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Nobody stays unchanged on a file that cannot serve."""
+    data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
+    _run(data, store, config_of(tiny_model_dir))
     (path,) = (store / "prefixes").glob(f"*/{user_key('ann')}/*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     again = _run(data, store, config_of(tiny_model_dir))
     assert (again["users"]["trained"], again["users"]["unchanged"]) == (1, 1)
     assert path.read_bytes() == whole
-    judged = _run(data, store, config_of(tiny_model_dir, "gate.min_gain=99"))
-    assert judged["users"]["trained"] == judged["users"]["rejected"] == 2
-    assert first["users"]["trained"] == 2
+
+
+def test_rows_that_went_away_stop_being_served(tiny_model_dir: Path, tmp_path: Path) -> None:
+    store, always = tmp_path / "store", ("gate.min_gain=-10",)
+    everybody = {"ann": 10, "bob": 11, "cyd": 12, "dan": 13, "eve": 14}
+    first = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))
+    assert first["users"]["promoted"] == 5
+    registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
+    left = {user: everybody[user] for user in ("cyd", "dan", "eve")} | {"ann": 3}  # bob is gone
+    with pytest.raises(RunError, match=r"data\.max_shrink") as stopped:
+        _run(_data(tmp_path, left), store, config_of(tiny_model_dir, *always))
+    assert stopped.value.seen == "2 of 5 served users"
+    assert len(list(registry.with_champion())) == 5, "a run that stops has changed nothing"
+
+    second = _run(
+        _data(tmp_path, left), store, config_of(tiny_model_dir, *always, "data.max_shrink=1")
+    )
+    users = second["users"]
+    assert (users["total"], users["unchanged"], users["retired"]) == (5, 3, 2)
+    for user in ("ann", "bob"):
+        assert registry.champion(user_key(user)) is None
+    table = {row["user_key"]: row for row in users_of(store, second["run_id"])}
+    assert table[user_key("ann")]["user_id"] == "ann"
+    assert table[user_key("bob")]["user_id"] is None, "nobody keeps the id of one who left"
+
+    third = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))
+    assert (third["users"]["trained"], third["users"]["unchanged"]) == (2, 3)
+    assert registry.champion(user_key("bob")) is not None
+
+
+class _StopsAt(RunProgress):
+    """The person at the keyboard stops the run when it comes to a stage."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._last = name
+
+    def stage(self, name: str, total: int | None = None, *, unit: str = "users") -> None:
+        if name == self._last:
+            raise KeyboardInterrupt
+        super().stage(name, total, unit=unit)
+
+
+def test_an_older_run_that_is_resumed_moves_no_alias_back(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    store, config = tmp_path / "store", config_of(tiny_model_dir, "gate.min_gain=-10")
+    (tmp_path / "monday").mkdir()
+    monday = _data(tmp_path / "monday", {"ann": 10, "bob": 11})
+    with pytest.raises(KeyboardInterrupt), _StopsAt("register") as progress:
+        execute([str(monday)], Store(store), config, progress)
+    tuesday = _data(tmp_path, {"ann": 14, "bob": 15})
+    newer = _run(tuesday, store, config)
+    assert newer["users"]["promoted"] == 2
+    older = _run(monday, store, config)
+    assert older["run_id"] < newer["run_id"], "it was resumed"
+    assert older["users"]["pending"] == older["users"]["trained"] == 2
+    again = _run(tuesday, store, config)
+    assert (again["users"]["unchanged"], again["users"]["trained"]) == (2, 0)
+    registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
+    rows = {row["user_key"]: row["digest"] for row in users_of(store, newer["run_id"])}
+    for key, digest in rows.items():
+        now = registry.current([key])[key]
+        assert now.candidate is not None
+        assert now.champion is not None
+        assert now.candidate.digest == now.champion.digest == digest
 
 
 def test_only_the_user_with_new_rows_is_trained_again(
@@ -146,15 +264,21 @@ def test_only_the_user_with_new_rows_is_trained_again(
     assert summary["users"]["unchanged"] == 3
 
 
-def test_neighbours_and_workers_and_packs_do_not_change_a_users_prefix(
+def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
     finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    """One worker with one pack of everybody, against two with a pack for each two users."""
     _, store, _ = finished
-    data = _data(tmp_path, {"ann": 10, "bob": 14, "new": 20})
+    others = ("ray.workers=2", "train.pack_users=2", "data.buckets=7")
+    shared = {user: count for user, count in USERS.items() if user not in ("few", "cy/../../x")}
     other = tmp_path / "store"
-    _run(data, other, config_of(tiny_model_dir, "train.pack_users=2", "data.buckets=7"))
+    summary = _run(_data(tmp_path, shared | {"new": 20}), other, config_of(tiny_model_dir, *others))
+    records = [json.loads(p.read_text()) for p in (other / "runs").glob("*/done/*.json")]
+    assert len({record["attempt"] for record in records}) == 2, "both workers had packs"
+    assert summary["users"]["trained"] == len(shared) + 1
     first, second = _prefixes(store), _prefixes(other)
-    assert (first[user_key("ann")] - second[user_key("ann")]).abs().max() < 1e-4
+    for user in shared:
+        assert (first[user_key(user)] - second[user_key(user)]).abs().max() < 1e-4, user
 
 
 def test_a_sharded_gang_with_unequal_work_trains_the_prefixes_of_a_whole_backbone(
@@ -182,8 +306,6 @@ def test_a_sharded_gang_with_unequal_work_trains_the_prefixes_of_a_whole_backbon
 def test_too_many_bad_rows_fail_the_run_and_name_the_quarantine(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from ptuning.errors import DataError
-
     data = _data(tmp_path)
     data.write_text(data.read_text() + "not json\n" * 20)
     with pytest.raises(DataError, match="quarantine"):

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from runs import settings, user_rows, write_rows
+from runs import settings, user_rows, users_of, write_rows
 from safetensors.torch import load_file
 from tiny_backbones import SEQ2SEQ, build_model
 from tiny_model import make_tokenizer, save_encoder_decoder
@@ -71,7 +70,7 @@ def run(data: Path, store: Path, config: RunConfig) -> tuple[dict[str, Any], lis
         facts = execute([str(data)], Store(store), config, progress)
     folder = store / "runs" / facts.run_id
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary, pq.read_table(folder / "users.parquet").to_pylist()
+    return summary, users_of(store, facts.run_id)
 
 
 def answers(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, Answer]:

@@ -11,7 +11,6 @@ import torch
 from serving import (
     Gate,
     MakeRequest,
-    eventually,
     expected_text,
     held_prefix,
     make_engine,
@@ -24,6 +23,7 @@ from transformers import (
     DynamicCache,
     LlamaForCausalLM,
 )
+from waiting import eventually
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone

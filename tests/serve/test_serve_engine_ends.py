@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from serving import Gate, Heard, MakeRequest, eventually, held_prefix, make_engine
+from serving import Gate, Heard, MakeRequest, held_prefix, make_engine
+from waiting import eventually
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone

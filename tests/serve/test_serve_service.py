@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ import openai
 import psutil
 import pytest
 from serving import Files, prefix_file, save_llama
+from waiting import eventually
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
@@ -38,13 +39,6 @@ MODEL = "tiny"
 REFRESH_SECONDS = 1.0
 START_SECONDS = 180.0
 BODY_SECONDS = 3.0
-
-
-def eventually(check: Callable[[], object], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 @dataclass

@@ -27,7 +27,7 @@ from ptuning.registry.mlflow.databases import (
     with_driver,
     without_password,
 )
-from ptuning.registry.mlflow.settings import quiet_outages
+from ptuning.registry.mlflow.quiet import quiet_outages
 
 log = logging.getLogger("ptuning.registry")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from ptuning.registry.names import (
     DIGEST_PATTERN,
     FINGERPRINT,
     GATE_DIGEST,
+    PACK_ID,
     PLANNED_AT,
+    RUN_ID,
     TRAINING_DIGEST,
     Scope,
     matches,
@@ -69,6 +71,21 @@ def read_models(to: Connection, names: Sequence[str]) -> dict[str, KnownModel]:
 def find_models(to: Connection, names: Sequence[str]) -> list[RegisteredModel]:
     """The registered models of `names` that exist."""
     return _find(to, to.models.search_registered_models, names)
+
+
+def read_all(to: Connection, prefix: str) -> Iterator[RegisteredModel]:
+    """Every registered model whose name begins with `prefix`, a page at a time. `prefix` is of
+    a Scope: its letters mean themselves in a filter."""
+    token = None
+    while True:
+        with to.asking("list registered models"):
+            page = to.models.search_registered_models(
+                f"name LIKE '{prefix}%'", max_results=_PAGE, page_token=token
+            )
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def find_aliased(
@@ -134,6 +151,8 @@ def version_of(
         gate_digest=tags.get(GATE_DIGEST, ""),
         decision=tags.get(DECISION, ""),
         planned_at=int(planned_at) if matches("[0-9]{1,18}", planned_at) else 0,
+        run_id=tags.get(RUN_ID, ""),
+        pack_id=tags.get(PACK_ID, ""),
     )
 
 

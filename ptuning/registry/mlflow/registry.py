@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
@@ -16,6 +16,7 @@ from ptuning.registry.mlflow.reading import (
     KnownModel,
     find_aliased,
     find_models,
+    read_all,
     read_models,
     version_of,
 )
@@ -99,6 +100,29 @@ class MlflowRegistry:
             self._check_namespace(claim=True)
             self.connection.models.set_registered_model_alias(name, alias, version.version)
             make_durable(self.connection.sqlite)
+
+    def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
+        """See `Registry.remove_alias`."""
+        check_alias(alias)
+        name = self.scope.model_name(user_key, prefix_name)
+        to = self.connection
+        with to.asking(f"remove the alias {alias}"):
+            self._check_namespace(claim=True)
+            try:
+                to.models.delete_registered_model_alias(name, alias)
+            except MlflowException as error:
+                if not self._is_absent(error, name, alias):
+                    raise
+            make_durable(to.sqlite)
+
+    def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
+        """See `Registry.with_champion`. A page of models at a time."""
+        with self.connection.asking("list the champions"):
+            self._check_namespace(claim=False)
+        for model in read_all(self.connection, self.scope.prefix):
+            key = self.scope.key_of(model.name, prefix_name)
+            if key is not None and "champion" in model.aliases:
+                yield key
 
     def _group(self, entries: Sequence[Registration]) -> dict[str, dict[int, Registration]]:
         """Entries by model, each under its index; checks all of them."""

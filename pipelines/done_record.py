@@ -1,0 +1,94 @@
+"""A pack's done-record: what became of its users, as JSON. Writing it commits them.
+
+It keeps every row's loss, so that another gate can judge the same prefixes without training or
+scoring them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptuning.types import SplitLosses, UserReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoneRecord:
+    """The users of one pack. `champions` are the digests of the prefixes that they were compared
+    with, None where a user had none; `attempt` says which process wrote it."""
+
+    pack_id: str
+    attempt: str
+    seconds: float
+    champions: Mapping[str, str | None]
+    reports: tuple[UserReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pack_id": self.pack_id,
+            "attempt": self.attempt,
+            "seconds": self.seconds,
+            "champions": dict(self.champions),
+            "users": [_report_to_json(report) for report in self.reports],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DoneRecord:
+        return cls(
+            pack_id=value["pack_id"],
+            attempt=value["attempt"],
+            seconds=value["seconds"],
+            champions=value["champions"],
+            reports=tuple(_report_from_json(user) for user in value["users"]),
+        )
+
+
+def _report_to_json(report: UserReport) -> dict[str, Any]:
+    """Without the gate's decision: it is made anew from the losses whenever they are read."""
+    value = {
+        name: getattr(report, name)
+        for name in ("user_key", "status", "digest", "error", "stage", "steps", "tokens", "details")
+    }
+    history = [
+        {name: _finite(loss) for name, loss in dict(epoch).items()} for epoch in report.history
+    ]
+    return {**value, "history": history, "losses": losses_to_json(report)}
+
+
+def _report_from_json(value: Mapping[str, Any]) -> UserReport:
+    return UserReport(**{**value, "losses": losses_from_json(value["losses"])})
+
+
+def _finite(loss: object) -> object:
+    """JSON has no NaN; the error of a failed user says what it was."""
+    return None if isinstance(loss, float) and not math.isfinite(loss) else loss
+
+
+def losses_to_json(report: UserReport) -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """Losses as JSON, which has no NaN: null stands for a loss that is not finite."""
+    return {
+        who: {
+            split: {
+                "nats": [nats if math.isfinite(nats) else None for nats in loss.nats],
+                "tokens": list(loss.tokens),
+            }
+            for split, loss in splits.items()
+        }
+        for who, splits in report.losses.items()
+    }
+
+
+def losses_from_json(value: Mapping[str, Any]) -> dict[str, dict[str, SplitLosses]]:
+    """The inverse of `losses_to_json`."""
+    return {
+        who: {
+            split: SplitLosses(
+                nats=tuple(math.nan if nats is None else float(nats) for nats in loss["nats"]),
+                tokens=tuple(int(count) for count in loss["tokens"]),
+            )
+            for split, loss in splits.items()
+        }
+        for who, splits in value.items()
+    }

@@ -1,0 +1,141 @@
+"""Beginning a run: what can be known to be wrong is said first; then the unfinished run of the same
+data and settings is taken up, or a new one made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipelines.config import RunConfig
+from pipelines.gangs import cluster
+from pipelines.rows.inputs import find_files
+from pipelines.rows.partition import Partition
+from pipelines.run_folder import Header, RunFolder, find_unfinished, new_run_id, opening
+from ptuning.errors import RunError
+from ptuning.model.load import load_template, outline
+from ptuning.registry import open_registry, registry_uri
+from ptuning.registry.base import Registry
+from ptuning.store import Store
+from ptuning.types import user_key
+from ptuning.users import Recipe, check_init_text
+
+_NOBODY = user_key("")  # no user has an empty id
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is fixed about a run while it works. `config` has its dtype and attention decided."""
+
+    folder: RunFolder
+    config: RunConfig
+    part: Partition
+    recipe: Recipe
+    fingerprint: str
+    template_digest: str
+    backbone_name: str
+    config_digest: str
+    resumed: bool
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.run_id
+
+    @property
+    def store(self) -> Store:
+        return self.folder.store
+
+
+def check_inputs(sources: Sequence[str], store: Store, config: RunConfig) -> None:
+    """Everything that can be known before a cluster is started and a row is read. Raises
+    DataError, ModelNotFound, ConfigError, MethodError or RunError."""
+    find_files(sources)
+    config.method.check(outline(config.backbone.name))
+    if config.method.init_text is not None:
+        check_init_text(load_template(config.backbone.name, config.data.template), config.method)
+    registry_uri(config.registry, store)
+    _check_writable(store)
+
+
+def reach_registry(config: RunConfig, store: Store) -> Registry:
+    """The registry, after one question: a wrong address must not be found after the partition."""
+    registry = open_registry(config.registry, registry_uri(config.registry, store))
+    registry.champion(_NOBODY, config.registry.prefix_name)
+    return registry
+
+
+def _check_writable(store: Store) -> None:
+    """Before hours of work, not after."""
+    try:
+        store.write(".writable", b"")
+        store.remove(".writable")
+    except OSError as error:
+        raise RunError(
+            "the store cannot be written", seen=str(error), fix="give --store a writable place"
+        ) from error
+
+
+@contextlib.contextmanager
+def open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]:
+    """The unfinished run with the same partition and configuration, else a new one; locked."""
+    known = cluster.backbone_identity(config)
+    header = {
+        "partition_id": part.partition_id,
+        # Of what was asked for: "auto" may be decided otherwise next time.
+        "config_digest": config.digest(),
+        "fingerprint": known["fingerprint"],
+        "template_digest": known["template_digest"],
+    }
+    resolved = cluster.resolve(config)
+    with contextlib.ExitStack() as locks:
+        folder, decided, resumed = _take(store, config, resolved, header, locks)
+        yield Run(
+            folder=folder,
+            config=decided,
+            part=part,
+            recipe=_recipe(decided),
+            config_digest=header["config_digest"],
+            resumed=resumed,
+            **known,
+        )
+
+
+def _take(
+    store: Store,
+    config: RunConfig,
+    resolved: RunConfig,
+    header: Header,
+    locks: contextlib.ExitStack,
+) -> tuple[RunFolder, RunConfig, bool]:
+    """Look for the run and lock it, or begin one, in one step: of drivers that start in the same
+    second, one works and the others are told so."""
+    with opening(store):
+        folder = find_unfinished(store, header)
+        if folder is not None:
+            locks.enter_context(folder.lock())
+            if not folder.is_finished:  # else its driver ended between the look and the lock
+                return folder, _as_begun(folder, config), True
+            locks.close()
+        folder = RunFolder(store, new_run_id())
+        locks.enter_context(folder.lock())
+        folder.write_config(header, resolved.to_yaml())
+        return folder, resolved, False
+
+
+def _as_begun(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """The configuration with the dtype and attention that the run was begun with."""
+    saved = (folder.read_config() or {})["backbone"]
+    decided = {"dtype": saved["dtype"], "attention": saved["attention"]}
+    return config.model_copy(update={"backbone": config.backbone.model_copy(update=decided)})
+
+
+def _recipe(config: RunConfig) -> Recipe:
+    return Recipe(
+        config.method,
+        config.train,
+        config.data.max_length,
+        config.registry.prefix_name,
+        config.artifact.dtype,
+        config.gate.min_valid_tokens,
+    )

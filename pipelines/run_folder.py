@@ -1,0 +1,275 @@
+"""One run's folder in the store: the only module that knows the names below `runs/<run_id>/`.
+
+config.yaml    the configuration as it was resolved, and what the run is identified by
+plan/          users.parquet, then plan.json: what is done with each user
+done/          a record per pack, written once: what is committed
+users/         part-0.parquet: the table of users, the only place of a run with their ids
+report.html    the page
+summary.json   written last: a run without it is unfinished
+lock           held by the driver that works on the run (local stores)
+ray/           Ray Train's own state while the gang runs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipelines.done_record import DoneRecord
+from pipelines.plan import Pack, Plan, PlannedUser
+from ptuning.errors import RunError
+from ptuning.store import Store
+
+Header = Mapping[str, str]  # what a run is identified by: of the data, configuration, backbone
+State = Literal["finished", "running", "stopped", "unfinished"]
+
+_PLAN_SCHEMA = pa.schema(
+    [
+        ("user_key", pa.string()),
+        ("action", pa.string()),  # train, judge, or the status of one who is skipped
+        ("pack", pa.int32()),  # number of the pack, in the plan's order
+        ("bucket", pa.int32()),
+        ("tokens", pa.int64()),
+        *(
+            (name, pa.string())
+            for name in (
+                "data_digest",
+                "training_digest",
+                "champion_digest",
+                "candidate_digest",
+                "run_id",
+                "pack_id",
+            )
+        ),
+    ]
+)
+
+
+class RunFolder:
+    """The files of one run: `RunFolder(store, "20260101-120000-ab12").read_summary()`."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self.store, self.run_id = store, run_id
+
+    def _name(self, *parts: str) -> str:
+        return "/".join(["runs", self.run_id, *parts])
+
+    # What the run is.
+
+    def write_config(self, header: Header, config_yaml: str) -> None:
+        text = yaml.safe_dump(dict(header)) + config_yaml
+        self.store.write(self._name("config.yaml"), text.encode("utf-8"))
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The header's keys and the configuration's sections; None where the run never began."""
+        if not self.store.exists(self._name("config.yaml")):
+            return None
+        return dict(yaml.safe_load(self.store.read(self._name("config.yaml"))))
+
+    # The plan.
+
+    def write_plan(self, plan: Plan) -> None:
+        """Its users, then its header, which commits it."""
+        table = pa.Table.from_pylist(list(_plan_rows(plan)), schema=_PLAN_SCHEMA)
+        with self.store.open_write(self._name("plan", "users.parquet")) as file:
+            pq.write_table(table, file, compression="zstd")
+        header = {
+            "packs": [pack.pack_id for pack in plan.packs],
+            "judged": [pack.pack_id for pack in plan.judged],
+            "users": {
+                "trained": sum(len(pack.users) for pack in plan.packs),
+                "judged": sum(len(pack.users) for pack in plan.judged),
+                "skipped": len(plan.skipped),
+            },
+            "kept": plan.kept,
+            "notes": list(plan.notes),
+        }
+        self.store.write_json(self._name("plan", "plan.json"), header)
+
+    def read_plan_header(self) -> dict[str, Any] | None:
+        """Ids of packs and counts of users, without the users; None where there is no plan."""
+        name = self._name("plan", "plan.json")
+        return dict(self.store.read_json(name)) if self.store.exists(name) else None
+
+    def read_plan(self) -> Plan | None:
+        header = self.read_plan_header()
+        if header is None:
+            return None
+        source = pa.BufferReader(self.store.read(self._name("plan", "users.parquet")))
+        rows = pq.read_table(source).to_pylist()
+        return Plan(
+            packs=_packs(header["packs"], (row for row in rows if row["action"] == "train")),
+            judged=_packs(header["judged"], (row for row in rows if row["action"] == "judge")),
+            skipped={row["user_key"]: row["action"] for row in rows if row["pack"] is None},
+            kept=header["kept"],
+            notes=tuple(header["notes"]),
+        )
+
+    # What is committed.
+
+    def done_packs(self) -> set[str]:
+        """Ids of the packs that have a record."""
+        names = self.store.list(self._name("done"))
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    def commit(self, record: DoneRecord) -> bool:
+        """Write a pack's record unless there is one; says whether this call did."""
+        return self.store.write_once(self._name("done", f"{record.pack_id}.json"), record.to_json())
+
+    def read_done(self, pack_id: str) -> DoneRecord | None:
+        name = self._name("done", f"{pack_id}.json")
+        if not self.store.exists(name):
+            return None
+        return DoneRecord.from_json(self.store.read_json(name))
+
+    # What came of it.
+
+    def write_users(self, table: pa.Table) -> None:
+        with self.store.open_write(self._name("users", "part-0.parquet")) as file:
+            pq.write_table(table, file)
+
+    def read_users(self) -> pa.Table:
+        """The table of users of a finished run."""
+        source = pa.BufferReader(self.store.read(self._name("users", "part-0.parquet")))
+        return pq.read_table(source)
+
+    @property
+    def report_path(self) -> str:
+        return self.store.path(self._name("report.html"))
+
+    def write_report(self, page: str) -> None:
+        self.store.write(self._name("report.html"), page.encode("utf-8"))
+
+    @property
+    def is_finished(self) -> bool:
+        return self.store.exists(self._name("summary.json"))
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """The run's commit: nothing is written after it."""
+        self.store.write_json(self._name("summary.json"), dict(summary))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        name = self._name("summary.json")
+        return dict(self.store.read_json(name)) if self.store.exists(name) else None
+
+    # Ray Train keeps state of its own, which nothing reads once the gang has ended.
+
+    @property
+    def scratch(self) -> str:
+        return self.store.path(self._name("ray"))
+
+    def remove_scratch(self) -> None:
+        self.store.remove(self._name("ray"))
+
+    # Who works on it.
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one driver per run on one host; the kernel drops the lock when the driver dies."""
+        if not self.store.is_local:
+            yield
+            return
+        with _locked(self.store.path(self._name("lock")), wait=False) as file:
+            if file is None:
+                raise RunError(
+                    "another process is working on this run",
+                    seen=self.run_id,
+                    fix="wait for it, or stop it and run again",
+                )
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            file.flush()
+            yield
+
+    def state(self) -> State:
+        """`running` and `stopped` are told apart by the lock, which object stores do not have:
+        there, and where the driver is on another host, an `unfinished` run may be either."""
+        if self.is_finished:
+            return "finished"
+        path = self.store.path(self._name("lock"))
+        if not self.store.is_local or not os.path.exists(path):
+            return "unfinished"
+        with _locked(path, wait=False) as file:
+            if file is None:
+                return "running"
+            holder = json.loads(file.read() or "{}")
+        return "stopped" if holder.get("host") == socket.gethostname() else "unfinished"
+
+
+def new_run_id() -> str:
+    """UTC and four random digits: ids of one store sort by when their runs began, on any host."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+
+def all_runs(store: Store) -> list[RunFolder]:
+    """Every run that began, oldest first."""
+    folders = [RunFolder(store, name) for name in store.list("runs")]
+    return [folder for folder in folders if folder.read_config() is not None]
+
+
+def find_unfinished(store: Store, header: Header) -> RunFolder | None:
+    """The newest run without a summary that was begun with the same header."""
+    for name in reversed(store.list("runs")):
+        folder = RunFolder(store, name)
+        if folder.is_finished or (config := folder.read_config()) is None:
+            continue
+        if {key: config.get(key) for key in header} == dict(header):
+            return folder
+    return None
+
+
+@contextlib.contextmanager
+def opening(store: Store) -> Iterator[None]:
+    """While a driver looks for its run and takes it or makes one, no other does."""
+    if not store.is_local:
+        yield
+        return
+    with _locked(store.path("runs.lock"), wait=True):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: str, *, wait: bool) -> Iterator[Any]:
+    """The file, locked; None where another process holds it and `wait` is false."""
+    import fcntl
+
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+            return
+        file.seek(0)
+        yield file
+
+
+def _plan_rows(plan: Plan) -> Iterator[dict[str, Any]]:
+    for action, packs in (("train", plan.packs), ("judge", plan.judged)):
+        for number, pack in enumerate(packs):
+            for user in pack.users:
+                yield {**asdict(user), "action": action, "pack": number}
+    for key, status in plan.skipped.items():
+        yield {"user_key": key, "action": status, "pack": None}
+
+
+def _packs(pack_ids: list[str], rows: Iterable[Mapping[str, Any]]) -> tuple[Pack, ...]:
+    users: list[list[PlannedUser]] = [[] for _ in pack_ids]
+    for row in rows:
+        values = {name: row[name] for name in PlannedUser.__dataclass_fields__}
+        users[row["pack"]].append(PlannedUser(**values))
+    return tuple(
+        Pack(pack_id=pack_id, users=tuple(members))
+        for pack_id, members in zip(pack_ids, users, strict=True)
+    )

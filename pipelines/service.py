@@ -1,0 +1,24 @@
+"""The pipelines' only contact with the service: its configuration, and starting it."""
+
+from __future__ import annotations
+
+from ptuning.data.encode import TemplateKind
+from ptuning.model.facts import BackboneConfig
+from ptuning.registry.base import RegistryConfig
+from ptuning.store import Store
+from serve.config import ServeConfig
+
+__all__ = ["ServeConfig", "serve_forever"]
+
+
+def serve_forever(
+    config: ServeConfig,
+    store: Store,
+    backbone: BackboneConfig,
+    template: TemplateKind,
+    registry: RegistryConfig,
+) -> None:
+    """Run the service until it is stopped."""
+    import serve.app
+
+    serve.app.run(config, store=store.root, backbone=backbone, template=template, registry=registry)

@@ -1,0 +1,218 @@
+"""The stages of a run: each takes values, writes what it commits, and returns values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+
+from pipelines.candidates.judge import gate_all
+from pipelines.candidates.lost import find_lost
+from pipelines.candidates.register import (
+    hold_overtaken,
+    pack_metrics,
+    register_pack,
+    retire_users,
+)
+from pipelines.candidates.rejudge import find_losses, records_of
+from pipelines.gangs import cluster
+from pipelines.opening import Run
+from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
+from pipelines.rows.partition import read_index
+from ptuning.registry.base import Current, PackRecord, Registry
+from ptuning.types import UserReport
+from ptuning.users import identity
+
+Progress = Callable[[int, int], None]  # users done, tokens trained
+_CHUNK = 1000  # users of one question to the registry
+
+
+def read_rows(run: Run) -> list[IndexRow]:
+    """The partition's users, by id."""
+    return [
+        IndexRow.of(values) for values in read_index(run.store, run.part.partition_id).to_pylist()
+    ]
+
+
+def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
+    """Decide what is done with each user; a resumed run keeps its plan.
+
+    The losses of those who are only judged again are copied into the run's own records, so that
+    what is decided can be finished whatever happens to the older run.
+    """
+    if (plan := run.folder.read_plan()) is not None:
+        return plan
+    rules, name = _rules(run), run.config.registry.prefix_name
+    keys = [row.user_key for row in rows]
+    plan = plan_users(
+        _with_current(registry, rows, name),
+        registry.with_champion(name),
+        rules,
+        find_lost(run.store, registry, keys, name, seed=run.run_id),
+    )
+    judged = [user.user_key for pack in plan.judged for user in pack.users]
+    losses = find_losses(run.store, plan.judged)
+    plan = plan.train_instead([key for key in judged if key not in losses], rules)
+    for record in records_of(plan.judged, losses):
+        run.folder.commit(record)
+    run.folder.write_plan(plan)
+    return plan
+
+
+def _rules(run: Run) -> Rules:
+    config = run.config
+
+    def training_digest(user_key: str, data_digest: str) -> str:
+        return identity(run.recipe, run.fingerprint, run.template_digest, user_key, data_digest)
+
+    return Rules(
+        identity=training_digest,
+        gate_digest=gate_digest(run),
+        pack_users=config.train.pack_users,
+        workers=cluster.gang(config).workers,
+        on_shrink=config.data.on_shrink,
+        max_shrink=config.data.max_shrink,
+        everybody=config.data.max_users is None,
+    )
+
+
+def gate_digest(run: Run) -> str:
+    """SHA-256 of the gate's settings: a prefix that another gate judged is judged again."""
+    return hashlib.sha256(run.config.gate.model_dump_json().encode()).hexdigest()
+
+
+def _with_current(
+    registry: Registry, rows: list[IndexRow], prefix_name: str
+) -> Iterator[tuple[IndexRow, Current | None]]:
+    """Each row with what the registry has of its user, asked for a chunk at a time."""
+    left = iter(rows)
+    while chunk := list(islice(left, _CHUNK)):
+        current = registry.current([row.user_key for row in chunk], prefix_name)
+        for row in chunk:
+            yield row, current.get(row.user_key)
+
+
+def train(run: Run, plan: Plan, progress: Progress) -> None:
+    """Train every pack of the plan that has no record yet."""
+    if not plan.packs:
+        return
+    from pipelines.gangs.train import GangTask, tune
+
+    shape = cluster.gang(run.config)
+    task = GangTask(
+        store=run.store.root,
+        run_id=run.run_id,
+        partition_id=run.part.partition_id,
+        recipe=run.recipe,
+        artifact=run.config.artifact,
+        backbone=run.config.backbone,
+        template=run.config.data.template,
+        threads=shape.threads,
+    )
+    tune(plan, task, shape, run.config.ray, progress)
+
+
+def judge(run: Run, plan: Plan) -> dict[str, UserReport]:
+    """The reports of everybody with losses, trained now or judged again, with decisions."""
+    reports: dict[str, UserReport] = {}
+    for pack in (*plan.packs, *plan.judged):
+        record = run.folder.read_done(pack.pack_id)
+        assert record is not None, "training ends when every pack has a record"
+        reports |= {report.user_key: report for report in record.reports}
+    gate_all(reports.values(), run.config.gate)
+    return reports
+
+
+def register(
+    run: Run, plan: Plan, registry: Registry, reports: Mapping[str, UserReport], progress: Progress
+) -> None:
+    """Register what was decided, a pack at a time; sets decisions that turn out as overtaken."""
+    done = 0
+    for pack in (*plan.packs, *plan.judged):
+        of_pack = [reports[user.user_key] for user in pack.users]
+        planned = {user.user_key: user for user in pack.users}
+        overtaken = hold_overtaken(registry, run.config.registry.prefix_name, of_pack, planned)
+        register_pack(
+            registry,
+            run.store,
+            _pack_record(run, pack, of_pack),
+            [report for report in of_pack if report.user_key not in overtaken],
+            _lineage(run, pack),
+            run.config.registry.prefix_name,
+            gate_digest(run),
+        )
+        done += len(of_pack)
+        progress(done, 0)
+
+
+def _pack_record(run: Run, pack: Pack, reports: list[UserReport]) -> PackRecord:
+    return PackRecord(
+        run_id=run.run_id,
+        pack_id=pack.pack_id,
+        params=_params(run),
+        metrics=pack_metrics(reports),
+    )
+
+
+def _params(run: Run) -> dict[str, str]:
+    sections = run.config.model_dump(mode="json", include={"method", "train", "gate", "backbone"})
+    return {
+        f"{section}.{key}": str(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
+def _lineage(run: Run, pack: Pack) -> Callable[[UserReport], dict[str, str]]:
+    """A function that says how a user's prefix came to be, as tags of its version."""
+    planned = {user.user_key: user for user in pack.users}
+
+    def tags(report: UserReport) -> dict[str, str]:
+        user = planned[report.user_key]
+        return {
+            "training_digest": user.training_digest,
+            "data_digest": user.data_digest,
+            "backbone": run.backbone_name,
+            "backbone_fingerprint": run.fingerprint,
+            "template_digest": run.template_digest,
+            "config_digest": run.config_digest,
+            "method": run.config.method.type,
+            "partition_id": run.part.partition_id,
+            "run_id": run.run_id,
+            "pack_id": pack.pack_id,
+            "decision": report.decision or "",
+            **{
+                key: str(report.details[key])
+                for key in ("started_from", "continued_from", "start_ignored", "resets")
+                if report.details.get(key)
+            },
+        }
+
+    return tags
+
+
+def retire(run: Run, plan: Plan, registry: Registry) -> None:
+    """Take their prefix from users whose rows are gone: from here on the base model answers."""
+    for start in range(0, len(plan.retired), _CHUNK):
+        keys = plan.retired[start : start + _CHUNK]
+        retire_users(registry, keys, run.config.registry.prefix_name, run.run_id)
+
+
+def outcomes(plan: Plan, reports: Mapping[str, UserReport]) -> dict[str, UserReport]:
+    """What the run says of every user, by key.
+
+    A user who was only judged again is `unchanged`, since nothing was trained: their decision
+    stands in the table and is counted under `judged_again`, not among the promoted, rejected and
+    pending, who add up to the trained.
+    """
+    found = {
+        key: UserReport(user_key=key, status=status) for key, status in plan.skipped.items()
+    } | dict(reports)
+    for pack in plan.judged:
+        for user in pack.users:
+            report = found[user.user_key]
+            found[user.user_key] = replace(
+                report, status="unchanged", steps=0, tokens=0, history=[]
+            )
+    return found
