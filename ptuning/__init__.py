@@ -15,6 +15,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from ptuning.methods import REGISTERED
+
 # The tokenizers library warns in forked workers unless this is decided beforehand.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -49,11 +51,8 @@ _HOMES = {
     "Example": "types",
     "GateConfig": "gate",
     "Message": "types",
-    "PTuning": "methods.ptuning",
     "PTuningError": "errors",
     "Prefix": "prefix.artifact",
-    "PrefixTuning": "methods.prefix",
-    "PromptTuning": "methods.prompt",
     "Resume": "train.resume",
     "TrainConfig": "train.config",
     "TuneResult": "tuning",
@@ -65,6 +64,7 @@ _HOMES = {
     "save_peft": "prefix.peft_format",
     "tune": "tuning",
     "user_key": "types",
+    **{name: f"methods.{file}" for name, file in REGISTERED.items()},
 }
 __all__ = sorted(_HOMES)
 

@@ -95,7 +95,7 @@ class AttentionContext:
     capture: bool = False
     record_modules: bool = False
     used: set[tuple[str, int]] = field(default_factory=set)
-    captured: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    captured: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     embedded: Tensor | None = None
     calls: list[AttentionCall] = field(default_factory=list)
     _masks: dict[tuple[int, object], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -229,7 +229,7 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
             if context.record_modules:
                 context.calls.append(AttentionCall.of(module, query, key, value, attention_mask))
             if context.capture:
-                context.captured[layer_of(module)[:2]] = torch.stack([key, value], dim=1)
+                context.captured[layer_of(module)[:2]] = (key, value)
             if context.cached is not None and attention_mask is not None:
                 attention_mask = context.hiding(attention_mask, layer_of(module))
             if context.prefix is not None and context.prefix.layers:
@@ -259,14 +259,14 @@ def _prepend(
             "the model calls attention without a mask, so a prefix cannot be made visible safely",
             seen=type(module).__name__,
         )
-    kv = layers[len(layers) - 1 - place.below_top]  # [R, 2, H, P, D]
+    keys, values = layers[len(layers) - 1 - place.below_top]  # [R, H, P, Dk], [R, H, P, Dv]
     context.used.add(place[:2])
     bias = kwargs.get("position_bias")  # [1, heads, T, S]
     if bias is not None:
         kwargs["position_bias"] = _biased_before(bias, prefix.length, place.before)
     return (
-        torch.cat([kv[:, 0], key], dim=2),
-        torch.cat([kv[:, 1], value], dim=2),
+        torch.cat([keys, key], dim=2),
+        torch.cat([values, value], dim=2),
         context.widened(attention_mask, prefix, kwargs.get("sliding_window"), place),
     )
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptuning.model.facts import Facts
+from ptuning.model.groups import Layers, split_groups
 from ptuning.types import seed_of
 
 EMBEDDINGS = "embeddings"  # the name, among stacks, of virtual tokens at the input
@@ -43,8 +45,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Which real tokens see the virtual ones.
+class Visibility:
+    """Which real tokens attend to the virtual ones.
 
     `infix`: only the last prompt token and those after it; else all. `windowed`: in layers with
     a sliding window only those within it, counted in positions, as where a prefix lies in a
@@ -77,34 +79,31 @@ class Dropout:
 
 @dataclass(frozen=True)
 class PackPrefix:
-    """The prefixes of U users (slots), all of one kind.
+    """The prefixes of U users (slots), all of one kind, for a backbone of these facts.
 
-    `tensors[stack]` is `[U, K, 2, H, P, D]`, keys and values of the stack's top K layers, keys
-    as after rotary embedding; `tensors["embeddings"]` is `[U, P, E]`, virtual tokens at the
-    input.
+    `tensors["decoder.0.keys"]` `[U, Lg, H, P, Dk]` and `….values` `[U, Lg, H, P, Dv]` are those of
+    the top layers of a stack's first group (facts.py), keys as after rotary embedding;
+    `tensors["embeddings"]` is `[U, P, E]`, virtual tokens at the input.
     """
 
     tensors: dict[str, Tensor]
-    seen: Seen = Seen()
+    facts: Facts
+    visibility: Visibility = Visibility()
 
     def of_rows(
         self, slots_R: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> RowPrefix:
-        """Gather each row's prefix (differentiable).
-
-        `unbind` rather than a slice per layer: the backward of K slices would add K tensors
-        of the full size.
-        """
-        rows = {name: kv.index_select(0, slots_R) for name, kv in self.tensors.items()}
+        """Gather each row's prefix (differentiable)."""
+        rows = {name: p.index_select(0, slots_R) for name, p in self.tensors.items()}
         if dropout is not None:
             rows = {name: dropout(name, values) for name, values in rows.items()}
         embeddings = rows.pop(EMBEDDINGS, None)
         count = len(slots_R)
         return RowPrefix(
-            {stack: values.to(dtype).unbind(1) for stack, values in rows.items()},
+            split_groups({name: p.to(dtype) for name, p in rows.items()}, self.facts, 1),
             embeddings=embeddings,
-            infix=_flags(self.seen.infix, count, slots_R.device),
-            windowed=_flags(self.seen.windowed, count, slots_R.device),
+            infix=_flags(self.visibility.infix, count, slots_R.device),
+            windowed=_flags(self.visibility.windowed, count, slots_R.device),
         )
 
 
@@ -116,16 +115,17 @@ def _flags(value: bool, rows: int, device: torch.device) -> Tensor | None:
 class RowPrefix:
     """The prefix of every row of one batch.
 
-    `layers[stack]` are the stack's top K layers, each `[R, 2, H, P, D]`: keys (as after rotary
-    embedding) and values. `visible` is a bool `[R, P]` where rows have prefixes of different
-    lengths (or none): False columns are padding, on the left. None means that every column is
-    visible. `embeddings` `[R, P, E]` stand where the row's ids are negative (data/layout.py).
-    `infix` and `windowed`, bool `[R]`: see Seen; None where it holds for no row.
+    `layers[stack]` are the keys (as after rotary embedding) `[R, H, P, Dk]` and values
+    `[R, H, P, Dv]` of the stack's top K layers. `visible` is a bool `[R, P]` where rows have
+    prefixes of different lengths (or none): False columns are padding, on the left. None means
+    that every column is visible. `embeddings` `[R, P, E]` stand where the row's ids are negative
+    (data/layout.py).
+    `infix` and `windowed`, bool `[R]`: see Visibility; None where it holds for no row.
     `depths[stack]`, Long `[R]`: how many of the stack's top layers row r's prefix has, where
     rows differ.
     """
 
-    layers: dict[str, tuple[Tensor, ...]]
+    layers: dict[str, Layers]
     visible: Tensor | None = None
     embeddings: Tensor | None = None
     infix: Tensor | None = None
@@ -136,7 +136,7 @@ class RowPrefix:
     def length(self) -> int:
         """P, the columns put before the row's own keys."""
         first = next(iter(self.layers.values()), None)
-        return 0 if first is None else int(first[0].shape[-2])
+        return 0 if first is None else int(first[0][0].shape[-2])
 
     def offsets(self, rows: int) -> Tensor:
         """How many virtual keys each row has, Long `[R]`: how far real positions are moved."""

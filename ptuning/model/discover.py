@@ -126,7 +126,7 @@ def _stack(model: Any, stack: str, calls: Sequence[AttentionCall]) -> StackFacts
             before = _bias_before(call.module)
         mark_layer(call.module, Place(stack, layer, len(calls), before))
     heads, head_dim = shapes.pop()
-    return StackFacts(layers=len(calls), heads=heads, head_dim=head_dim)
+    return StackFacts.of_one_shape(layers=len(calls), heads=heads, head_dim=head_dim)
 
 
 def _bias_before(module: Any) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ptuning.errors import CorruptArtifact, WrongBackbone, WrongMethod, WrongUser
 from ptuning.methods.base import Method
 from ptuning.model.facts import Facts
-from ptuning.prefix.artifact import write_file
+from ptuning.system.files import write_atomic
 from ptuning.train.state import TrainState
 from ptuning.types import EpochLoss
 
@@ -73,7 +73,7 @@ class Resume:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the file; a reader or a crash never meets half of it."""
-        return write_file(Path(path), self.to_bytes())
+        return write_atomic(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Resume:

@@ -176,11 +176,9 @@ class LockstepDriver:
         length = prefix.length
         for stack in dict.fromkeys((*prefix.layers, *empty.layers)):
             own, wanted = prefix.layers.get(stack, ()), len(empty.layers.get(stack, ()))
-            depth = self.backbone.facts.stacks[stack]
-            shape = (rows, 2, depth.heads, length, depth.head_dim)
             missing = [
-                torch.zeros(shape, dtype=self.backbone.dtype, device=self.backbone.device)
-                for _ in range(wanted - len(own))
+                self._nothing(stack, layer, rows, length)
+                for layer in range(wanted - 1, len(own) - 1, -1)
             ]
             if missing:
                 held = torch.full((rows,), len(own), device=self.backbone.device)
@@ -188,6 +186,20 @@ class LockstepDriver:
             layers = [*missing, *own]
             bound = len(layers) - wanted  # below it peers have no gradient
             prefix.layers[stack] = tuple(
-                kv.detach().requires_grad_(n >= bound) for n, kv in enumerate(layers)
+                (
+                    keys.detach().requires_grad_(n >= bound),
+                    values.detach().requires_grad_(n >= bound),
+                )
+                for n, (keys, values) in enumerate(layers)
             )
         return prefix
+
+    def _nothing(self, stack: str, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Zero keys and values of a layer, which is counted from the top."""
+        backbone = self.backbone
+        group = backbone.facts.stacks[stack].group_of(layer)
+        shape = (rows, group.heads, length)
+        return (
+            torch.zeros((*shape, group.key_width), dtype=backbone.dtype, device=backbone.device),
+            torch.zeros((*shape, group.value_width), dtype=backbone.dtype, device=backbone.device),
+        )

@@ -16,8 +16,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ptuning.errors import UnsupportedModel
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import CachedPrefix, RowPrefix, Seen
+from ptuning.model.batch import CachedPrefix, RowPrefix
 from ptuning.model.facts import DECODER
+from ptuning.model.groups import split_groups
 from ptuning.prefix.ready import Member, rows_of
 from serve.engine.slots import SlotCache, View
 
@@ -69,16 +70,16 @@ class _Slot:
     @property
     def after(self) -> int:
         """The row's first token that sees the prefix."""
-        infix = self.member is not None and self.member.seen.infix
+        infix = self.member is not None and self.member.visibility.infix
         return max(0, self.prompt - 1) if infix else 0
 
     @property
     def windowed(self) -> bool:
-        return self.member is not None and self.member.seen.windowed
+        return self.member is not None and self.member.visibility.windowed
 
     def depth(self, layers: int) -> int:
         """K, the top layers with a prefix; all of them where there is none to hide."""
-        return len(next(iter(self.member.kv.values()))) if self.member and self.length else layers
+        return len(self.member.layers[DECODER]) if self.member and self.length else layers
 
 
 class SlotRunner:
@@ -106,7 +107,7 @@ class SlotRunner:
 
     def enter(self, slot: int, member: Member | None) -> None:
         self._slots[slot] = _Slot(member)
-        self.cache.enter(slot, None if member is None else member.kv.get(DECODER))
+        self.cache.enter(slot, None if member is None else member.layers.get(DECODER))
 
     def leave(self, slot: int) -> None:
         self.cache.clear(slot)
@@ -134,7 +135,7 @@ class SlotRunner:
         if any(slot.member is not None and slot.member.embeddings is not None for slot in slots):
             embeddings = rows_of(
                 self.backbone,
-                [slot.member and replace(slot.member, kv={}) for slot in slots],
+                [slot.member and replace(slot.member, layers={}) for slot in slots],
             )
         return self._step(first, ids.to(device), columns, last, embeddings)
 
@@ -189,7 +190,7 @@ class SlotRunner:
     def _mask(
         self, columns: Tensor, slots: Sequence[_Slot], width: int, window: int | None
     ) -> Tensor:
-        """`[R, 1, T, S]`: own columns up to the query's, and the prefix as its Seen says."""
+        """`[R, 1, T, S]`: own columns up to the query's, and the prefix as its Visibility says."""
         key = torch.arange(width)
         query = columns[:, :, None]
         lengths = torch.tensor([slot.length for slot in slots])[:, None, None]
@@ -216,10 +217,12 @@ class SlotRunner:
         """
         backbone, slots = self.backbone, 2 if len(self._slots) > 1 else 1
         ids = torch.arange(1, 6) % backbone.facts.vocab_size
-        shape = backbone.facts.kv_shape(DECODER, 3)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        kv = (0.1 * noise).to(backbone.device, backbone.dtype)
-        entered = [Member({DECODER: kv}, None, Seen()), None][:slots]
+        generator = torch.Generator().manual_seed(0)
+        noise = {
+            name: 0.1 * torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
+            for name, shape in backbone.facts.kv_shapes(3).items()
+        }
+        entered = [Member(split_groups(noise, backbone.facts, 0)), None][:slots]
         for slot, member in enumerate(entered):
             self.enter(slot, member)
         self.prefill(0, [ids[:-1].tolist()] * slots)

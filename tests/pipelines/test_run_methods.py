@@ -196,7 +196,7 @@ def test_trainings_start_from_the_champion_and_go_on_where_they_stopped(
 
     def kv(store: str, key: str, digest: str) -> Any:
         path = Store(tmp_path / store).path("prefixes", key[:2], key, f"{digest}.safetensors")
-        return load_file(path)["kv"]
+        return load_file(path)["decoder.0.keys"]
 
     for key in first:
         assert (kv("one", key, further[key]) - kv("two", key, at_once[key])).abs().max() < 1e-5

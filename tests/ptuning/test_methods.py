@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save as save_safetensors
 from tiny_backbones import (
     EAGER_ONLY,
     FAMILIES,
@@ -46,9 +48,9 @@ from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS
-from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.model.facts import CROSS, DECODER, ENCODER, stack_of
 from ptuning.model.load import outline
-from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.train.config import TrainConfig
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
@@ -327,7 +329,7 @@ def test_a_template_with_too_many_virtual_tokens_is_refused(template: str) -> No
         (PrefixTuning, {"stacks": ()}, "stacks"),
         (PrefixTuning, {"stacks": ("middle",)}, "stacks"),
         (PrefixTuning, {"placement": "suffix"}, "placement"),
-        (PrefixTuning, {"visibility": "never"}, "visibility"),
+        (PrefixTuning, {"sliding_window": "never"}, "sliding_window"),
         (PrefixTuning, {"dropout": 1.0}, "dropout"),
         (PrefixTuning, {"num_virtual_token": 3}, "num_virtual_token"),
         (PromptTuning, {"num_virtual_tokens": 0}, "num_virtual_tokens"),
@@ -502,7 +504,7 @@ def test_a_model_that_takes_no_embeddings_takes_keys_and_values(
     expected, ours = (one.kv for one in results)
     assert expected is not None
     assert ours is not None
-    torch.testing.assert_close(ours[DECODER], expected[DECODER], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 # Words
@@ -545,7 +547,7 @@ def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
 
 
 def changed(prefix: Prefix, **meta: Any) -> Prefix:
-    return replace(prefix, meta=replace(prefix.meta, **meta))
+    return make_prefix(prefix.members, replace(prefix.meta, **meta))
 
 
 def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -> None:
@@ -558,12 +560,14 @@ def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -
     with pytest.raises(WrongShape, match="stacks") as caught:
         moved.check(causal)
     explained(caught.value, ENCODER, DECODER)
-    partial = replace(whole, kv={DECODER: whole.kv[DECODER]})
+    of_decoder = {name: t for name, t in whole.tensors.items() if stack_of(name) == DECODER}
+    partial = make_prefix([of_decoder], whole.meta)
     with pytest.raises(WrongShape, match="stacks") as caught:
         partial.check(pair)
     explained(caught.value, CROSS)
-    named = changed(partial, method=method.model_dump() | {"stacks": ["decoder"]})
-    named.check(pair)
+    named = PrefixTuning(num_virtual_tokens=3, stacks=("decoder",))
+    meta = PrefixMeta.of(pair, named, user_key=whole.meta.user_key)
+    make_prefix([of_decoder], meta).check(pair)
 
 
 def test_a_prefix_of_another_backbone_is_refused(causal: Backbone) -> None:
@@ -586,9 +590,10 @@ def test_a_prefix_of_another_backbone_is_refused(causal: Backbone) -> None:
 def test_embeddings_of_another_shape_are_refused(causal: Backbone, method: Method) -> None:
     prefix = random_prefix(causal, method, 1)
     prefix.check(causal)
-    last = prefix.embeddings[-1]
+    *others, member = prefix.members
+    last = member[EMBEDDINGS]
     for wrong in (last[:, 1:], last[1:], torch.cat([last, last[:1]])):
-        broken = replace(prefix, embeddings=(*prefix.embeddings[:-1], wrong))
+        broken = make_prefix([*others, {EMBEDDINGS: wrong}], prefix.meta)
         with pytest.raises(WrongShape) as caught:
             broken.check(causal)
         explained(caught.value, str(tuple(wrong.shape)), f"(3, {causal.facts.hidden_size})")
@@ -608,11 +613,12 @@ def test_values_that_are_not_finite_are_refused(
     causal: Backbone, method: Method, value: float
 ) -> None:
     prefix = random_prefix(causal, method, 1)
-    name, values = list(prefix.members[-1].items())[-1]
+    members = prefix.members
+    name, values = list(members[-1].items())[-1]
     values.view(-1)[-1] = value
     with pytest.raises(CorruptArtifact, match="not finite") as caught:
-        prefix.check(causal)
-    explained(caught.value, f"1 of {values.numel()} in {name}")
+        make_prefix(members, prefix.meta).check(causal)
+    explained(caught.value, f"1 of {values.numel()} in", name)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ, *EAGER_ONLY])
@@ -649,30 +655,32 @@ def test_a_models_configuration_alone_says_enough_to_check_a_method(
 def test_a_prefix_that_its_method_would_not_make_is_refused(changes: dict[str, Any]) -> None:
     backbone = build(FAMILIES["llama"]())
     good = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4), seed=1)
-    meta = replace(good.meta, method={**good.meta.method, **changes})
+    texts = good.meta.to_texts()
+    texts["method"] = json.dumps({**json.loads(texts["method"]), **changes})
     with pytest.raises(ArtifactError):
-        Prefix.from_bytes(Prefix(good.kv, meta).to_bytes(), backbone)
+        Prefix.from_bytes(save_safetensors({**good.tensors}, texts), backbone)
     Prefix.from_bytes(good.to_bytes(), backbone)
 
 
 def test_an_ensemble_with_a_member_more_or_less_is_refused() -> None:
     backbone = build(FAMILIES["llama"]())
     two = random_prefix(backbone, PromptTuning(num_virtual_tokens=4, ensemble=2), seed=1)
-    assert len(Prefix.from_bytes(two.to_bytes(), backbone).embeddings) == 2
-    for members in (two.embeddings[:1], (*two.embeddings, two.embeddings[0] + 1)):
+    assert len(Prefix.from_bytes(two.to_bytes(), backbone).members) == 2
+    for members in (two.members[:1], (*two.members, two.members[0])):
         with pytest.raises(WrongMethod, match="members"):
-            Prefix.from_bytes(Prefix({}, two.meta, members).to_bytes(), backbone)
-    meta = replace(two.meta, method={**two.meta.method, "combine": "max"})
-    with pytest.raises(WrongMethod):
-        Prefix.from_bytes(Prefix({}, meta, two.embeddings).to_bytes(), backbone)
+            Prefix.from_bytes(make_prefix(members, two.meta).to_bytes(), backbone)
+    texts = two.meta.to_texts()
+    texts["method"] = texts["method"].replace('"mean"', '"max"')
+    with pytest.raises(WrongMethod, match="cannot apply"):
+        Prefix.from_bytes(save_safetensors({**two.tensors}, texts), backbone)
 
 
 def test_keys_and_values_with_a_layout_at_the_input_are_refused() -> None:
     backbone = build(FAMILIES["llama"]())
     good = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4), seed=1)
-    meta = replace(good.meta, layout="{prompt}{p:3}")
-    with pytest.raises(WrongShape, match="layout"):
-        Prefix.from_bytes(Prefix(good.kv, meta).to_bytes(), backbone)
+    texts = good.meta.to_texts() | {"layout": "{prompt}{p:3}"}
+    with pytest.raises(WrongMethod, match="layout"):
+        Prefix.from_bytes(save_safetensors({**good.tensors}, texts), backbone)
 
 
 def test_an_encoder_without_anything_to_read_is_refused() -> None:

@@ -15,7 +15,18 @@ from blown import Blown
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, random_kv, user_rows
+from tiny_backbones import (
+    FAMILIES,
+    as_groups,
+    as_layers,
+    build,
+    build_model,
+    encoded,
+    kv_shape,
+    random_ids,
+    random_kv,
+    user_rows,
+)
 from tiny_model import make_tokenizer
 from torch import Tensor
 
@@ -36,7 +47,6 @@ from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import PackPrefix
-from ptuning.model.facts import DECODER
 from ptuning.scoring import score_split
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
@@ -191,7 +201,7 @@ def test_the_same_rows_and_seed_in_two_slots_of_a_pack_give_the_same_prefix(
     one, two = results["alice"].kv, results["twin"].kv
     assert one is not None
     assert two is not None
-    torch.testing.assert_close(one[DECODER], two[DECODER], atol=1e-5, rtol=0)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
 def test_gradient_checkpointing_trains_the_same_prefix() -> None:
@@ -250,7 +260,7 @@ def test_dropout_is_heard_in_training_and_nowhere_else(backbone: Backbone) -> No
     )
     assert dropped.kv is not None
     assert whole.kv is not None
-    assert (dropped.kv[DECODER] - whole.kv[DECODER]).abs().max() > 1e-3
+    assert (as_layers(dropped.kv) - as_layers(whole.kv)).abs().max() > 1e-3
     # The first epoch's validation of a prefix that has hardly moved: no value is dropped.
     still = config(epochs=1, learning_rate=1e-12)
     ours, plain = (
@@ -325,7 +335,7 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
     last = packed(backbone, method, shorter, [contrary])["contrary"]
     assert kept is not None
     assert last.kv is not None
-    torch.testing.assert_close(kept[DECODER], last.kv[DECODER], atol=1e-5, rtol=0)
+    torch.testing.assert_close(kept, last.kv, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, 1e30])
@@ -366,7 +376,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         ours, wanted = again[key].kv, one_epoch[key].kv
         assert ours is not None
         assert wanted is not None
-        assert torch.equal(ours[DECODER], wanted[DECODER])
+        assert torch.equal(as_layers(ours), as_layers(wanted))
         assert again[key].history == one_epoch[key].history
 
 
@@ -652,15 +662,16 @@ def test_words_make_the_prefix_start_as_those_words(backbone: Backbone) -> None:
     alice = users()[0]
     with torch.no_grad():
         words, _ = backbone.capture(torch.tensor([alice.words]))
+    start = {name: values[0] for name, values in words.items()}
     for name in ("direct-words", "mlp-words"):
         method = METHODS[name]
-        made = method.initial(backbone.facts, {DECODER: words[DECODER][0]}, seed=1)
+        made = method.initial(backbone.facts, start, seed=1)
         compiled = method.compile(
             {key: p.unsqueeze(0) for key, p in made.trained.items()},
             {key: p.unsqueeze(0) for key, p in made.fixed.items()},
             backbone.facts,
         )
-        assert torch.equal(compiled[DECODER], words[DECODER])
+        assert torch.equal(as_layers(compiled), as_layers(words))
 
 
 @pytest.mark.parametrize("method", [METHODS["direct-random"], METHODS["mlp-random"]])
@@ -680,15 +691,15 @@ def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
     ]
     generator = torch.Generator().manual_seed(1)
     for turn, named in enumerate([[0, 2], [2], [1, 2], [2, 0]]):
-        target = torch.randn((3, *backbone.facts.kv_shape(DECODER, P)), generator=generator)
+        target = torch.randn((3, *kv_shape(backbone, P)), generator=generator)
         leaves = slots.leaves()
-        (target * leaves.tensors[DECODER]).sum().backward()
+        (target * as_layers(leaves.tensors)).sum().backward()
         rates = [0.01 * (slot + 1) / (turn + 1) for slot in named]
         slots.update(leaves, named, rates, settings)
         for slot, rate in zip(named, rates, strict=True):
             optimizers[slot].param_groups[0]["lr"] = rate
             optimizers[slot].zero_grad()
-            kv = method.compile(twins[slot], {}, backbone.facts)[DECODER]
+            kv = as_layers(method.compile(twins[slot], {}, backbone.facts))
             (target[slot] * kv[0]).sum().backward()
             torch.nn.utils.clip_grad_norm_(twins[slot].values(), 0.5)
             optimizers[slot].step()
@@ -707,9 +718,10 @@ def test_scoring_many_users_at_once_gives_each_its_own_rows_under_its_own_prefix
     kv = random_kv(backbone, P, seed=1, users=len(pack))
     driver = LocalDriver(backbone)
     for budget in (1, 60, 10_000):
-        together = driver.run(score_split(backbone, rows, PackPrefix({DECODER: kv}), budget))
+        pack_of_all = PackPrefix(as_groups(kv), backbone.facts)
+        together = driver.run(score_split(backbone, rows, pack_of_all, budget))
         for slot, user in enumerate(pack):
-            own = PackPrefix({DECODER: kv[slot : slot + 1]})
+            own = PackPrefix(as_groups(kv[slot : slot + 1]), backbone.facts)
             (alone,) = driver.run(score_split(backbone, [user.train], own, 10_000))
             assert together[slot].tokens == alone.tokens
             assert together[slot].tokens == tuple(row.supervised for row in user.train)

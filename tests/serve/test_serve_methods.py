@@ -26,7 +26,7 @@ METHODS: dict[str, Method] = {
     "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
     "infix": PrefixTuning(num_virtual_tokens=6, placement="infix"),
     "infix, top layer": PrefixTuning(num_virtual_tokens=3, placement="infix", layers=1),
-    "window": PrefixTuning(num_virtual_tokens=4, visibility="window"),
+    "window": PrefixTuning(num_virtual_tokens=4, sliding_window="respect"),
     "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
     "infix embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding", placement="infix"),
     "prompt": PromptTuning(num_virtual_tokens=5),
