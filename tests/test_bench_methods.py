@@ -19,7 +19,7 @@ from ptuning.data.encode import IGNORE
 from ptuning.model.facts import DECODER, Facts, StackFacts
 
 FACTS = Facts(
-    stacks={DECODER: StackFacts(layers=30, heads=3, head_dim=64)},
+    stacks={DECODER: StackFacts.of_one_shape(layers=30, heads=3, head_dim=64)},
     hidden_size=576,
     vocab_size=49152,
     max_positions=8192,

@@ -364,7 +364,9 @@ def make_prefix(
     """A prefix of what was trained, in the configured dtype; the tensors are copied."""
     dtype = _DTYPES[(config or ArtifactConfig()).dtype]
     tensors = {
-        name if len(members) == 1 else f"{number}.{name}": values.detach().to("cpu", dtype)
+        name if len(members) == 1 else f"{number}.{name}": values.detach().to(
+            "cpu", dtype, copy=True
+        )
         for number, member in enumerate(members)
         for name, values in member.items()
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from method_catalogue import CATALOGUE
 from runs import settings, user_rows, write_rows
 from safetensors.torch import load_file
 from tiny_backbones import SEQ2SEQ, build_model
@@ -32,19 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 USERS = {"ann": 10, "bob": 12}
 ALWAYS = ("gate.min_gain=-10", "registry.prefix_name=default")
-METHODS = {
-    "prompt ensemble from labels": [
-        "method.type=prompt", "method.init=labels", "method.ensemble=2", "method.combine=vote",
-    ],
-    "ptuning lstm": [
-        "method.type=ptuning", "method.encoder=lstm", "method.encoder_hidden_size=8",
-        "method.template={p:2}{prompt}{p:2} so {completion}",
-    ],
-    "infix mlp on top": [
-        "method.encoder_hidden_size=8", "method.placement=infix", "method.layers=1",
-        "method.dropout=0.1", "train.learning_rate=0.003",
-    ],
-}  # fmt: skip
+METHODS = {name: entry.settings for name, entry in CATALOGUE.items() if entry.run}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from method_catalogue import served
 from tiny_backbones import (
     CHUNKED,
     EAGER_ONLY,
@@ -688,34 +689,8 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
 
 # Generation
 
-CAUSAL_USERS: dict[str, Method | None] = {
-    "prefix": PrefixTuning(num_virtual_tokens=4),
-    "longer": PrefixTuning(num_virtual_tokens=9),
-    "base": None,
-    "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
-    "infix": PrefixTuning(num_virtual_tokens=6, placement="infix"),
-    "window": PrefixTuning(num_virtual_tokens=4, sliding_window="respect"),
-    "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
-    "infix embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding", placement="infix"),
-    "prompt": PromptTuning(num_virtual_tokens=5),
-    "mean of 2": PromptTuning(num_virtual_tokens=4, ensemble=2),
-    "vote of 3": PromptTuning(num_virtual_tokens=2, ensemble=3, combine="vote"),
-    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so {p:1}{completion}"),
-    "anchors": PTuning(template="{p:3} well, {prompt} then"),
-}
-PAIR_USERS: dict[str, Method | None] = {
-    "prefix": PrefixTuning(num_virtual_tokens=4),
-    "encoder": PrefixTuning(num_virtual_tokens=7, stacks=("encoder",)),
-    "base": None,
-    "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
-    "no encoder": PrefixTuning(num_virtual_tokens=2, stacks=("decoder", "cross"), layers=1),
-    "cross": PrefixTuning(num_virtual_tokens=3, stacks=("cross",)),
-    "window": PrefixTuning(num_virtual_tokens=4, sliding_window="respect"),
-    "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
-    "prompt": PromptTuning(num_virtual_tokens=5),
-    "vote of 3": PromptTuning(num_virtual_tokens=2, ensemble=3, combine="vote"),
-    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so"),
-}
+CAUSAL_USERS: dict[str, Method | None] = {"base": None, **served()}
+PAIR_USERS: dict[str, Method | None] = {"base": None, **served(pairs=True)}
 # Anything that a batch may hold: windows too, which the texts outgrow.
 SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     **PLACES,

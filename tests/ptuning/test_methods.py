@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from tiny_model import make_tokenizer
 from torch import Tensor, nn
 
 from ptuning.data.encode import IGNORE, Encoded, Template
+from ptuning.data.examples import arrange
 from ptuning.data.layout import Arrangement, Layout, between, front
 from ptuning.errors import (
     ArtifactError,
@@ -40,17 +41,21 @@ from ptuning.errors import (
     WrongMethod,
     WrongShape,
 )
-from ptuning.methods.base import Method
+from ptuning.methods import catalogue
+from ptuning.methods.base import KeysAndValuesTuning, Method, Parameters
+from ptuning.methods.catalogue import METHODS
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS
-from ptuning.model.facts import CROSS, DECODER, ENCODER, stack_of
+from ptuning.model.batch import EMBEDDINGS, Visibility
+from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, stack_of
 from ptuning.model.load import outline
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.prefix.ready import make_ready
+from ptuning.scoring import nll
 from ptuning.train.config import TrainConfig
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
@@ -701,3 +706,77 @@ class _Bare:
 
     def __call__(self, text: str, **_options: Any) -> Any:
         return self._tokenizer(text, add_special_tokens=False)
+
+
+# A method of one's own
+
+
+class Whispering(KeysAndValuesTuning):
+    """Keys and values that the prompt does not attend to: a rule that no setting says."""
+
+    type: Literal["whispering"] = "whispering"
+
+    @property
+    def visibility(self) -> Visibility:
+        return Visibility(infix=True)
+
+
+def test_a_methods_own_rule_of_visibility_holds_wherever_its_prefix_goes(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training saw is what the saved prefix scores."""
+    monkeypatch.delitem(METHODS, "whispering", raising=False)  # takes it out again afterwards
+    method = catalogue.register(Whispering)(num_virtual_tokens=4)
+    examples = [Example(prompt=f"what is {n}", completion=f"it is {n} so") for n in range(12)]
+    settings = TrainConfig(epochs=1, batch_size=4)
+    trained = tune(causal, {"alice": examples}, method=method, train=settings)["alice"]
+    assert trained.prefix is not None
+    path = trained.prefix.save(tmp_path / "alice.safetensors")
+    loaded = Prefix.load(path, causal)
+    assert isinstance(loaded.method, Whispering)
+    valid = [row for row in arrange(examples) if row.split == "valid"]
+    (line,) = trained.history
+    assert nll(causal, valid, loaded) == pytest.approx(line["valid"], abs=1e-5)
+    (member,) = make_ready(loaded, causal).members
+    assert member.visibility == Visibility(infix=True)
+    # With another rule the same values are another function.
+    plain = PrefixMeta.of(causal, PrefixTuning(num_virtual_tokens=4), user_key="u")
+    assert abs(nll(causal, valid, make_prefix(loaded.members, plain)) - line["valid"]) > 1e-3
+    with pytest.raises(WrongMethod, match="PEFT cannot hold"):
+        method.to_peft(causal.facts)
+
+
+def test_a_name_belongs_to_one_method() -> None:
+    class Another(KeysAndValuesTuning):
+        type: Literal["prefix"] = "prefix"
+
+    with pytest.raises(MethodError, match="one name"):
+        catalogue.register(Another)
+    assert METHODS["prefix"] is PrefixTuning
+    with pytest.raises(MethodError, match="no such tuning method"):
+        catalogue.parse_method({"type": "lora"})
+
+
+class Twice(KeysAndValuesTuning):
+    """One trained tensor as keys and as values, and one that nothing is made of."""
+
+    type: Literal["twice"] = "twice"
+
+    def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
+        keys = super().initial(facts, start, seed).trained["decoder.0.keys"]
+        return Parameters({"both": keys, "idle": torch.ones(3)})
+
+    def compile(
+        self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
+    ) -> dict[str, Tensor]:
+        return {"decoder.0.keys": trained["both"], "decoder.0.values": trained["both"]}
+
+
+def test_a_parameter_that_is_used_twice_learns_from_both_uses(causal: Backbone) -> None:
+    method, user = Twice(num_virtual_tokens=3, init="random"), user_rows("alice", 6, 2)
+    config = TrainConfig(epochs=2, batch_size=3, weight_decay=0.1)
+    plain = train_user(causal, method, config, user)
+    (packed,) = LocalDriver(causal).run(train_pack(causal, method, config, [user]))
+    assert plain.kv is not None
+    assert packed.kv is not None
+    torch.testing.assert_close(packed.kv, plain.kv, atol=1e-5, rtol=0)

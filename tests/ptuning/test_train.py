@@ -15,6 +15,7 @@ from blown import Blown
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from method_catalogue import P, of_causal_models
 from tiny_backbones import (
     FAMILIES,
     as_groups,
@@ -43,7 +44,6 @@ from ptuning.errors import (
 from ptuning.methods.base import Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
-from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import PackPrefix
@@ -56,8 +56,6 @@ from ptuning.train.slots import Slots
 from ptuning.train.step import LocalDriver
 from ptuning.types import seed_of
 
-P = 3
-
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
@@ -65,39 +63,14 @@ def backbone() -> Backbone:
     return build(FAMILIES["llama"]())
 
 
-METHODS = {
-    "direct-words": PrefixTuning(num_virtual_tokens=P),
-    "direct-random": PrefixTuning(num_virtual_tokens=P, init="random"),
-    "mlp-words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8),
-    "mlp-random": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8, init="random"),
-    "mlp-keys": PrefixTuning(
-        num_virtual_tokens=P, encoder_hidden_size=8, encoder_input="keys", init="random"
-    ),
-    "top-layer": PrefixTuning(num_virtual_tokens=P, layers=1),
-    "embedding-only": PrefixTuning(num_virtual_tokens=P, layers="embedding"),
-    "embedding-only-mlp": PrefixTuning(
-        num_virtual_tokens=P, layers="embedding", encoder_hidden_size=8
-    ),
-    "infix": PrefixTuning(num_virtual_tokens=P, placement="infix"),
-    "infix-embedding": PrefixTuning(num_virtual_tokens=P, placement="infix", layers="embedding"),
-    "dropout": PrefixTuning(num_virtual_tokens=P, dropout=0.3),
-    "prompt": PromptTuning(num_virtual_tokens=P),
-    "prompt-random": PromptTuning(num_virtual_tokens=P, init="random", dropout=0.2),
-    "prompt-ensemble": PromptTuning(num_virtual_tokens=P, init="random", ensemble=3),
-    "ptuning-lstm": PTuning(template="{p:1}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8),
-    "ptuning-lstm-random": PTuning(
-        template="{p:1}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8, init="random"
-    ),
-    "ptuning-mlp": PTuning(template="{prompt}{p:3}", encoder_hidden_size=8, init="random"),
-    "ptuning-none": PTuning(template="{p:2}{prompt} so {p:1}", encoder="none"),
-}
-# One of each kind in the fast tier, all of them in the whole.
-FAST = ("direct-words", "mlp-random", "infix", "prompt-ensemble", "ptuning-lstm")
+METHODS: dict[str, Any] = {name: entry.method for name, entry in of_causal_models().items()}
+FAST = [entry.method for entry in of_causal_models().values() if entry.fast]
+# Some of each kind in the fast tier, all of them in the whole.
 methods = pytest.mark.parametrize(
     "method",
     [
-        pytest.param(method, id=name, marks=() if name in FAST else pytest.mark.slow)
-        for name, method in METHODS.items()
+        pytest.param(entry.method, id=name, marks=() if entry.fast else pytest.mark.slow)
+        for name, entry in of_causal_models().items()
     ],
 )
 
@@ -612,7 +585,7 @@ def test_going_on_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> No
 def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
     empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
     alice = users()[0]
-    for method in METHODS.values():
+    for method in FAST:
         results = packed(backbone, method, config(), [empty, alice])
         assert results["empty"].kv is None
         assert results["empty"].error is not None
@@ -647,7 +620,7 @@ def test_a_changed_weight_is_noticed_wherever_it_is() -> None:
 
 def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backbone) -> None:
     alice = users()[0]
-    for method in METHODS.values():
+    for method in FAST:
         runs = [
             packed(backbone, method, config(), [replace(alice, seed=seed)])["alice"]
             for seed in (1, 1, 2)
