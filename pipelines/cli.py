@@ -51,13 +51,14 @@ class _Keys(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         from pipelines.config import known_keys
-        from ptuning.methods import METHODS
+        from ptuning.methods import DEFAULT
         from ptuning.methods.base import Tuning
+        from ptuning.methods.catalogue import METHODS
 
         shared = {f"method.{name}" for name in Tuning.model_fields}
         own = {name: [*known_keys(kind, "method.")] for name, kind in METHODS.items()}
         kinds = "; ".join(str(kind.model_fields["type"].description) for kind in METHODS.values())
-        rows = [("method.type", f"tuning method: {kinds} [default: {next(iter(METHODS))}]")]
+        rows = [("method.type", f"tuning method: {kinds} [default: {DEFAULT}]")]
         rows += [
             _described(key, field)
             for key, field in known_keys()

@@ -23,7 +23,9 @@ from pipelines.service import ServeConfig
 from ptuning.data.examples import DataConfig
 from ptuning.errors import ConfigError
 from ptuning.gate import GateConfig
-from ptuning.methods import METHODS, AnyMethod, PrefixTuning
+from ptuning.methods import DEFAULT
+from ptuning.methods.base import Tuning
+from ptuning.methods.catalogue import METHODS, AnyMethod, default_method
 from ptuning.model.facts import BackboneConfig
 from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.registry.base import RegistryConfig
@@ -68,7 +70,7 @@ class RunConfig(Config):
 
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
-    method: AnyMethod = PrefixTuning()
+    method: AnyMethod = Field(default_factory=default_method)
     train: TrainConfig = TrainConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = RegistryConfig()
@@ -128,7 +130,7 @@ def load_config(
         path = key.strip().split(".")
         _put(tree, path, _parse(path, value), f"--set {setting}")
     if isinstance(tree.get("method"), Mapping):
-        tree["method"] = {"type": "prefix", **tree["method"]}
+        tree["method"] = {"type": DEFAULT, **tree["method"]}
     _check_keys(RunConfig, tree, "")
     _read_none(tree)
     try:
@@ -286,7 +288,7 @@ def known_keys(
 
 def _sections(field: FieldInfo) -> tuple[type[BaseModel], ...]:
     """The models that a field may hold; none for a plain value."""
-    if field.discriminator == "type":
+    if field.annotation is Tuning:
         return tuple(METHODS.values())
     kind = field.annotation
     return (kind,) if isinstance(kind, type) and issubclass(kind, BaseModel) else ()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ptuning.methods import REGISTERED
 from ptuning.system import environment
 
 environment.set_defaults("TOKENIZERS_PARALLELISM")  # before a tokenizer is made
@@ -49,11 +50,8 @@ _HOMES = {
     "Example": "types",
     "GateConfig": "gate",
     "Message": "types",
-    "PTuning": "methods.ptuning",
     "PTuningError": "errors",
     "Prefix": "prefix.artifact",
-    "PrefixTuning": "methods.prefix",
-    "PromptTuning": "methods.prompt",
     "Resume": "train.resume",
     "TrainConfig": "train.config",
     "TuneResult": "tuning",
@@ -65,6 +63,7 @@ _HOMES = {
     "save_peft": "prefix.peft_format",
     "tune": "tuning",
     "user_key": "types",
+    **{name: f"methods.{file}" for name, file in REGISTERED.items()},
 }
 __all__ = sorted(_HOMES)
 

@@ -44,8 +44,8 @@ def nll(
         around = prefix.arrangement(backbone.template)
         rows = [around.judged_row(row) for row in rows]
         pack = pack_prefix([prefix], backbone)
-    kv = {} if prefix is None else {stack: own.shape for stack, own in prefix.kv.items()}
-    needed = max((positions_of(row, backbone.facts, kv) for row in rows), default=0)
+    shapes = {} if prefix is None else prefix.shapes
+    needed = max((positions_of(row, backbone.facts, shapes) for row in rows), default=0)
     if (limit := backbone.facts.max_positions) is not None and needed > limit:
         raise DataError(
             "an example and its virtual tokens take more positions than the backbone has",
@@ -53,7 +53,7 @@ def nll(
             expected=f"at most {limit}",
             fix="shorten the example or lower max_length",
         )
-    members = 1 if prefix is None else len(prefix.members)
+    members = 1 if prefix is None else prefix.method.members
     machine = score_split(backbone, [rows], pack, tokens_per_microbatch, members)
     (losses,) = LocalDriver(backbone).run(machine)
     if losses.nll is None:

@@ -16,7 +16,7 @@ from ptuning.data.examples import (
 )
 from ptuning.errors import ConfigError, CorruptArtifact, PTuningError, WrongUser
 from ptuning.methods.base import Method
-from ptuning.methods.prefix import PrefixTuning
+from ptuning.methods.catalogue import default_method
 from ptuning.model.backbone import Backbone
 from ptuning.prefix.artifact import ArtifactConfig, Prefix, make_prefix
 from ptuning.train.config import TrainConfig, Trained, UserRows
@@ -81,7 +81,7 @@ def tune(
     data = data or DataConfig()
     artifact = artifact or ArtifactConfig()
     recipe = Recipe(
-        method or PrefixTuning(),
+        method or default_method(),
         train or TrainConfig(),
         data.max_length,
         prefix_name,

@@ -96,19 +96,22 @@ def warm_start(recipe: Recipe, backbone: Backbone, prefix: Prefix) -> tuple[dict
     prefix.check(backbone)
     method = recipe.method
     method.check(backbone.facts)
-    own = Layout.parse(prefix.meta.layout) if prefix.meta.layout else None
-    wanted = (method.shapes(backbone.facts), method.members, _places(method.layout), method.seen)
-    shapes = [{name: tuple(t.shape) for name, t in one.items()} for one in prefix.members]
-    seen = (shapes[0], len(shapes), _places(own), prefix.seen)
+    wanted = _kind(method, method.shapes(backbone.facts))
+    seen = _kind(prefix.method, prefix.shapes)
     if seen != wanted:
         raise WrongMethod(
             "the prefix to start from is not of the kind that is trained",
             seen=seen,
             expected=wanted,
             fix="train with the method and settings that the prefix was made with (keys and values "
-            "of PEFT's: method.visibility=window)",
+            "of PEFT's: method.sliding_window=respect)",
         )
     return tuple({name: t.float() for name, t in own.items()} for own in prefix.members)
+
+
+def _kind(method: Method, shapes: dict[str, tuple[int, ...]]) -> tuple[object, ...]:
+    """What prefixes must have in common for one to be the start of another's training."""
+    return shapes, method.members, _places(method.layout), method.visibility
 
 
 def _places(layout: Layout | None) -> tuple[tuple[int | str, ...], ...]:
@@ -228,14 +231,11 @@ def meta_of(
     given."""
     data = data_digest(examples)
     training = identity(recipe, backbone.fingerprint, backbone.template.digest, user_key, data)
-    return PrefixMeta(
-        method=recipe.method.model_dump(),
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
+    return PrefixMeta.of(
+        backbone,
+        recipe.method,
         user_key=user_key,
         prefix_name=recipe.prefix_name,
         data_digest=data,
-        layout="" if recipe.method.layout is None else recipe.method.layout.text,
         training_digest=training_digest(training, started_from) if started_from else training,
     )

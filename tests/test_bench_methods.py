@@ -19,7 +19,7 @@ from ptuning.data.encode import IGNORE
 from ptuning.model.facts import DECODER, Facts, StackFacts
 
 FACTS = Facts(
-    stacks={DECODER: StackFacts(layers=30, heads=3, head_dim=64)},
+    stacks={DECODER: StackFacts.of_one_shape(layers=30, heads=3, head_dim=64)},
     hidden_size=576,
     vocab_size=49152,
     max_positions=8192,
@@ -245,7 +245,7 @@ def test_a_changed_default_makes_a_cell_new_and_a_new_field_does_not() -> None:
     cell = cell_of()
     record = record_of(cell)
     assert cell.is_done([json.loads(json.dumps(record))])
-    older = {name: value for name, value in record["method"].items() if name != "visibility"}
+    older = {name: value for name, value in record["method"].items() if name != "sliding_window"}
     assert cell.is_done([record | {"method": older}])
     assert not cell.is_done([record | {"method": record["method"] | {"init": "random"}}])
     assert not cell.is_done([record | {"train": record["train"] | {"weight_decay": 0.1}}])

@@ -33,8 +33,8 @@ import ptuning
 from infra.bench import products, records, tasks
 from infra.bench.records import Record, Results
 from ptuning.data.examples import arrange
-from ptuning.methods import AnyMethod
 from ptuning.methods.base import Method
+from ptuning.methods.catalogue import AnyMethod
 from ptuning.model.facts import Facts
 from ptuning.prefix.artifact import make_prefix, pack_prefix, training_digest
 from ptuning.scoring import score_split

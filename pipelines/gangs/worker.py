@@ -228,7 +228,7 @@ def _score(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> Mach
                     [_scored_rows(backbone, members[n], prefixes[n], split) for n in group],
                     pack_prefix(own, backbone) if own else None,
                     job.recipe.train.tokens_per_microbatch,
-                    len(own[0].members) if own else 1,
+                    own[0].method.members if own else 1,
                 )
                 for n, loss in zip(group, losses, strict=True):
                     if loss.tokens:
@@ -245,7 +245,7 @@ def _leave_out_too_long(backbone: Backbone, member: _Member, other: Prefix | Non
 
     def fits(row: Encoded, prefix: Prefix | None) -> bool:
         around = Arrangement() if prefix is None else prefix.arrangement(backbone.template)
-        shapes = {} if prefix is None else {stack: kv.shape for stack, kv in prefix.kv.items()}
+        shapes = {} if prefix is None else prefix.shapes
         return positions_of(around.row(row), backbone.facts, shapes) <= limit
 
     if member.champion and not all(fits(row, member.champion) for row in rows.valid):
@@ -286,6 +286,6 @@ def _alike(prefixes: Sequence[Prefix | None]) -> list[list[int]]:
     groups: dict[Any, list[int]] = defaultdict(list)
     for n, prefix in enumerate(prefixes):
         if prefix is not None:
-            shapes = [(name, tuple(t.shape)) for name, t in sorted(prefix.members[0].items())]
-            groups[(str(shapes), len(prefix.members), prefix.seen)].append(n)
+            shapes = tuple(sorted(prefix.shapes.items()))
+            groups[(shapes, prefix.method.members, prefix.method.visibility)].append(n)
     return list(groups.values())

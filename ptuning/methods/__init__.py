@@ -1,19 +1,10 @@
-"""The methods that `method.type` names."""
+"""Which tuning methods there are. Imports nothing, so that `import ptuning` can list them.
+
+A new method is a file in this package and a line here; catalogue.py makes the rest of it.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
-from ptuning.methods.base import Tuning
-from ptuning.methods.prefix import PrefixTuning
-from ptuning.methods.prompt import PromptTuning
-from ptuning.methods.ptuning import PTuning
-
-METHODS: dict[str, type[Tuning]] = {
-    "prefix": PrefixTuning,
-    "prompt": PromptTuning,
-    "ptuning": PTuning,
-}
-AnyMethod = Annotated[PrefixTuning | PromptTuning | PTuning, Field(discriminator="type")]
+# The class of each method and its file.
+REGISTERED = {"PrefixTuning": "prefix", "PromptTuning": "prompt", "PTuning": "ptuning"}
+DEFAULT = "prefix"  # the `type` of the method that is used where none is named

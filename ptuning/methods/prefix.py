@@ -10,7 +10,7 @@ embedding`), infix (`placement: infix`), the top layers only (`layers: K`).
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field
@@ -19,29 +19,27 @@ from torch import Tensor
 from ptuning.data.layout import Layout, between, front
 from ptuning.errors import MethodError
 from ptuning.methods.base import (
-    MAX_VIRTUAL_TOKENS,
+    PEFT_PREFIX,
+    PEFT_PROMPT,
+    KeysAndValuesTuning,
     Parameters,
-    StartIds,
-    Tuning,
+    PeftForm,
     check_embeddings,
+    check_peft_embeddings,
     check_start,
-    check_virtual_tokens,
 )
 from ptuning.methods.encoders import initial_linear, linear
 from ptuning.model.batch import EMBEDDINGS, Visibility
-from ptuning.model.facts import Facts
+from ptuning.model.facts import DECODER, Facts, stack_of
 
 Stack = Literal["encoder", "decoder", "cross"]
 
 
-class PrefixTuning(Tuning):
+class PrefixTuning(KeysAndValuesTuning):
     """Settings of Prefix Tuning, and the method itself."""
 
     type: Literal["prefix"] = Field(
         "prefix", description="prefix (keys and values before every layer's own)"
-    )
-    num_virtual_tokens: int = Field(
-        16, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prefix (1-1000)"
     )
     encoder_hidden_size: int | None = Field(
         None,
@@ -70,21 +68,17 @@ class PrefixTuning(Tuning):
         description="prefix: every token sees the virtual tokens; infix: only the completion does, "
         "and, of keys and values, the prompt's last token",
     )
-    visibility: Literal["always", "window"] = Field(
-        "always",
-        description="in layers with a sliding window: keys and values are always seen, or only "
-        "within the window (as PEFT and engines with a cache compute it); virtual tokens at the "
-        "input are tokens like others",
+    sliding_window: Literal["ignore", "respect"] = Field(
+        "ignore",
+        description="in layers with a sliding window: ignore (every token attends to the keys and "
+        "values) or respect (only tokens within the window do, as PEFT and engines with a cache "
+        "compute it); virtual tokens at the input are tokens like others",
     )
     stacks: Annotated[tuple[Stack, ...], Field(min_length=1)] | None = Field(
         None,
         description="stacks with a prefix, of an encoder-decoder model: encoder, decoder, cross; "
         "none: every one it has",
     )
-
-    @property
-    def start_ids(self) -> StartIds:
-        return "words" if self.init == "words" else "none"
 
     @property
     def embedding_only(self) -> bool:
@@ -97,10 +91,12 @@ class PrefixTuning(Tuning):
         return (between if self.placement == "infix" else front)(self.num_virtual_tokens)
 
     @property
-    def seen(self) -> Visibility:
+    def visibility(self) -> Visibility:
         if self.embedding_only:
             return Visibility(windowed=True)  # they are tokens like others
-        return Visibility(infix=self.placement == "infix", windowed=self.visibility == "window")
+        return Visibility(
+            infix=self.placement == "infix", windowed=self.sliding_window == "respect"
+        )
 
     @property
     def default_learning_rate(self) -> float:
@@ -109,7 +105,7 @@ class PrefixTuning(Tuning):
         return 3e-2 if self.embedding_only else 2e-2  # embeddings alone: as Prompt Tuning
 
     def check(self, facts: Facts) -> None:
-        check_virtual_tokens(self, facts)
+        super().check(facts)
         if self.embedding_only:
             check_embeddings(facts)
         if facts.decoder_start_id is not None and self.placement == "infix":
@@ -143,76 +139,93 @@ class PrefixTuning(Tuning):
     def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
         if self.embedding_only:
             return {EMBEDDINGS: (self.num_virtual_tokens, facts.hidden_size)}
-        layers = self.layers if isinstance(self.layers, int) else None
-        return {
-            stack: facts.kv_shape(stack, self.num_virtual_tokens, layers)
-            for stack in self._stacks(facts)
-        }
+        depth = self.layers if isinstance(self.layers, int) else None
+        return facts.kv_shapes(self.num_virtual_tokens, self._stacks(facts), depth)
 
     def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
-        """See `Method.initial`. Random keys and values are normal with deviation 0.02: unit
-        deviation (as torch's Embedding) starts far above the base model's loss."""
-        check_start(self, start)
-        generator = torch.Generator().manual_seed(seed)
-        shapes = self.shapes(facts)
-        given = (
-            None
-            if start is None
-            else {
-                # The top K layers of what may be all L.
-                name: start[name][-shape[0] :].detach().float().cpu()
-                for name, shape in shapes.items()
-            }
-        )
+        """See `Method.initial`. An MLP begins as torch's modules do; words are what its output is
+        added to."""
         if self.encoder_hidden_size is None:
-            direct = given or {
-                name: 0.02 * torch.randn(shape, generator=generator)
-                for name, shape in shapes.items()
-            }
-            return Parameters({f"kv.{name}": values.clone() for name, values in direct.items()})
+            return super().initial(facts, start, seed)
+        generator = torch.Generator().manual_seed(seed)
+        check_start(self, start)
+        given = {} if start is None else self.start_values(facts, start, generator)
         trained: dict[str, Tensor] = {}
-        for name, shape in shapes.items():
-            width, out = self._widths(facts, name, shape)
+        for stack, shapes in self._by_stack(facts).items():
+            width, out = self._widths(facts, stack, shapes)
             mlp = {
                 "embedding": torch.randn((self.num_virtual_tokens, width), generator=generator),
                 **initial_linear("1", width, self.encoder_hidden_size, generator),
                 **initial_linear("2", self.encoder_hidden_size, out, generator),
             }
-            if given is not None:
+            if given:
                 mlp["w2"].zero_()
                 mlp["b2"].zero_()
-            trained |= {f"{key}.{name}": values for key, values in mlp.items()}
-        fixed = {f"start.{name}": values for name, values in (given or {}).items()}
-        return Parameters(trained, fixed)
+            trained |= {f"{stack}.{part}": mlp[part] for part in _MLP}
+        return Parameters(trained, {f"start.{name}": values for name, values in given.items()})
 
-    def _widths(self, facts: Facts, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    def _by_stack(self, facts: Facts) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The prefix's shapes by stack: an MLP makes all groups of one."""
+        by_stack: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in self.shapes(facts).items():
+            by_stack.setdefault(stack_of(name), {})[name] = shape
+        return by_stack
+
+    def _widths(
+        self, facts: Facts, stack: str, shapes: dict[str, tuple[int, ...]]
+    ) -> tuple[int, int]:
         """The MLP's input and output width per virtual token."""
-        out = math.prod(shape) // self.num_virtual_tokens
-        if self.encoder_input == "embedding" or name == EMBEDDINGS:
+        out = sum(math.prod(shape) for shape in shapes.values()) // self.num_virtual_tokens
+        if self.encoder_input == "embedding" or stack == EMBEDDINGS:
             return facts.hidden_size, out
-        stack = facts.stacks[name]
-        return stack.heads * stack.head_dim, out
+        top = facts.stacks[stack].group_of(0)
+        return top.heads * top.key_width, out
 
     def compile(
         self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
     ) -> dict[str, Tensor]:
         """P[i, :] = MLP(P'[i, :]) (paper, section 4.3), for U users at once."""
-        shapes = self.shapes(facts)
         if self.encoder_hidden_size is None:
-            return {name: trained[f"kv.{name}"] for name in shapes}
-        compiled = {}
-        for name, shape in shapes.items():
-            own = {
-                key.removesuffix(f".{name}"): values
-                for key, values in trained.items()
-                if key.endswith(f".{name}")
-            }
-            flat = linear(own, "2", torch.tanh(linear(own, "1", own["embedding"])))  # [U, P, out]
-            if name == EMBEDDINGS:
-                values = flat
-            else:
-                layers, two, heads, length, dim = shape
-                values = flat.view(-1, length, layers, two, heads, dim).permute(0, 2, 3, 4, 1, 5)
-            start = fixed.get(f"start.{name}")
-            compiled[name] = values if start is None else values + start
-        return compiled
+            return super().compile(trained, fixed, facts)
+        compiled: dict[str, Tensor] = {}
+        for stack, shapes in self._by_stack(facts).items():
+            mlp = {part: trained[f"{stack}.{part}"] for part in _MLP}
+            flat = linear(mlp, "2", torch.tanh(linear(mlp, "1", mlp["embedding"])))  # [U, P, out]
+            compiled |= {EMBEDDINGS: flat} if stack == EMBEDDINGS else _unflatten(flat, shapes)
+        return {
+            name: values + fixed[f"start.{name}"] if f"start.{name}" in fixed else values
+            for name, values in compiled.items()
+        }
+
+    def to_peft(self, facts: Facts) -> PeftForm:
+        if not self.embedding_only:
+            return super().to_peft(facts)
+        check_peft_embeddings(self)
+        return PeftForm(PEFT_PROMPT)
+
+    @classmethod
+    def from_peft(cls, peft_type: str, num_virtual_tokens: int, facts: Facts) -> Self | None:
+        """PEFT's prefix leaves a sliding window, and is the decoder's alone."""
+        if peft_type != PEFT_PREFIX:
+            return None
+        stacks = None if facts.decoder_start_id is None else (DECODER,)
+        return cls(num_virtual_tokens=num_virtual_tokens, sliding_window="respect", stacks=stacks)
+
+
+_MLP = ("embedding", "w1", "b1", "w2", "b2")
+
+
+def _unflatten(flat_UPO: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Keys and values by group `[U, Lg, H, P, D]` of an MLP's output: group by group, in each
+    layer by layer, keys before values (as PEFT orders them)."""
+    tensors, at = {}, 0
+    names = list(shapes)
+    for keys, values in zip(names[::2], names[1::2], strict=True):
+        (layers, heads, _, key_width), value_width = shapes[keys], shapes[values][-1]
+        sizes = [heads * key_width, heads * value_width]
+        end = at + layers * sum(sizes)
+        of_layers = flat_UPO[..., at:end].unflatten(-1, (layers, sum(sizes)))
+        for name, part in zip((keys, values), of_layers.split(sizes, dim=-1), strict=True):
+            tensors[name] = part.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1, 4)
+        at = end
+    return tensors

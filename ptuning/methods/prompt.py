@@ -6,7 +6,7 @@ trained apart from their own seeds and answer together (paper, section 6).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -15,15 +15,17 @@ from torch import Tensor
 from ptuning.data.layout import Layout, front
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
+    PEFT_PROMPT,
+    Combine,
     InputTuning,
     Parameters,
+    PeftForm,
     StartIds,
+    check_peft_embeddings,
     check_start,
 )
 from ptuning.model.batch import EMBEDDINGS
 from ptuning.model.facts import Facts
-
-Combine = Literal["mean", "vote"]
 
 
 class PromptTuning(InputTuning):
@@ -68,6 +70,10 @@ class PromptTuning(InputTuning):
         return self.ensemble
 
     @property
+    def combination(self) -> Combine:
+        return self.combine
+
+    @property
     def default_learning_rate(self) -> float:
         return 3e-2
 
@@ -84,3 +90,13 @@ class PromptTuning(InputTuning):
         self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
     ) -> dict[str, Tensor]:
         return {EMBEDDINGS: trained[EMBEDDINGS]}
+
+    def to_peft(self, facts: Facts) -> PeftForm:
+        check_peft_embeddings(self)
+        return PeftForm(PEFT_PROMPT)
+
+    @classmethod
+    def from_peft(cls, peft_type: str, num_virtual_tokens: int, facts: Facts) -> Self | None:
+        if peft_type != PEFT_PROMPT:
+            return None
+        return cls(num_virtual_tokens=num_virtual_tokens)

@@ -8,19 +8,22 @@ the prefix file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ptuning.data.layout import Layout
+from ptuning.data.layout import Layout, front
 from ptuning.errors import MethodError
 from ptuning.methods.base import (
     MAX_VIRTUAL_TOKENS,
+    PEFT_PTUNING,
     InputTuning,
     Parameters,
+    PeftForm,
     StartIds,
+    check_peft_embeddings,
     check_start,
 )
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
@@ -137,3 +140,17 @@ class PTuning(InputTuning):
             x = linear(trained, "3", torch.relu(linear(trained, "2", x)))
         start = fixed.get("start")
         return {EMBEDDINGS: x if start is None else x + start}
+
+    def to_peft(self, facts: Facts) -> PeftForm:
+        check_peft_embeddings(self)
+        settings = {
+            "encoder_reparameterization_type": "LSTM" if self.encoder == "lstm" else "MLP",
+            "encoder_hidden_size": self.encoder_hidden_size,
+        }
+        return PeftForm(PEFT_PTUNING, settings)
+
+    @classmethod
+    def from_peft(cls, peft_type: str, num_virtual_tokens: int, facts: Facts) -> Self | None:
+        if peft_type != PEFT_PTUNING:
+            return None
+        return cls(template=front(num_virtual_tokens).text)

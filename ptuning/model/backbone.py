@@ -45,6 +45,7 @@ from ptuning.model.batch import EMBEDDINGS, Batch, PackPrefix, RowPrefix
 from ptuning.model.discover import discover
 from ptuning.model.facts import DECODER, ENCODER, Facts
 from ptuning.model.frozen_pass import FrozenPass
+from ptuning.model.groups import stack_groups
 from ptuning.model.probe import check_isolation
 
 
@@ -251,8 +252,9 @@ class Backbone:
     def capture(
         self, input_ids: Tensor, prefix: RowPrefix | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What tokens are inside the model: keys and values `{stack: [R, L, 2, H, P, D]}` at
-        positions 0..P-1, and `embeddings` `[R, P, E]` where the model takes such; fp32.
+        """What tokens are inside the model: keys and values of all layers by group (as PackPrefix
+        has them, with R in place of U) at positions 0..P-1, and `embeddings` `[R, P, E]` where the
+        model takes such; fp32.
 
         What a prefix that consists of these words would be before any training (Li and Liang
         2021, section 7.4, initialisation with activations of real words); of virtual tokens
@@ -265,18 +267,18 @@ class Backbone:
         first = torch.zeros(1, dtype=torch.long, device=self.device)
         capture = Capture(self._plan(mask, prefix, None, answers))
         logits = self._run(capture, prefix, input_ids, mask, answers=answers, select=(first, first))
-        found = {
-            stack: torch.stack(
-                [torch.stack(capture.keys_and_values[stack, n], 1) for n in range(facts.layers)], 1
-            )
+        layers = {
+            stack: [capture.keys_and_values[stack, layer] for layer in range(facts.layers)]
             for stack, facts in self.facts.stacks.items()
         }
+        found = stack_groups(layers, self.facts, 1)
         if capture.embedded is not None:
             found[EMBEDDINGS] = capture.embedded
         return {name: values.detach().float() for name, values in found.items()}, logits
 
-    def keys_and_values(self, embeddings: Tensor) -> Tensor:
-        """`[R, L, 2, H, P, D]` of virtual tokens `[R, P, E]` that come before all real ones.
+    def keys_and_values(self, embeddings: Tensor) -> dict[str, Tensor]:
+        """Keys and values (see `capture`) of virtual tokens `[R, P, E]` that come before all real
+        ones.
 
         On a causal stack they see one another and nothing else, so one pass says for good what
         they are in every layer.
@@ -285,7 +287,8 @@ class Backbone:
         ids = torch.arange(-1, -1 - length, -1, device=self.device).expand(rows, -1)
         prefix = RowPrefix({}, embeddings=embeddings.to(self.device, self.dtype))
         with torch.no_grad():
-            return self.capture(ids, prefix)[0][DECODER]
+            captured = self.capture(ids, prefix)[0]
+        return {name: values for name, values in captured.items() if name != EMBEDDINGS}
 
     def empty_prefix(
         self,
@@ -299,15 +302,14 @@ class Backbone:
 
         `shapes` are a method's (`Method.shapes`); None: on every layer of every stack.
         """
-        whole = {stack: self.facts.kv_shape(stack, 0) for stack in self.facts.stacks}
         tensors = {}
-        for name, shape in (shapes or whole).items():
-            none = (1, shape[-1]) if name == EMBEDDINGS else (*shape[:3], 0, shape[4])
+        for name, shape in (shapes or self.facts.kv_shapes(0)).items():
+            none = (1, shape[-1]) if name == EMBEDDINGS else (*shape[:2], 0, shape[3])
             tensors[name] = torch.zeros(
                 (1, *none), dtype=torch.float32, device=self.device, requires_grad=requires_grad
             )
         slots = torch.zeros(rows, dtype=torch.long, device=self.device)
-        return PackPrefix(tensors).of_rows(slots, self.dtype)
+        return PackPrefix(tensors, self.facts).of_rows(slots, self.dtype)
 
     def step(
         self,

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ptuning.model.facts import Facts
+from ptuning.model.groups import Layers, split_groups
 from ptuning.types import seed_of
 
 EMBEDDINGS = "embeddings"  # the name, among stacks, of virtual tokens at the input
@@ -96,41 +98,30 @@ def _mixed(words: Tensor) -> Tensor:
     return words.bitwise_xor_((words >> 16) & 0xFFFF)
 
 
-Layers = tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, [R, H, P, D]
-
-
-def split_layers(kv_RK2HPD: Tensor) -> Layers:
-    """Each layer's keys and values.
-
-    `unbind` rather than a slice per layer: the backward of K slices would add K tensors of the
-    full size.
-    """
-    return tuple(kv_R2HPD.unbind(1) for kv_R2HPD in kv_RK2HPD.unbind(1))
-
-
 @dataclass(frozen=True)
 class PackPrefix:
-    """The prefixes of U users (slots), all of one kind.
+    """The prefixes of U users (slots), all of one kind, for a backbone of these facts.
 
-    `tensors[stack]` is `[U, K, 2, H, P, D]`, keys and values of the stack's top K layers, keys
-    as after rotary embedding; `tensors["embeddings"]` is `[U, P, E]`, virtual tokens at the
-    input.
+    `tensors["decoder.0.keys"]` `[U, Lg, H, P, Dk]` and `….values` `[U, Lg, H, P, Dv]` are those of
+    the top layers of a stack's first group (facts.py), keys as after rotary embedding;
+    `tensors["embeddings"]` is `[U, P, E]`, virtual tokens at the input.
     """
 
     tensors: dict[str, Tensor]
+    facts: Facts
     visibility: Visibility = Visibility()
 
     def of_rows(
         self, slots_R: Tensor, dtype: torch.dtype, dropout: Dropout | None = None
     ) -> RowPrefix:
         """Gather each row's prefix (differentiable)."""
-        rows = {name: kv.index_select(0, slots_R) for name, kv in self.tensors.items()}
+        rows = {name: p.index_select(0, slots_R) for name, p in self.tensors.items()}
         if dropout is not None:
             rows = {name: dropout(name, values) for name, values in rows.items()}
         embeddings = rows.pop(EMBEDDINGS, None)
         count = len(slots_R)
         return RowPrefix(
-            {stack: split_layers(values.to(dtype)) for stack, values in rows.items()},
+            split_groups({name: p.to(dtype) for name, p in rows.items()}, self.facts, 1),
             embeddings=embeddings,
             infix=_flags(self.visibility.infix, count, slots_R.device),
             windowed=_flags(self.visibility.windowed, count, slots_R.device),
@@ -145,10 +136,11 @@ def _flags(value: bool, rows: int, device: torch.device) -> Tensor | None:
 class RowPrefix:
     """The prefix of every row of one batch.
 
-    `layers[stack]` are the keys (as after rotary embedding) and values of the stack's top K
-    layers; empty where the prefixes lie in the first columns of a cache already. `lengths`, Long
-    `[R]`: how many virtual tokens each row has; the columns before them, on the left, are padding.
-    None: all P. `embeddings` `[R, P, E]` stand where the row's ids are negative (data/layout.py).
+    `layers[stack]` are the keys (as after rotary embedding) `[R, H, P, Dk]` and values
+    `[R, H, P, Dv]` of the stack's top K layers; empty where the prefixes lie in the first columns
+    of a cache already. `lengths`, Long `[R]`: how many virtual tokens each row has; the columns
+    before them, on the left, are padding. None: all P. `embeddings` `[R, P, E]` stand where the
+    row's ids are negative (data/layout.py).
     `infix` and `windowed`, bool `[R]`: see Visibility; None where it holds for no row.
     `depths[stack]`, Long `[R]`: how many of the stack's top layers row r's prefix has, where
     rows differ.

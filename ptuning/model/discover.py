@@ -199,7 +199,7 @@ def _stack_facts(model: Any, calls: Sequence[AttentionCall]) -> StackFacts:
     if len(shapes) != 1:
         raise _unsupported(model, shapes)
     heads, head_dim = shapes.pop()
-    return StackFacts(layers=len(calls), heads=heads, head_dim=head_dim)
+    return StackFacts.of_one_shape(layers=len(calls), heads=heads, head_dim=head_dim)
 
 
 def _mark_layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,12 +36,49 @@ class BackboneConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackFacts:
-    """One stack of attention layers that takes a prefix: L, H and D."""
+class GroupFacts:
+    """The attention layers of a stack whose keys and values have one shape.
 
-    layers: int
+    `layers` are their numbers among the stack's attention layers counted from the top (0 is the
+    last), the lowest layer first. A prefix on such a layer is keys `[H, P, Dk]` and values
+    `[H, P, Dv]`, of `heads` key-value heads; Dk and Dv differ in latent attention.
+    """
+
+    layers: tuple[int, ...]
     heads: int
-    head_dim: int
+    key_width: int
+    value_width: int
+
+    def top(self, depth: int) -> tuple[int, ...]:
+        """Those that are among the stack's top `depth` layers."""
+        return tuple(layer for layer in self.layers if layer < depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackFacts:
+    """One stack of attention layers that takes a prefix: its groups of one shape each."""
+
+    groups: tuple[GroupFacts, ...]
+
+    @classmethod
+    def of_one_shape(cls, *, layers: int, heads: int, head_dim: int) -> StackFacts:
+        """Layers that are all alike, keys as wide as values.
+
+        >>> StackFacts.of_one_shape(layers=2, heads=3, head_dim=64).groups[0].layers
+        (1, 0)
+        """
+        numbers = tuple(range(layers - 1, -1, -1))
+        group = GroupFacts(layers=numbers, heads=heads, key_width=head_dim, value_width=head_dim)
+        return cls(groups=(group,))
+
+    @property
+    def layers(self) -> int:
+        """L, how many of the stack's layers attend."""
+        return sum(len(group.layers) for group in self.groups)
+
+    def group_of(self, layer: int) -> GroupFacts:
+        """The group of a layer, by its number from the top."""
+        return next(group for group in self.groups if layer in group.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +98,59 @@ class Facts:
     decoder_start_id: int | None = None
     front_stays: bool = True
 
-    def kv_shape(
-        self, stack: str, num_virtual_tokens: int, layers: int | None = None
-    ) -> tuple[int, ...]:
-        """`(K, 2, H, P, D)` of one prefix on a stack's top K layers (None: on all L)."""
-        facts = self.stacks[stack]
-        return (layers or facts.layers, 2, facts.heads, num_virtual_tokens, facts.head_dim)
+    def kv_shapes(
+        self,
+        num_virtual_tokens: int,
+        stacks: Iterable[str] | None = None,
+        depth: int | None = None,
+    ) -> dict[str, tuple[int, ...]]:
+        """Of one prefix on the top `depth` layers (None: on all) of these stacks (None: of all):
+        `{"decoder.0.keys": (Lg, H, P, Dk), "decoder.0.values": (Lg, H, P, Dv), …}`, by group."""
+        shapes = {}
+        for stack in self.stacks if stacks is None else stacks:
+            facts = self.stacks[stack]
+            for name, group in enumerate(facts.groups):
+                layers = group.top(facts.layers if depth is None else depth)
+                if layers:
+                    whole = (len(layers), group.heads, num_virtual_tokens)
+                    shapes[keys_name(stack, name)] = (*whole, group.key_width)
+                    shapes[values_name(stack, name)] = (*whole, group.value_width)
+        return shapes
 
-    def positions(self, prompt: int, answer: int, kv: Mapping[str, Sequence[int]]) -> int:
-        """How many positions a prompt and its answer take behind a prefix, whose keys and values
-        have these shapes `(K, 2, H, P, D)` by stack: real tokens of the decoder come after its
-        virtual ones. An encoder-decoder model has positions for each half."""
-        inside = kv[DECODER][3] if DECODER in kv else 0
+    def layers_of(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Which layers, from the top, keys and values of these shapes belong to: the top ones of
+        their group. `{"decoder.0": (Lg-1, …, 0)}`; names of no group here are left out."""
+        return {
+            f"{stack}.{name}": group.layers[-shapes[keys][0] :]
+            for stack, facts in self.stacks.items()
+            for name, group in enumerate(facts.groups)
+            if (keys := keys_name(stack, name)) in shapes
+        }
+
+    def positions(self, prompt: int, answer: int, inside: int) -> int:
+        """How many positions a prompt and its answer take behind `inside` virtual tokens of the
+        decoder's attention (`tokens_inside`): its real tokens come after these. An encoder-decoder
+        model has positions for each half."""
         if self.decoder_start_id is None:
             return inside + prompt + answer
         return max(prompt, inside + answer)
+
+
+def tokens_inside(shapes: Mapping[str, Sequence[int]]) -> int:
+    """P of the decoder's keys and values in a prefix of these shapes; 0 where it has none."""
+    return next((shape[2] for name, shape in shapes.items() if stack_of(name) == DECODER), 0)
+
+
+def keys_name(stack: str, group: int) -> str:
+    """The name of a group's keys among a prefix's tensors."""
+    return f"{stack}.{group}.keys"
+
+
+def values_name(stack: str, group: int) -> str:
+    """The name of a group's values among a prefix's tensors."""
+    return f"{stack}.{group}.values"
+
+
+def stack_of(name: str) -> str:
+    """The stack that a tensor of keys or values belongs to, by its name."""
+    return name.split(".", 1)[0]

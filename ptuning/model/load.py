@@ -56,7 +56,10 @@ def outline(name: str) -> Facts:
         layers[ENCODER] = _layers(reader, "encoder_layers", "num_layers")
         layers[CROSS], start = layers[DECODER], 0
     return Facts(
-        stacks={s: StackFacts(layers=n, heads=1, head_dim=1) for s, n in layers.items()},
+        stacks={
+            stack: StackFacts.of_one_shape(layers=count, heads=1, head_dim=1)
+            for stack, count in layers.items()
+        },
         hidden_size=int(config.hidden_size),
         vocab_size=int(config.vocab_size),
         max_positions=positions,

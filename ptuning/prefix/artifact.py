@@ -1,8 +1,10 @@
 """The prefix file: one user's prefix with what it belongs to. Safetensors, no pickle.
 
-The bytes are a pure function of the training (no times, no metrics), so their SHA-256, the
-digest, is the prefix's identity everywhere. Loading refuses a file of another backbone,
-user, shape or method.
+A Prefix is its file's bytes, and nothing of it can change: their SHA-256, the digest, is its
+identity everywhere, and every tensor that is handed out is a copy. They are a pure function of the
+training (no times, no metrics). Who attends to a prefix, how its members answer and what it is
+elsewhere is what its method says. Loading refuses a file of another backbone, user, shape or
+method.
 """
 
 from __future__ import annotations
@@ -10,21 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ptuning.data.encode import Template
-from ptuning.data.layout import Arrangement, Layout
+from ptuning.data.layout import Arrangement
 from ptuning.errors import (
     CorruptArtifact,
     MethodError,
@@ -33,20 +36,17 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
-from ptuning.methods import METHODS, AnyMethod
 from ptuning.methods.base import Method
-from ptuning.model.batch import EMBEDDINGS, PackPrefix, Visibility
-from ptuning.model.facts import DECODER, Facts
+from ptuning.methods.catalogue import METHODS, parse_method
+from ptuning.model.batch import PackPrefix
 from ptuning.system.files import write_atomic
 from ptuning.types import Config
 
 if TYPE_CHECKING:  # it brings in Transformers
     from ptuning.model.backbone import Backbone
 
-FORMAT = "1"
+FORMAT = "2"
 _RESTORE = "restore the file from a backup or train the user again"
-_METHODS = tuple(METHODS)
-_ANY_METHOD: TypeAdapter[Method] = TypeAdapter(AnyMethod)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TEXT_FIELDS = (
     "format",
@@ -68,92 +68,166 @@ class ArtifactConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMeta:
-    """What a prefix belongs to: a pure function of its training."""
+    """What a prefix belongs to: a pure function of its training.
 
-    method: dict[str, Any]
+    `layers`: the layers of each group of keys and values, counted from the top, the lowest first
+    (`{"decoder.0": (1, 0)}`). `imported_from`: what made it, if it was not trained here.
+    """
+
+    method: Method
     backbone: str
     backbone_fingerprint: str
     template_digest: str
     user_key: str
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     prefix_name: str = "default"
     data_digest: str = ""
     training_digest: str = ""
-    layout: str = ""  # where embeddings stand among a row's tokens (data/layout.py)
+    imported_from: str = ""
     format: str = FORMAT
+
+    @classmethod
+    def of(cls, backbone: Backbone, method: Method, *, user_key: str, **more: str) -> PrefixMeta:
+        """Of a prefix that a method makes for a backbone; `more`: the other fields."""
+        return cls(
+            method=method,
+            layers=backbone.facts.layers_of(method.shapes(backbone.facts)),
+            backbone=backbone.name,
+            backbone_fingerprint=backbone.fingerprint,
+            template_digest=backbone.template.digest,
+            user_key=user_key,
+            **more,
+        )
+
+    def to_texts(self) -> dict[str, str]:
+        """As the prefix file's metadata."""
+        texts = {name: getattr(self, name) for name in _TEXT_FIELDS}
+        texts["method"] = json.dumps(self.method.model_dump(mode="json"), sort_keys=True)
+        if self.layers:
+            texts["layers"] = json.dumps(dict(self.layers), sort_keys=True)
+        if self.method.layout is not None:
+            texts["layout"] = self.method.layout.text
+        if self.imported_from:
+            texts["imported_from"] = self.imported_from
+        return texts
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str]) -> PrefixMeta:
+        """The inverse of `to_texts`. Raises CorruptArtifact or WrongMethod."""
+        if texts.get("format") != FORMAT:
+            raise WrongMethod(
+                "not a prefix file of a format this version reads",
+                seen=texts.get("format"),
+                expected=FORMAT,
+                fix="check that the file is a ptuning prefix; update ptuning if it is newer",
+            )
+        missing = [name for name in (*_TEXT_FIELDS, "method") if name not in texts]
+        if missing:
+            raise _broken("the prefix file lacks metadata", f"no {', '.join(missing)}")
+        method = _read_method(texts["method"])
+        layout = "" if method.layout is None else method.layout.text
+        if texts.get("layout", "") != layout:
+            raise WrongMethod(
+                "the prefix does not stand where its method puts it",
+                seen=f"layout {texts.get('layout', '')!r}",
+                expected=f"layout {layout!r}",
+                fix=_RESTORE,
+            )
+        return cls(
+            method=method,
+            layers=_read_layers(texts.get("layers", "{}")),
+            imported_from=texts.get("imported_from", ""),
+            **{name: texts[name] for name in _TEXT_FIELDS},
+        )
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """One user's prefix: keys and values, or embeddings of virtual tokens at the input.
+class _Contents:
+    """What a prefix file says and holds, but for the values."""
 
-    `kv[stack]` is `[K, 2, H, P, D]`, keys as after rotary embedding, of the stack's top K
-    layers. `embeddings` are `[P, E]`, one for each member of an ensemble.
+    meta: PrefixMeta
+    shapes: tuple[dict[str, tuple[int, ...]], ...]  # of each member
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prefix:
+    """One user's prefix: a value, equal to every other of the same digest.
+
+    Made by `make_prefix`, `Prefix.load` or `Prefix.from_bytes`. Its tensors are
+    `decoder.0.keys` `[Lg, H, P, Dk]` and `decoder.0.values` `[Lg, H, P, Dv]` for each group of each
+    stack (keys as after rotary embedding, of the group's top Lg layers), or `embeddings` `[P, E]`;
+    of an ensemble those of each member, as `0.embeddings`.
     """
 
-    kv: dict[str, Tensor]
-    meta: PrefixMeta
-    embeddings: tuple[Tensor, ...] = ()
+    _data: bytes
 
-    @property
-    def num_virtual_tokens(self) -> int:
-        if self.embeddings:
-            return len(self.embeddings[0])
-        return int(next(iter(self.kv.values())).shape[-2])
-
-    @property
-    def members(self) -> tuple[dict[str, Tensor], ...]:
-        """What answers together, each as `batch.PackPrefix` has it without U."""
-        if self.embeddings:
-            return tuple({EMBEDDINGS: values} for values in self.embeddings)
-        return (self.kv,)
-
-    @property
-    def combine(self) -> str:
-        """How an ensemble answers: `mean` or `vote` (methods/prompt.py)."""
-        return str(self.meta.method.get("combine", "mean"))
-
-    @property
-    def seen(self) -> Visibility:
-        if self.embeddings:
-            return Visibility(windowed=True)
-        method = self.meta.method
-        return Visibility(
-            infix=method.get("placement") == "infix",
-            windowed=method.get("visibility") == "window",
-        )
-
-    def arrangement(self, template: Template) -> Arrangement:
-        """The ids that stand around a prompt with this prefix."""
-        if not self.meta.layout:
-            return Arrangement()
-        return Layout.parse(self.meta.layout).bind(template)
+    def __post_init__(self) -> None:
+        self._contents  # noqa: B018 - a file that cannot be read is refused at once
 
     @cached_property
-    def _bytes(self) -> bytes:
-        tensors = {"kv" if s == DECODER else f"kv.{s}": kv for s, kv in self.kv.items()}
-        if len(self.embeddings) == 1:
-            tensors[EMBEDDINGS] = self.embeddings[0]
-        else:
-            tensors |= {f"{EMBEDDINGS}.{n}": values for n, values in enumerate(self.embeddings)}
-        texts = {name: getattr(self.meta, name) for name in _TEXT_FIELDS}
-        if self.meta.layout:
-            texts["layout"] = self.meta.layout
-        texts["method"] = json.dumps(self.meta.method, sort_keys=True)
-        stored = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
-        return _canonical(save_safetensors(stored, texts))
+    def _contents(self) -> _Contents:
+        return _read_contents(self._data)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the prefix file, lower-case hex."""
-        return hashlib.sha256(self._bytes).hexdigest()
+        return hashlib.sha256(self._data).hexdigest()
+
+    @property
+    def meta(self) -> PrefixMeta:
+        return self._contents.meta
+
+    @property
+    def method(self) -> Method:
+        return self.meta.method
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return self.method.num_virtual_tokens
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of a member's tensors, as `Method.shapes` has them."""
+        return dict(self._contents.shapes[0])
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by its name in the file, on the CPU: a read-only mapping of copies, made at
+        each call; what is done to them changes nothing here."""
+        return MappingProxyType(load_safetensors(self._data))
+
+    @property
+    def members(self) -> tuple[dict[str, Tensor], ...]:
+        """What answers together, each as `batch.PackPrefix` has it without U; copies."""
+        return tuple(_split_members(self.tensors))
+
+    def arrangement(self, template: Template) -> Arrangement:
+        """The ids that stand around a prompt with this prefix."""
+        layout = self.method.layout
+        return Arrangement() if layout is None else layout.bind(template)
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Prefix) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return (
+            f"Prefix({self.method.type}, P={self.num_virtual_tokens}, "
+            f"user={self.meta.user_key[:4]}…, digest={self.digest[:4]}…)"
+        )
+
+    def __reduce__(self) -> tuple[type[Prefix], tuple[bytes]]:
+        return Prefix, (self._data,)
 
     def to_bytes(self) -> bytes:
         """The prefix file's bytes."""
-        return self._bytes
+        return self._data
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the prefix file; a reader or a crash never meets half of it."""
-        return write_atomic(path, self._bytes)
+        return write_atomic(path, self._data)
 
     @classmethod
     def load(
@@ -196,25 +270,9 @@ class Prefix:
                 expected=digest,
                 fix=_RESTORE,
             )
-        prefix = _parse(data)
-        # The digest stays that of the file, also where another version wrote its header.
-        vars(prefix)["_bytes"] = data
+        prefix = cls(data)
         prefix.check(backbone)
-        meta = prefix.meta
-        if user_key is not None and meta.user_key != user_key:
-            raise WrongUser(
-                "the prefix belongs to another user",
-                seen=meta.user_key,
-                expected=user_key,
-                fix="give the file of the user who is meant; ptuning.user_key makes keys of ids",
-            )
-        if prefix_name is not None and meta.prefix_name != prefix_name:
-            raise WrongUser(
-                "the prefix has another name",
-                seen=meta.prefix_name,
-                expected=prefix_name,
-                fix="give the file of that name",
-            )
+        check_owner(prefix.meta, "prefix", user_key, prefix_name)
         return prefix
 
     def check(self, backbone: Backbone) -> None:
@@ -234,50 +292,14 @@ class Prefix:
                 expected=backbone.template.digest[:12],
                 fix="load the backbone with the template of the training (data.template)",
             )
-        expected = self._checked_method(backbone.facts).shapes(backbone.facts)
-        for member in self.members:
-            seen = {name: tuple(values.shape) for name, values in member.items()}
-            if seen != expected:
-                raise WrongShape(
-                    "the prefix's stacks, layers or sizes do not fit the backbone and its method",
-                    seen=seen,
-                    expected=expected,
-                    fix="load the backbone it was trained on, or train the user on this one",
-                )
+        self._check_method(backbone)
         self.check_finite()
 
-    def check_finite(self) -> None:
-        """Raise CorruptArtifact where a value is not finite: fp16 holds none beyond 65504."""
-        for member in self.members:
-            for name, values in member.items():
-                if not bool(torch.isfinite(values).all()):
-                    raise CorruptArtifact(
-                        "the prefix holds values that are not finite",
-                        seen=f"{int((~values.isfinite()).sum())} of {values.numel()} in {name}, "
-                        f"as {values.dtype}",
-                        expected="finite values",
-                        fix="train the user again, at a lower learning rate or with another "
-                        "artifact.dtype, or keep the prefix that was served before",
-                    )
-
-    def _method(self) -> Method:
-        """The method as its settings say. Raises WrongMethod."""
-        settings = {key: value for key, value in self.meta.method.items() if key != "imported_from"}
+    def _check_method(self, backbone: Backbone) -> None:
+        """Raise unless the backbone can do the method, and it makes prefixes like this one."""
+        facts, contents = backbone.facts, self._contents
         try:
-            return _ANY_METHOD.validate_python(settings)
-        except (ValidationError, MethodError) as error:
-            raise WrongMethod(
-                "the prefix was made by a method that this version cannot apply",
-                seen=self.meta.method,
-                expected="settings of " + ", ".join(_METHODS),
-                fix="update ptuning if the prefix is newer, or train the user again",
-            ) from error
-
-    def _checked_method(self, facts: Facts) -> Method:
-        """The method, which this backbone can do and which makes prefixes like this one."""
-        method = self._method()
-        try:
-            method.check(facts)
+            self.method.check(facts)
         except MethodError as error:
             raise WrongBackbone(
                 f"the prefix is of a method that this backbone cannot do: {error.message}",
@@ -285,29 +307,71 @@ class Prefix:
                 expected=error.expected,
                 fix=error.fix,
             ) from error
-        layout = "" if method.layout is None else method.layout.text
-        if (self.meta.layout, len(self.members)) != (layout, method.members):
+        if len(contents.shapes) != self.method.members:
             raise WrongMethod(
                 "the prefix is not what its method makes",
-                seen=f"layout {self.meta.layout!r}, {len(self.members)} members",
-                expected=f"layout {layout!r}, {method.members} members",
+                seen=f"{len(contents.shapes)} members",
+                expected=f"{self.method.members} members",
                 fix=_RESTORE,
             )
-        return method
+        shapes = self.method.shapes(facts)
+        expected = (shapes, facts.layers_of(shapes))
+        for of_member in contents.shapes:
+            if (seen := (of_member, dict(self.meta.layers))) != expected:
+                raise WrongShape(
+                    "the prefix's stacks, layers or sizes do not fit the backbone and its method",
+                    seen=seen,
+                    expected=expected,
+                    fix="load the backbone it was trained on, or train the user on this one",
+                )
+
+    def check_finite(self) -> None:
+        """Raise CorruptArtifact where a value is not finite: fp16 holds none beyond 65504."""
+        for name, values in self.tensors.items():
+            if not bool(torch.isfinite(values).all()):
+                raise CorruptArtifact(
+                    "the prefix holds values that are not finite",
+                    seen=f"{int((~values.isfinite()).sum())} of {values.numel()} in {name}, "
+                    f"as {values.dtype}",
+                    expected="finite values",
+                    fix="train the user again, at a lower learning rate or with another "
+                    "artifact.dtype, or keep the prefix that was served before",
+                )
+
+
+def check_owner(meta: PrefixMeta, what: str, user_key: str | None, prefix_name: str | None) -> None:
+    """Raise WrongUser unless a prefix is this user's and has this name; None: any. `what` was
+    read: "prefix" or "adapter"."""
+    if user_key is not None and meta.user_key != user_key:
+        raise WrongUser(
+            f"the {what} belongs to another user",
+            seen=meta.user_key,
+            expected=user_key,
+            fix=f"give the {what} of the user who is meant; ptuning.user_key makes keys of ids",
+        )
+    if prefix_name is not None and meta.prefix_name != prefix_name:
+        raise WrongUser(
+            f"the {what} has another name",
+            seen=meta.prefix_name,
+            expected=prefix_name,
+            fix=f"give the {what} of that name",
+        )
 
 
 def make_prefix(
-    members: Sequence[dict[str, Tensor]], meta: PrefixMeta, config: ArtifactConfig | None = None
+    members: Sequence[Mapping[str, Tensor]], meta: PrefixMeta, config: ArtifactConfig | None = None
 ) -> Prefix:
-    """A prefix of what was trained, in the configured dtype."""
+    """A prefix of what was trained, in the configured dtype; the tensors are copied."""
     dtype = _DTYPES[(config or ArtifactConfig()).dtype]
-    stored = [
-        {name: values.detach().cpu().to(dtype) for name, values in member.items()}
-        for member in members
-    ]
-    if EMBEDDINGS in stored[0]:
-        return Prefix({}, meta, tuple(member[EMBEDDINGS] for member in stored))
-    return Prefix(stored[0], meta)
+    tensors = {
+        name if len(members) == 1 else f"{number}.{name}": values.detach().to(
+            "cpu", dtype, copy=True
+        )
+        for number, member in enumerate(members)
+        for name, values in member.items()
+    }
+    stored = {name: values.contiguous() for name, values in tensors.items()}
+    return Prefix(_canonical(save_safetensors(stored, meta.to_texts())))
 
 
 def pack_prefix(prefixes: Sequence[Prefix], backbone: Backbone) -> PackPrefix:
@@ -317,7 +381,7 @@ def pack_prefix(prefixes: Sequence[Prefix], backbone: Backbone) -> PackPrefix:
         name: torch.stack([member[name].float() for member in members]).to(backbone.device)
         for name in members[0]
     }
-    return PackPrefix(tensors, prefixes[0].seen)
+    return PackPrefix(tensors, backbone.facts, prefixes[0].method.visibility)
 
 
 def training_digest(*parts: object) -> str:
@@ -340,7 +404,7 @@ def _canonical(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def _parse(data: bytes) -> Prefix:
+def _read_contents(data: bytes) -> _Contents:
     try:
         tensors = load_safetensors(data)
         size = int.from_bytes(data[:8], "little")
@@ -349,88 +413,60 @@ def _parse(data: bytes) -> Prefix:
         raise _broken(
             "not a safetensors file, or cut short", f"{len(data)} bytes: {error}"
         ) from error
-    if texts.get("format") != FORMAT:
-        raise WrongMethod(
-            "not a prefix file of a format this version reads",
-            seen=texts.get("format"),
-            expected=FORMAT,
-            fix="check that the file is a ptuning prefix; update ptuning if it is newer",
-        )
-    missing = [name for name in (*_TEXT_FIELDS, "method") if name not in texts]
-    if missing:
-        raise _broken("the prefix file lacks metadata", f"no {', '.join(missing)}")
-    try:
-        method = json.loads(texts["method"])
-    except ValueError as error:
-        raise _broken("the prefix file's method is not JSON", str(error)) from error
-    if not isinstance(method, dict):
-        raise _broken("the prefix file's method is not an object", texts["method"])
-    if method.get("type") not in _METHODS:
-        raise WrongMethod(
-            "the prefix was made by a method this version cannot apply",
-            seen=method.get("type"),
-            expected=", ".join(_METHODS),
-            fix=_RESTORE,
-        )
-    kv, embeddings = _sorted_out(tensors)
-    if embeddings:
-        _check_layout(texts.get("layout"))
-    elif texts.get("layout"):
+    meta = PrefixMeta.from_texts(texts)
+    members = _split_members(tensors)
+    same_names = len({frozenset(member) for member in members}) == 1
+    whole = same_names and sum(map(len, members)) == len(tensors)
+    if not whole or not all(map(_is_values, tensors.values())):
         raise WrongShape(
-            "the prefix file has a layout of virtual tokens at the input, but keys and values",
-            seen=texts["layout"],
-            expected="embeddings, or no layout",
+            "the prefix file does not hold keys and values, or embeddings, and only these",
+            seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
+            expected="keys and values [L, H, P, D] or embeddings [P, E] of each member, P > 0",
             fix=_RESTORE,
         )
-    fields = (*_TEXT_FIELDS, *(["layout"] if "layout" in texts else []))
-    return Prefix(
-        kv, PrefixMeta(method=method, **{name: texts[name] for name in fields}), embeddings
-    )
+    shapes = [{name: tuple(t.shape) for name, t in member.items()} for member in members]
+    return _Contents(meta, tuple(shapes))
 
 
-def _check_layout(text: str | None) -> None:
+def _split_members(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of each member of an ensemble, which begin with its number; all of them of a
+    prefix that is none."""
+    members: dict[int, dict[str, Tensor]] = {}
+    for name in sorted(tensors):
+        number, _, rest = name.partition(".")
+        member, key = (int(number), rest) if number.isdecimal() else (0, name)
+        members.setdefault(member, {})[key] = tensors[name]
+    return [members[number] for number in sorted(members)]
+
+
+def _is_values(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and torch.is_floating_point(tensor)
+
+
+def _read_method(text: str) -> Method:
     try:
-        Layout.parse(text or "")
-    except MethodError as error:
-        raise _broken(
-            "the prefix file does not say where its virtual tokens stand",
-            f"layout {text!r}: {error}",
+        settings = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise _broken("the prefix file's method is not JSON", str(error)) from error
+    if not isinstance(settings, dict):
+        raise _broken("the prefix file's method is not an object", text)
+    try:
+        return parse_method(settings)
+    except (ValidationError, MethodError) as error:
+        raise WrongMethod(
+            "the prefix was made by a method that this version cannot apply",
+            seen=settings,
+            expected="settings of " + ", ".join(METHODS),
+            fix="update ptuning if the prefix is newer, or train the user again",
         ) from error
+
+
+def _read_layers(text: str) -> dict[str, tuple[int, ...]]:
+    try:
+        return {str(name): tuple(map(int, layers)) for name, layers in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _broken("the prefix file does not say which layers it is for", str(error)) from error
 
 
 def _broken(what: str, seen: str) -> CorruptArtifact:
     return CorruptArtifact(what, seen=seen, expected="a file that Prefix.save wrote", fix=_RESTORE)
-
-
-def _sorted_out(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """A prefix file's keys and values by stack, or its members' embeddings in order."""
-    kv = {
-        DECODER if name == "kv" else name.removeprefix("kv."): tensor
-        for name, tensor in tensors.items()
-        if name == "kv" or name.startswith("kv.")
-    }
-    count = len(tensors) - len(kv)
-    names = [EMBEDDINGS] if count == 1 else [f"{EMBEDDINGS}.{n}" for n in range(count)]
-    if (
-        bool(kv) == bool(count)
-        or any(name not in tensors for name in names)
-        or not all(_is_kv(values) for values in kv.values())
-        or not all(_is_embedding(tensors[name]) for name in names)
-    ):
-        raise WrongShape(
-            "the prefix file does not hold keys and values, or embeddings, and only these",
-            seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
-            expected="kv [K, 2, H, P, D] or embeddings [P, E], with P > 0",
-            fix=_RESTORE,
-        )
-    return kv, tuple(tensors[name] for name in names)
-
-
-def _is_embedding(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and len(tensor) > 0 and torch.is_floating_point(tensor)
-
-
-def _is_kv(tensor: Tensor) -> bool:
-    return tensor.ndim == 5 and tensor.shape[3] > 0 and torch.is_floating_point(tensor)

@@ -5,13 +5,14 @@ keys and values, layer by layer, keys before values) and hands them to the model
 `past_key_values`, so its keys are as after rotary embedding, as ours are: the two files hold
 the same numbers. H are key-value heads (PEFT calls them `num_attention_heads`) and `token_dim`
 is H * D. With a sliding window PEFT's prefix leaves the window, which ours does only with
-`visibility: window`: one that PEFT made is read as such, one of ours that stays visible gives
-other logits there once a text is longer than the window. Of an encoder-decoder model PEFT gives
+`sliding_window: respect`: one that PEFT made is read as such, one of ours that ignores the window
+gives other logits there once a text is longer than it. Of an encoder-decoder model PEFT gives
 a prefix to the decoder's self-attention alone (`stacks: [decoder]`), in an order of its own.
 
 Prompt Tuning and P-Tuning: `prompt_embeddings` `[P, E]`, of P-Tuning the encoder's output, put
 before everything else at the input (the encoder's, of an encoder-decoder model). What stands
-elsewhere, in some layers only, or answers as an ensemble has no place in PEFT's files.
+elsewhere, in some layers only, in layers of several shapes, or answers as an ensemble has no place
+in PEFT's files. Which of these a prefix is, its method says (`Method.to_peft`).
 
 A PEFT adapter does not say whose it is or what it was trained on, so ours has one file more,
 which PEFT ignores; with it the way there and back loses nothing, the digest included.
@@ -22,9 +23,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -33,19 +33,34 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from ptuning.data.layout import front
-from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape, WrongUser
-from ptuning.methods.base import MAX_VIRTUAL_TOKENS
+from ptuning.errors import CorruptArtifact, WrongMethod, WrongShape
+from ptuning.methods.base import (
+    MAX_VIRTUAL_TOKENS,
+    PEFT_PREFIX,
+    PEFT_PROMPT,
+    PEFT_PTUNING,
+    Method,
+    PeftForm,
+    peft_refusal,
+)
+from ptuning.methods.catalogue import METHODS
 from ptuning.model.backbone import Backbone
-from ptuning.model.facts import DECODER
-from ptuning.prefix.artifact import Prefix, PrefixMeta
+from ptuning.model.batch import EMBEDDINGS
+from ptuning.model.facts import DECODER, GroupFacts, keys_name, values_name
+from ptuning.prefix.artifact import (
+    ArtifactConfig,
+    Prefix,
+    PrefixMeta,
+    check_owner,
+    make_prefix,
+)
 from ptuning.system.files import write_atomic
 
 CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptuning_prefix.json"
 TENSOR = "prompt_embeddings"
-PREFIX, PROMPT, PTUNING = "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"
 CAUSAL_TASK, PAIR_TASK = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 _PICKLE = "adapter_model.bin"
+_KEYS, _VALUES = keys_name(DECODER, 0), values_name(DECODER, 0)  # PEFT knows one shape
 
 
 def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backbone) -> Path:
@@ -56,15 +71,17 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
     will compute something else beyond a sliding window.
     """
     prefix.check(backbone)
-    _check_expressible(prefix, backbone)
-    _warn_of_window(prefix, backbone)
-    task = _task(backbone)
-    if prefix.kv:
-        kv = prefix.kv[DECODER] if task == CAUSAL_TASK else _for_pairs(prefix.kv[DECODER])
-        tensor, own = flattened(kv), _kv_config(kv)
+    form = prefix.method.to_peft(backbone.facts)
+    inside = form.peft_type == PEFT_PREFIX
+    if inside:
+        _check_answers_move(backbone)
+        _warn_of_window(prefix, backbone)
+    task, (tensors,) = _task(backbone), prefix.members
+    if inside:
+        layers = torch.stack([tensors[_KEYS], tensors[_VALUES]], dim=1)
+        tensor = flattened(layers if task == CAUSAL_TASK else _for_pairs(layers))
     else:
-        tensor = prefix.embeddings[0].detach().cpu().contiguous()
-        own = _embedding_config(prefix, backbone)
+        tensor = tensors[EMBEDDINGS]
     config = {
         "task_type": task,
         "base_model_name_or_path": prefix.meta.backbone,
@@ -73,12 +90,14 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
         "num_virtual_tokens": prefix.num_virtual_tokens,
         # 2 where PEFT must make an encoder-decoder model's cache; virtual tokens at the input are
         # the encoder's alone, and a second half of them would be read by nothing.
-        "num_transformer_submodules": 2 if prefix.kv and task == PAIR_TASK else 1,
-        **own,
+        "num_transformer_submodules": 2 if inside and task == PAIR_TASK else 1,
+        **_sizes(form, tensor, backbone),
+        **form.settings,
     }
     target = Path(directory)
+    record = {"digest": prefix.digest, "meta": prefix.meta.to_texts()}
     write_atomic(target / WEIGHTS, save_safetensors({TENSOR: tensor}, {"format": "pt"}))
-    write_atomic(target / OURS, _json({"digest": prefix.digest, "meta": asdict(prefix.meta)}))
+    write_atomic(target / OURS, _json(record))
     write_atomic(target / CONFIG, _json(config))
     return target
 
@@ -102,16 +121,13 @@ def load_peft(
     _check_config(config, backbone)
     tensor = _read_tensor(source, config, backbone)
     if not (source / OURS).is_file():
-        meta = _adopted(config["peft_type"], len(tensor), backbone)
-        owner = {"user_key": user_key or "", "prefix_name": prefix_name or "default"}
-        prefix = _prefix(config, tensor, backbone, PrefixMeta(**meta | owner))
+        meta = _adopt(config["peft_type"], len(tensor), backbone, user_key, prefix_name)
+        prefix = _prefix(config, tensor, backbone, meta)
         prefix.check(backbone)
         return prefix
     record = _read_json(source / OURS)
     try:
-        prefix = _prefix(config, tensor, backbone, PrefixMeta(**record["meta"]))
-        if not isinstance(prefix.meta.method, dict):
-            raise TypeError(f"meta.method is {prefix.meta.method!r}")
+        prefix = _prefix(config, tensor, backbone, _read_meta(record["meta"]))
         expected = str(record["digest"])
         same = prefix.digest == expected
     except (KeyError, TypeError, AttributeError) as error:
@@ -129,30 +145,40 @@ def load_peft(
             fix=f"remove {OURS} to read the directory as an adapter made by PEFT",
         )
     prefix.check(backbone)
-    _check_owner(prefix.meta, user_key, prefix_name)
+    check_owner(prefix.meta, "adapter", user_key, prefix_name)
     return prefix
 
 
-def flattened(kv_L2HPD: Tensor) -> Tensor:
-    """PEFT's `[P, L * 2 * H * D]` of one stack's `[L, 2, H, P, D]`."""
-    kv = kv_L2HPD.detach().cpu()
-    return kv.permute(3, 0, 1, 2, 4).reshape(kv.shape[3], -1).contiguous()
+def flattened(layers_L2HPD: Tensor) -> Tensor:
+    """PEFT's `[P, L * 2 * H * D]` of a stack's keys and values by layer `[L, 2, H, P, D]`."""
+    layers = layers_L2HPD.detach().cpu()
+    return layers.permute(3, 0, 1, 2, 4).reshape(layers.shape[3], -1).contiguous()
 
 
 def unflattened(flat: Tensor, backbone: Backbone, layers: int | None = None) -> Tensor:
     """The decoder's `[L, 2, H, P, D]` of PEFT's tensor, which has `layers` (default: L). Raises
-    WrongShape."""
-    facts = backbone.facts.stacks[DECODER]
-    layers = facts.layers if layers is None else layers
-    width = layers * 2 * facts.heads * facts.head_dim
-    if flat.ndim != 2 or flat.shape[1] != width or not len(flat) or layers < facts.layers:
+    WrongShape, or WrongMethod where the decoder's layers have several shapes."""
+    group = _only_group(backbone)
+    every = len(group.layers)
+    layers = every if layers is None else layers
+    width = layers * 2 * group.heads * group.key_width
+    if flat.ndim != 2 or flat.shape[1] != width or not len(flat) or layers < every:
         raise _does_not_fit(
             flat,
-            f"[P, {width}] = [P, {layers} layers x 2 x {facts.heads} key-value heads x "
-            f"{facts.head_dim}], of at least {facts.layers} layers",
+            f"[P, {width}] = [P, {layers} layers x 2 x {group.heads} key-value heads x "
+            f"{group.key_width}], of at least {every} layers",
         )
-    parts = flat.view(len(flat), layers, 2, facts.heads, facts.head_dim)
+    parts = flat.view(len(flat), layers, 2, group.heads, group.key_width)
     return parts.permute(1, 2, 3, 0, 4).contiguous()
+
+
+def _only_group(backbone: Backbone) -> GroupFacts:
+    """The shape of the decoder's keys and values, of which PEFT knows one."""
+    first, *others = backbone.facts.stacks[DECODER].groups
+    if others or first.key_width != first.value_width:
+        shapes = [(group.heads, group.key_width, group.value_width) for group in (first, *others)]
+        raise peft_refusal("keys and values of several shapes", shapes, "one shape")
+    return first
 
 
 def _read_by_pairs(layers: int, count: int) -> list[int]:
@@ -176,133 +202,94 @@ def _task(backbone: Backbone) -> str:
     return CAUSAL_TASK if backbone.facts.decoder_start_id is None else PAIR_TASK
 
 
-def _check_expressible(prefix: Prefix, backbone: Backbone) -> None:
-    """Raise WrongMethod where PEFT's files have no place for this prefix."""
-    for refused, what, seen, expected, fix in (
-        _kv_limits(prefix, backbone) if prefix.kv else _embedding_limits(prefix, backbone)
-    ):
-        if refused:
-            raise WrongMethod(
-                f"PEFT cannot hold {what}",
-                seen=seen,
-                expected=expected,
-                fix=f"train with {fix}, or keep the prefix in its own file",
-            )
+def _check_answers_move(backbone: Backbone) -> None:
+    """An answer begins at position P in PEFT; a few decoders cannot be told so."""
+    if not backbone.moves_answers:
+        raise peft_refusal(
+            "keys and values for this model, whose decoder counts its positions itself",
+            type(backbone.model).__name__,
+            "BART or T5",
+            "method.type=prompt",
+        )
 
 
 def _warn_of_window(prefix: Prefix, backbone: Backbone) -> None:
     config = backbone.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     _, settings = get_layer_types_and_kwargs(config)
     windows = [own["sliding_window"] for own in settings if own.get("sliding_window")]
-    if windows and prefix.kv and not prefix.seen.windowed:
+    if windows and not prefix.method.visibility.windowed:
         warnings.warn(
             f"in PEFT this prefix leaves the sliding window: beyond {min(windows)} tokens it "
-            "computes something else; train with method.visibility=window for the same",
+            "computes something else; train with method.sliding_window=respect for the same",
             stacklevel=3,
         )
 
 
-_Limit = tuple[bool, str, object, object, str]  # refused, what, seen, expected, fix
+def _sizes(form: PeftForm, tensor: Tensor, backbone: Backbone) -> dict[str, Any]:
+    """Layers and heads are in no formula of embeddings, but PEFT wants them, and does not find
+    them where a model's own configuration nests them (T5Gemma)."""
+    facts = backbone.facts.stacks[DECODER]
+    heads = facts.groups[0].heads
+    if form.peft_type != PEFT_PREFIX:
+        width, layers = tensor.shape[1], facts.layers
+        return _named_sizes(form, layers, heads, width)
+    width = heads * facts.groups[0].key_width
+    layers = tensor.shape[1] // (2 * width)
+    return {**_named_sizes(form, layers, heads, width), "encoder_hidden_size": width}
 
 
-def _kv_limits(prefix: Prefix, backbone: Backbone) -> list[_Limit]:
-    stacks = ", ".join(sorted(prefix.kv))
-    beyond, only = "a prefix beyond a decoder's self-attention", f"stacks {DECODER}"
-    layers, every = len(next(iter(prefix.kv.values()))), backbone.facts.stacks[DECODER].layers
-    some, infix = "a prefix on some layers only", "virtual tokens that the prompt does not see"
-    decoder = "method.stacks=[decoder]"
-    return [
-        (stacks != DECODER, beyond, f"stacks {stacks}", only, decoder),
-        _unmoved(backbone),
-        (layers != every, some, f"method.layers={layers}", f"all {every}", "method.layers=all"),
-        (prefix.seen.infix, infix, "method.placement=infix", "prefix", "method.placement=prefix"),
-    ]
-
-
-def _unmoved(backbone: Backbone) -> _Limit:
-    """An answer begins at position P in PEFT; a few decoders cannot be told so."""
-    what = "keys and values for this model, whose decoder counts its positions itself"
-    moved = backbone.moves_answers
-    return (not moved, what, type(backbone.model).__name__, "BART or T5", "method.type=prompt")
-
-
-def _embedding_limits(prefix: Prefix, backbone: Backbone) -> list[_Limit]:
-    members, layout = len(prefix.embeddings), prefix.meta.layout
-    around = prefix.arrangement(backbone.template)
-    elsewhere = around.anchors > 0 or around.in_front != prefix.num_virtual_tokens
-    what = "virtual tokens that are not all in front, nor words beside them"
-    in_front = front(prefix.num_virtual_tokens).text
-    return [
-        (members > 1, "an ensemble", f"method.ensemble={members}", 1, "method.ensemble=1"),
-        (elsewhere, what, layout, in_front, "that template"),
-    ]
-
-
-def _kv_config(kv: Tensor) -> dict[str, Any]:
-    layers, _, heads, _, dim = kv.shape
+def _named_sizes(form: PeftForm, layers: int, heads: int, width: int) -> dict[str, Any]:
     return {
-        "peft_type": PREFIX,
+        "peft_type": form.peft_type,
         "num_layers": layers,
         "num_attention_heads": heads,
-        "token_dim": heads * dim,
-        "encoder_hidden_size": heads * dim,
-        "prefix_projection": False,
-    }
-
-
-def _embedding_config(prefix: Prefix, backbone: Backbone) -> dict[str, Any]:
-    """Layers and heads are in no formula of these methods, but PEFT wants them, and does not find
-    them where a model's own configuration nests them (T5Gemma)."""
-    method, width = prefix.meta.method, prefix.embeddings[0].shape[1]
-    facts = backbone.facts.stacks[DECODER]
-    sizes = {
-        "num_layers": facts.layers,
-        "num_attention_heads": facts.heads,
         "token_dim": width,
-    }
-    if method.get("type") != "ptuning":
-        return {"peft_type": PROMPT, **sizes}
-    return {
-        "peft_type": PTUNING,
-        **sizes,
-        "encoder_reparameterization_type": "LSTM" if method.get("encoder") == "lstm" else "MLP",
-        "encoder_hidden_size": method.get("encoder_hidden_size", width),
     }
 
 
 def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: PrefixMeta) -> Prefix:
-    if config["peft_type"] == PREFIX:
+    """A prefix of PEFT's tensor, in its dtype."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in get_args(ArtifactConfig.model_fields["dtype"].annotation):
+        dtype = "float32"
+    stored = ArtifactConfig.model_validate({"dtype": dtype})
+    if config["peft_type"] == PEFT_PREFIX:
         if _task(backbone) == CAUSAL_TASK:
-            return Prefix({DECODER: unflattened(tensor, backbone)}, meta)
-        kv = unflattened(tensor, backbone, config.get("num_layers"))
-        read = _read_by_pairs(backbone.facts.stacks[DECODER].layers, len(kv))
-        return Prefix({DECODER: kv[read]}, meta)
+            layers = unflattened(tensor, backbone)
+        else:
+            layers = unflattened(tensor, backbone, config.get("num_layers"))
+            every = backbone.facts.stacks[DECODER].layers
+            layers = layers[_read_by_pairs(every, len(layers))]
+        return make_prefix([{_KEYS: layers[:, 0], _VALUES: layers[:, 1]}], meta, stored)
     width = backbone.facts.hidden_size
     if tensor.ndim != 2 or tensor.shape[1] != width or not len(tensor):
         raise _does_not_fit(tensor, f"[P, {width}]")
-    return Prefix({}, meta, (tensor,))
+    return make_prefix([{EMBEDDINGS: tensor}], meta, stored)
 
 
-def _adopted(kind: str, length: int, backbone: Backbone) -> dict[str, Any]:
+def _adopt(
+    peft_type: str, length: int, backbone: Backbone, user_key: str | None, prefix_name: str | None
+) -> PrefixMeta:
     """What there is to say of an adapter that says nothing of its origin."""
-    layout = "" if kind == PREFIX else front(length).text
-    methods: dict[str, dict[str, Any]] = {
-        PREFIX: {
-            "type": "prefix",
-            "num_virtual_tokens": length,
-            "visibility": "window",
-            **({} if backbone.facts.decoder_start_id is None else {"stacks": [DECODER]}),
-        },
-        PROMPT: {"type": "prompt", "num_virtual_tokens": length},
-        PTUNING: {"type": "ptuning", "template": layout},
-    }
-    return {
-        "method": {**methods[kind], "imported_from": "peft"},
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        "template_digest": backbone.template.digest,
-        "layout": layout,
-    }
+    method: Method | None = None
+    for kind in METHODS.values():
+        method = method or kind.from_peft(peft_type, length, backbone.facts)
+    assert method is not None, peft_type  # _check_config knows the kinds
+    return PrefixMeta.of(
+        backbone,
+        method,
+        user_key=user_key or "",
+        prefix_name=prefix_name or "default",
+        imported_from="peft",
+    )
+
+
+def _read_meta(texts: Any) -> PrefixMeta:
+    """Raises TypeError where it is not what `save_peft` writes, or an ArtifactError."""
+    meta = PrefixMeta.from_texts(texts)
+    if meta.to_texts() != texts:
+        raise TypeError(f"meta has {sorted(texts)}")
+    return meta
 
 
 def _does_not_fit(tensor: Tensor, expected: str) -> WrongShape:
@@ -316,11 +303,11 @@ def _does_not_fit(tensor: Tensor, expected: str) -> WrongShape:
 
 def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
     kind, task = config.get("peft_type"), _task(backbone)
-    if kind not in (PREFIX, PROMPT, PTUNING):
+    if kind not in (PEFT_PREFIX, PEFT_PROMPT, PEFT_PTUNING):
         raise WrongMethod(
             "the PEFT adapter is of another method",
             seen=kind,
-            expected=f"{PREFIX}, {PROMPT} or {PTUNING}",
+            expected=f"{PEFT_PREFIX}, {PEFT_PROMPT} or {PEFT_PTUNING}",
             fix="train the adapter with one of these",
         )
     if config.get("task_type") not in (None, task):
@@ -330,15 +317,15 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             expected=task,
             fix="load the backbone that the adapter was trained on",
         )
-    if kind == PREFIX and not backbone.moves_answers:
+    if kind == PEFT_PREFIX and not backbone.moves_answers:
         raise WrongMethod(
             "PEFT's Prefix Tuning moves an answer's positions, which this model counts itself",
             seen=f"{kind} of {type(backbone.model).__name__}",
-            expected=f"{PROMPT} or {PTUNING}, or another model",
+            expected=f"{PEFT_PROMPT} or {PEFT_PTUNING}, or another model",
             fix="train the adapter with one of these, or train the prefix here",
         )
     # At the input PEFT keeps one copy or two of an encoder-decoder model; as a cache always two.
-    counts = (1,) if task == CAUSAL_TASK else (2,) if kind == PREFIX else (1, 2)
+    counts = (1,) if task == CAUSAL_TASK else (2,) if kind == PEFT_PREFIX else (1, 2)
     if _copies(config, backbone) not in counts:
         raise WrongMethod(
             "the PEFT adapter is of an encoder-decoder model"
@@ -356,7 +343,7 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             expected=f"at most {MAX_VIRTUAL_TOKENS}",
             fix="train it again with fewer",
         )
-    if kind == PREFIX:
+    if kind == PEFT_PREFIX:
         _check_geometry(config, backbone)
 
 
@@ -364,11 +351,11 @@ def _check_geometry(config: dict[str, Any], backbone: Backbone) -> None:
     """Raise WrongShape where what PEFT says of layers and heads is not the backbone's: another
     model's values can have as many columns. PEFT keeps as many layers of an encoder-decoder model
     as its encoder has."""
-    facts, pairs = backbone.facts.stacks[DECODER], _task(backbone) == PAIR_TASK
+    group, pairs = _only_group(backbone), _task(backbone) == PAIR_TASK
     wanted = {
-        "num_layers": facts.layers,
-        "num_attention_heads": facts.heads,
-        "token_dim": facts.heads * facts.head_dim,
+        "num_layers": len(group.layers),
+        "num_attention_heads": group.heads,
+        "token_dim": group.heads * group.key_width,
     }
     for name, count in wanted.items():
         seen = config.get(name)
@@ -401,24 +388,7 @@ def _rows(config: dict[str, Any], backbone: Backbone) -> int | None:
     length, copies = config.get("num_virtual_tokens"), _copies(config, backbone)
     if not _is_count(length) or copies is None:
         return None
-    return length * (1 if config["peft_type"] == PREFIX else copies)
-
-
-def _check_owner(meta: PrefixMeta, user_key: str | None, prefix_name: str | None) -> None:
-    if user_key is not None and meta.user_key != user_key:
-        raise WrongUser(
-            "the adapter belongs to another user",
-            seen=meta.user_key,
-            expected=user_key,
-            fix="give the directory of the user who is meant; ptuning.user_key makes keys of ids",
-        )
-    if prefix_name is not None and meta.prefix_name != prefix_name:
-        raise WrongUser(
-            "the adapter has another name",
-            seen=meta.prefix_name,
-            expected=prefix_name,
-            fix="give the directory of that name",
-        )
+    return length * (1 if config["peft_type"] == PEFT_PREFIX else copies)
 
 
 def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Tensor:

@@ -17,7 +17,9 @@ from torch import Tensor
 from ptuning.data.layout import Arrangement
 from ptuning.errors import BackboneError, CorruptArtifact, DataError
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS, Layers, RowPrefix, Visibility, split_layers
+from ptuning.model.batch import EMBEDDINGS, RowPrefix, Visibility
+from ptuning.model.facts import DECODER
+from ptuning.model.groups import Layers, split_groups
 from ptuning.prefix.artifact import Prefix
 
 
@@ -25,17 +27,23 @@ from ptuning.prefix.artifact import Prefix
 class Member:
     """One prefix of an ensemble, in the backbone's dtype and on its device.
 
-    `kv[stack]` `[K, 2, H, P, D]`, or `embeddings` `[P, E]`.
+    `layers[stack]` are the keys `[H, P, Dk]` and values `[H, P, Dv]` of the stack's top K layers;
+    or `embeddings` `[P, E]`.
     """
 
-    kv: dict[str, Tensor]
-    embeddings: Tensor | None
-    visibility: Visibility
+    layers: dict[str, Layers]
+    embeddings: Tensor | None = None
+    visibility: Visibility = field(default_factory=Visibility)
 
     @property
     def length(self) -> int:
         """P, the columns of its keys and values; 0 where it is at the input."""
-        return int(next(iter(self.kv.values())).shape[-2]) if self.kv else 0
+        return max((self.length_in(stack) for stack in self.layers), default=0)
+
+    def length_in(self, stack: str) -> int:
+        """P in one stack; 0 where it has nothing there."""
+        layers = self.layers.get(stack)
+        return int(layers[0][0].shape[-2]) if layers else 0
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +55,8 @@ class Member:
 
     @property
     def _tensors(self) -> list[Tensor]:
-        return [*self.kv.values(), *([] if self.embeddings is None else [self.embeddings])]
+        inside = [p for layers in self.layers.values() for pair in layers for p in pair]
+        return inside if self.embeddings is None else [*inside, self.embeddings]
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,8 @@ def check_positions(
     """Raise DataError unless a prompt (its virtual tokens included) and `answer` more tokens fit
     the backbone's positions."""
     limit = backbone.facts.max_positions
-    kv = {} if ready is None else ready.members[0].kv
-    shapes = {stack: values.shape for stack, values in kv.items()}
-    needed = backbone.facts.positions(len(prompt), answer, shapes)
+    inside = 0 if ready is None else ready.members[0].length_in(DECODER)
+    needed = backbone.facts.positions(len(prompt), answer, inside)
     if limit is not None and needed > limit:
         raise DataError(
             "the backbone has too few positions",
@@ -94,21 +102,20 @@ def check_positions(
 def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
     """Check a prefix against the backbone and prepare it. Raises an ArtifactError."""
     prefix.check(backbone)
-    around = prefix.arrangement(backbone.template)
-    facts = backbone.facts
+    around, facts = prefix.arrangement(backbone.template), backbone.facts
     compiles = facts.decoder_start_id is None and facts.front_stays and around.in_front > 0
     members = []
     for tensors in prefix.members:
-        own = {name: values.to(backbone.device) for name, values in tensors.items()}
-        embeddings = own.pop(EMBEDDINGS, None)
+        moved = {name: values.to(backbone.device) for name, values in tensors.items()}
+        embeddings = moved.pop(EMBEDDINGS, None)
         if embeddings is not None and compiles:
-            (stack,) = facts.stacks
-            own = {stack: backbone.keys_and_values(embeddings[None])[0]}
+            made = backbone.keys_and_values(embeddings[None])
+            moved = {name: values[0] for name, values in made.items()}
             embeddings = None
         member = Member(
-            {stack: kv.to(backbone.dtype) for stack, kv in own.items()},
+            split_groups({n: p.to(backbone.dtype) for n, p in moved.items()}, facts, 0),
             None if embeddings is None else embeddings.to(backbone.dtype),
-            prefix.seen,
+            prefix.method.visibility,
         )
         if not member.finite:
             raise CorruptArtifact(
@@ -118,7 +125,9 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
             )
         members.append(member)
     return ReadyPrefix(
-        tuple(members), around.without_front() if compiles else around, prefix.combine
+        tuple(members),
+        around.without_front() if compiles else around,
+        prefix.method.combination,
     )
 
 
@@ -154,28 +163,48 @@ def _depths(
     cache, where some do not have all, since its columns are there in every layer."""
     depths = {}
     for stack, facts in backbone.facts.stacks.items():
-        own = [0 if member is None else len(member.kv.get(stack, ())) for member in members]
-        with_columns = {n for n, member in zip(own, members, strict=True) if member and member.kv}
-        differ = bool(with_columns - {facts.layers}) if cached else len(set(own)) > 1
+        depth_of = [
+            0 if member is None else len(member.layers.get(stack, ())) for member in members
+        ]
+        with_columns = {
+            depth
+            for depth, member in zip(depth_of, members, strict=True)
+            if member and member.layers
+        }
+        differ = bool(with_columns - {facts.layers}) if cached else len(set(depth_of)) > 1
         if differ:
-            depths[stack] = torch.tensor(own, device=backbone.device)
+            depths[stack] = torch.tensor(depth_of, device=backbone.device)
     return depths
 
 
 def _layers(backbone: Backbone, members: Sequence[Member | None], length: int) -> dict[str, Layers]:
-    layers = {}
+    stacked = {}
     for stack in backbone.facts.stacks:
-        own = [None if member is None else member.kv.get(stack) for member in members]
-        depth = max((len(kv) for kv in own if kv is not None), default=0)
-        if not depth:
-            continue
-        shape = backbone.facts.kv_shape(stack, length, depth)
-        rows = torch.zeros((len(members), *shape), dtype=backbone.dtype, device=backbone.device)
-        for row, kv in enumerate(own):
-            if kv is not None:
-                rows[row, depth - len(kv) :, ..., length - kv.shape[-2] :, :] = kv
-        layers[stack] = split_layers(rows)
-    return layers
+        of_rows = [() if member is None else member.layers.get(stack, ()) for member in members]
+        depth = max(len(layers) for layers in of_rows)
+        if depth:
+            stacked[stack] = tuple(
+                _layer(backbone, stack, layer, length, of_rows)
+                for layer in range(depth - 1, -1, -1)
+            )
+    return stacked
+
+
+def _layer(
+    backbone: Backbone, stack: str, layer: int, length: int, of_rows: Sequence[Layers]
+) -> tuple[Tensor, Tensor]:
+    """Every row's keys and values of one layer, counted from the top, padded on the left."""
+    group = backbone.facts.stacks[stack].group_of(layer)
+    shape = (len(of_rows), group.heads, length)
+    options = {"dtype": backbone.dtype, "device": backbone.device}
+    keys = torch.zeros((*shape, group.key_width), **options)
+    values = torch.zeros((*shape, group.value_width), **options)
+    for row, layers in enumerate(of_rows):
+        if layer < len(layers):
+            own_keys, own_values = layers[len(layers) - 1 - layer]
+            keys[row, :, length - own_keys.shape[-2] :] = own_keys
+            values[row, :, length - own_values.shape[-2] :] = own_values
+    return keys, values
 
 
 def _embeddings(backbone: Backbone, members: Sequence[Member | None]) -> Tensor | None:

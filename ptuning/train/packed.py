@@ -30,7 +30,7 @@ from ptuning.train.config import (
     learning_rate_at,
 )
 from ptuning.train.slots import Slots
-from ptuning.train.start import mean_of_spans, members_of, together, too_long
+from ptuning.train.start import mean_of_spans, members_of, merge_members, too_long
 from ptuning.train.state import TrainState
 from ptuning.train.step import (
     Capture,
@@ -88,7 +88,7 @@ def train_pack(
     results = yield from _train_members(backbone, method, config, members, min_valid_tokens)
     at, trained = 0, []
     for user, own in zip(users, by_user, strict=True):
-        trained.append(together(user, results[at : at + len(own)]))
+        trained.append(merge_members(user, results[at : at + len(own)]))
         at += len(own)
     return trained
 

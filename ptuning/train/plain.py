@@ -28,7 +28,7 @@ from ptuning.train.config import (
     UserRows,
     learning_rate_at,
 )
-from ptuning.train.start import mean_of_spans, members_of, together, too_long
+from ptuning.train.start import mean_of_spans, members_of, merge_members, too_long
 from ptuning.train.step import collate, predicted, real_tokens
 from ptuning.types import EpochLoss, seed_of
 
@@ -50,7 +50,7 @@ def train_user(
             if one.error is None:
                 break
         trained.append(one)
-    return together(user, trained)
+    return merge_members(user, trained)
 
 
 def _train(
@@ -79,7 +79,9 @@ def _train(
     best = BestEpoch(config.patience)
 
     def compiled() -> PackPrefix:
-        return PackPrefix(method.compile(trained, fixed, backbone.facts), method.seen)
+        return PackPrefix(
+            method.compile(trained, fixed, backbone.facts), backbone.facts, method.visibility
+        )
 
     for epoch in range(1, config.epochs + 1):
         nats, tokens = 0.0, 0

@@ -37,13 +37,13 @@ class Slots:
         """Every slot's prefix without a gradient, for scoring."""
         with torch.no_grad():
             tensors = self.method.compile(self.trained, self.fixed, self.facts)
-        return PackPrefix(tensors, self.method.seen)
+        return PackPrefix(tensors, self.facts, self.method.visibility)
 
     def leaves(self) -> PackPrefix:
         """As `compiled`, as leaves that collect a step's gradient over its microbatches."""
         compiled = self.compiled()
         leaves = {name: p.detach().requires_grad_() for name, p in compiled.tensors.items()}
-        return PackPrefix(leaves, compiled.visibility)
+        return PackPrefix(leaves, self.facts, compiled.visibility)
 
     def keep_best(self, slot: int, compiled: PackPrefix) -> None:
         """Remember the slot's prefix as its best so far."""
@@ -120,9 +120,6 @@ class Slots:
             name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
             for name, leaf in leaves.tensors.items()
         }
-        names = {id(p): name for name, p in inputs.items()}
-        if all(id(p) in names for p in compiled.values()):  # nothing between
-            return {names[id(compiled[name])]: grad for name, grad in collected.items()}
         torch.autograd.backward(
             [compiled[name] for name in compiled], [collected[name] for name in compiled]
         )

@@ -15,7 +15,7 @@ from ptuning.data.encode import Encoded, Template
 from ptuning.data.packing import fill_words
 from ptuning.methods.base import Method
 from ptuning.model.batch import EMBEDDINGS
-from ptuning.model.facts import Facts
+from ptuning.model.facts import Facts, tokens_inside
 from ptuning.train.config import Trained, UserRows
 from ptuning.types import EpochLoss, seed_of
 
@@ -68,9 +68,10 @@ def mean_of_spans(embedded: Tensor, spans: Sequence[int]) -> dict[str, Tensor]:
     return {EMBEDDINGS: embedded}
 
 
-def positions_of(row: Encoded, facts: Facts, kv: Mapping[str, Sequence[int]]) -> int:
+def positions_of(row: Encoded, facts: Facts, shapes: Mapping[str, Sequence[int]]) -> int:
     """How many positions a row takes behind a prefix of these shapes; see `Facts.positions`."""
-    return facts.positions(row.prompt_length, len(row.input_ids) - row.prompt_length, kv)
+    answer = len(row.input_ids) - row.prompt_length
+    return facts.positions(row.prompt_length, answer, tokens_inside(shapes))
 
 
 def too_long(rows: UserRows, facts: Facts, method: Method) -> str | None:
@@ -87,7 +88,7 @@ def too_long(rows: UserRows, facts: Facts, method: Method) -> str | None:
     return None
 
 
-def together(user: UserRows, members: Sequence[Trained]) -> Trained:
+def merge_members(user: UserRows, members: Sequence[Trained]) -> Trained:
     """One user's result from its members': all of them, or what failed."""
     failed = next((one.error for one in members if one.error is not None), None)
     kept = [one.members[0] for one in members if one.members is not None]

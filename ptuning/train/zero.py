@@ -164,10 +164,10 @@ class LockstepDriver:
         length = prefix.length
         for stack in dict.fromkeys((*prefix.layers, *empty.layers)):
             own, wanted = prefix.layers.get(stack, ()), len(empty.layers.get(stack, ()))
-            depth = self.backbone.facts.stacks[stack]
-            shape = (rows, depth.heads, length, depth.head_dim)
-            nothing = torch.zeros(shape, dtype=self.backbone.dtype, device=self.backbone.device)
-            missing = [(nothing, nothing) for _ in range(wanted - len(own))]
+            missing = [
+                self._nothing(stack, layer, rows, length)
+                for layer in range(wanted - 1, len(own) - 1, -1)
+            ]
             if missing:
                 held = torch.full((rows,), len(own), device=self.backbone.device)
                 prefix.depths = {**prefix.depths, stack: prefix.depths.get(stack, held)}
@@ -178,6 +178,16 @@ class LockstepDriver:
                 for n, (keys, values) in enumerate(layers)
             )
         return prefix
+
+    def _nothing(self, stack: str, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Zero keys and values of a layer, which is counted from the top."""
+        backbone = self.backbone
+        group = backbone.facts.stacks[stack].group_of(layer)
+        shape = (rows, group.heads, length)
+        return (
+            torch.zeros((*shape, group.key_width), dtype=backbone.dtype, device=backbone.device),
+            torch.zeros((*shape, group.value_width), dtype=backbone.dtype, device=backbone.device),
+        )
 
 
 def _leaf(values: Tensor, requires_grad: bool) -> Tensor:

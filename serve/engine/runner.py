@@ -16,8 +16,9 @@ from torch import Tensor
 from ptuning.errors import UnsupportedModel
 from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import RowPrefix, Visibility
+from ptuning.model.batch import RowPrefix
 from ptuning.model.facts import DECODER
+from ptuning.model.groups import split_groups
 from ptuning.prefix.ready import Member, rows_of
 from serve.engine.slots import SlotCache, View
 
@@ -88,7 +89,7 @@ class SlotRunner:
     def enter(self, slot: int, member: Member | None) -> None:
         self._slots[slot] = _Slot(member)
         self._prefixes.clear()
-        self.cache.enter(slot, None if member is None else member.kv.get(DECODER))
+        self.cache.enter(slot, None if member is None else member.layers.get(DECODER))
 
     def leave(self, slot: int) -> None:
         self.cache.clear(slot)
@@ -155,10 +156,12 @@ class SlotRunner:
         """
         backbone, slots = self.backbone, 2 if len(self._slots) > 1 else 1
         ids = torch.arange(1, 6) % backbone.facts.vocab_size
-        shape = backbone.facts.kv_shape(DECODER, 3)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        kv = (0.1 * noise).to(backbone.device, backbone.dtype)
-        entered = [Member({DECODER: kv}, None, Visibility()), None][:slots]
+        generator = torch.Generator().manual_seed(0)
+        noise = {
+            name: 0.1 * torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
+            for name, shape in backbone.facts.kv_shapes(3).items()
+        }
+        entered = [Member(split_groups(noise, backbone.facts, 0)), None][:slots]
         for slot, member in enumerate(entered):
             self.enter(slot, member)
         self.prefill(0, [ids[:-1].tolist()] * slots)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ptuning.model.facts import StackFacts
+from ptuning.model.facts import GroupFacts, StackFacts
+from ptuning.model.groups import Layers
 
 BLOCK = 64  # columns are added in multiples of this
 
@@ -34,12 +35,15 @@ class View:
 
 
 class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, each `[rows, H, S, D]`."""
+    """One layer's keys `[rows, H, S, Dk]` and values `[rows, H, S, Dv]`."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, facts: GroupFacts, rows: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        self.keys: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self.values: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (rows, facts.heads, BLOCK)
+        self.keys: Tensor = torch.zeros((*shape, facts.key_width), dtype=dtype, device=device)
+        self.values: Tensor = torch.zeros((*shape, facts.value_width), dtype=dtype, device=device)
         self.view: View | None = None
         self.is_initialized = True
 
@@ -84,8 +88,10 @@ class SlotCache(Cache):
     def __init__(
         self, facts: StackFacts, rows: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (rows, facts.heads, BLOCK, facts.head_dim)
-        self.slots: list[SlotLayer] = [SlotLayer(shape, dtype, device) for _ in range(facts.layers)]
+        self.slots: list[SlotLayer] = [
+            SlotLayer(facts.group_of(layer), rows, dtype, device)
+            for layer in range(facts.layers - 1, -1, -1)  # counted from the top
+        ]
         super().__init__(layers=list(self.slots))
         self.columns = BLOCK
         self._used = [0] * rows  # columns of each slot that may hold something
@@ -99,18 +105,19 @@ class SlotCache(Cache):
         for layer in self.slots:
             layer.view = view
 
-    def enter(self, slot: int, kv_K2HPD: Tensor | None) -> None:
-        """A new row begins in a slot: its user's prefix fills the first P columns of the top K
-        layers (below them these columns stay empty, and nobody may look at them)."""
+    def enter(self, slot: int, layers: Layers | None) -> None:
+        """A new row begins in a slot: its user's keys `[H, P, Dk]` and values `[H, P, Dv]` fill
+        the first P columns of the top K layers (below them these columns stay empty, and nobody
+        may look at them)."""
         self.clear(slot)
-        if kv_K2HPD is None:
+        if not layers:
             return
-        length = kv_K2HPD.shape[-2]
+        length = layers[0][0].shape[-2]
         self._reserve(length)
         self._used[slot] = length
-        for layer, kv_2HPD in zip(self.slots[-len(kv_K2HPD) :], kv_K2HPD, strict=True):
-            layer.keys[slot, :, :length] = kv_2HPD[0]
-            layer.values[slot, :, :length] = kv_2HPD[1]
+        for layer, (keys, values) in zip(self.slots[-len(layers) :], layers, strict=True):
+            layer.keys[slot, :, :length] = keys
+            layer.values[slot, :, :length] = values
 
     def clear(self, slot: int) -> None:
         """Zero a slot: no trace of its row stays."""

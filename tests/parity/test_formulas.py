@@ -15,7 +15,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from tiny_backbones import FAMILIES, SEQ2SEQ, build, build_model, encoded, prefix_rows, random_ids
+from tiny_backbones import (
+    FAMILIES,
+    SEQ2SEQ,
+    as_layers,
+    build,
+    build_model,
+    encoded,
+    prefix_rows,
+    random_ids,
+)
 from torch import Tensor
 
 from ptuning.data.encode import IGNORE, Encoded
@@ -26,7 +35,7 @@ from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, PackPrefix
 from ptuning.model.facts import CROSS, DECODER, ENCODER
-from ptuning.prefix.artifact import Prefix, PrefixMeta
+from ptuning.prefix.artifact import PrefixMeta, make_prefix
 from ptuning.train.step import collate
 
 torch.set_num_threads(1)
@@ -266,7 +275,9 @@ def compare(
     leaves = list(pack.tensors.values())
     with torch.no_grad():
         zero = PackPrefix(
-            {name: torch.zeros_like(p) for name, p in pack.tensors.items()}, pack.visibility
+            {name: torch.zeros_like(p) for name, p in pack.tensors.items()},
+            backbone.facts,
+            pack.visibility,
         )
         other = backbone.token_nll(batch, zero.of_rows(torch.tensor(SLOTS), torch.float32))
     assert (ours - other).abs().max() > 1e-2, "the prefix changed nothing"
@@ -283,7 +294,8 @@ def random_pack(backbone: Backbone, method: PrefixTuning) -> PackPrefix:
     shapes = method.shapes(backbone.facts)
     return PackPrefix(
         {name: torch.randn((2, *shape)).requires_grad_() for name, shape in shapes.items()},
-        method.seen,
+        backbone.facts,
+        method.visibility,
     )
 
 
@@ -309,7 +321,7 @@ def test_a_causal_models_prefix_is_keys_and_values_before_its_own(
 
     def by_hand(row: Encoded, slot: int) -> Tensor:
         ids, at = row.input_ids, row.prompt_length
-        kv = pack.tensors[DECODER][slot].double()
+        kv = as_layers(pack.tensors)[slot].double()
         prefix = {layers - len(kv) + n: kv[n] for n in range(len(kv))}
         places = torch.arange(len(ids))
         sees = places >= (at - 1 if method.placement == "infix" else 0)
@@ -334,7 +346,7 @@ def test_an_encoder_decoder_models_prefix_stands_in_each_of_its_stacks(
     def by_hand(row: Encoded, slot: int) -> Tensor:
         at = row.prompt_length
         answer = row.input_ids[at:]
-        prefix = {stack: values[slot].double() for stack, values in pack.tensors.items()}
+        prefix = {stack: as_layers(pack.tensors, stack)[slot].double() for stack in stacks}
         moved = [start, *answer[:-1]]
         return nll(PAIRS_BY_HAND[family](backbone.model, row.input_ids[:at], moved, prefix), answer)
 
@@ -402,7 +414,7 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
             logits = plain(inputs_embeds=inputs, decoder_input_ids=moved).logits[0]
         return nll(logits, answer)
 
-    pack = PackPrefix({EMBEDDINGS: virtual}, PTuning(template=template).seen)
+    pack = PackPrefix({EMBEDDINGS: virtual}, backbone.facts, PTuning(template=template).visibility)
     compare(backbone, pack, by_hand, around.row)
 
 
@@ -413,15 +425,8 @@ def test_a_template_is_answered_as_it_was_trained(family: str, template: str) ->
     backbone, plain = build(FAMILIES[family]()), build_model(FAMILIES[family](), "eager")
     torch.manual_seed(5)
     virtual = torch.randn(P, backbone.facts.hidden_size)
-    meta = PrefixMeta(
-        method=PTuning(template=template).model_dump(),
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
-        user_key="k" * 52,
-        layout=template,
-    )
-    prefix, prompt = Prefix({}, meta, (virtual,)), random_ids(7, 1)
+    meta = PrefixMeta.of(backbone, PTuning(template=template), user_key="k" * 52)
+    prefix, prompt = make_prefix([{EMBEDDINGS: virtual}], meta), random_ids(7, 1)
     around = prefix.arrangement(backbone.template)
     ids = torch.tensor([around.without_front().prompt(prompt)])
     if not around.in_front:

@@ -17,7 +17,15 @@ import tiny_backbones
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_backbones import EAGER_ONLY, SEQ2SEQ, build, build_model, prefix_rows, random_ids
+from tiny_backbones import (
+    EAGER_ONLY,
+    SEQ2SEQ,
+    as_layers,
+    build,
+    build_model,
+    prefix_rows,
+    random_ids,
+)
 from tiny_model import make_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -37,7 +45,7 @@ from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
-from ptuning.model.facts import DECODER
+from ptuning.model.facts import DECODER, stack_of
 from ptuning.prefix import peft_format
 from ptuning.prefix.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.peft_format import CONFIG, OURS, TENSOR, WEIGHTS, load_peft, save_peft
@@ -95,23 +103,19 @@ def prefix_for(backbone: Backbone, method: Method | None = None, **changes: Any)
     torch.manual_seed(1)
     dtype = changes.pop("dtype", "float32")
     method = method or PrefixTuning(num_virtual_tokens=P)
-    meta = {
-        "method": method.model_dump(),
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        "template_digest": backbone.template.digest,
+    texts = {
         "user_key": "k" * 52,
         "prefix_name": "work",
         "data_digest": "d" * 64,
         "training_digest": "t" * 64,
-        "layout": "" if method.layout is None else method.layout.text,
         **changes,
     }
     members = [
         {name: torch.randn(shape) for name, shape in method.shapes(backbone.facts).items()}
         for _ in range(method.members)
     ]
-    return make_prefix(members, PrefixMeta(**meta), ArtifactConfig(dtype=dtype))
+    meta = PrefixMeta.of(backbone, method, **texts)
+    return make_prefix(members, meta, ArtifactConfig(dtype=dtype))
 
 
 def our_logits(backbone: Backbone, prefix: Prefix) -> Tensor:
@@ -237,7 +241,7 @@ def test_beyond_a_sliding_window_what_peft_made_is_computed_as_peft_does(
     torch.testing.assert_close(our_logits(backbone, adopted), theirs, atol=1e-5, rtol=1e-5)
     if kind == "PREFIX_TUNING":
         always = prefix_for(backbone)
-        with pytest.warns(UserWarning, match=f"beyond {window} tokens.*visibility=window"):
+        with pytest.warns(UserWarning, match=f"beyond {window} tokens.*sliding_window=respect"):
             save_peft(always, tmp_path / "always", backbone)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -370,8 +374,8 @@ def test_an_encoder_decoder_models_keys_and_values_go_both_ways(
     def loaded(directory: Path) -> Any:
         return PeftModel.from_pretrained(build_model(PEFT_PAIRS[family](), "eager"), str(directory))
 
-    visibility = "window" if family == "t5gemma" else "always"  # PEFT's prefix leaves a window
-    method = PrefixTuning(num_virtual_tokens=P, stacks=("decoder",), visibility=visibility)
+    window: Any = "respect" if family == "t5gemma" else "ignore"  # PEFT's prefix leaves a window
+    method = PrefixTuning(num_virtual_tokens=P, stacks=("decoder",), sliding_window=window)
     prefix = prefix_for(backbone, method)
     save_peft(prefix, tmp_path / "ours", backbone)
     expected = here(prefix)
@@ -390,7 +394,7 @@ def test_an_encoder_decoder_models_keys_and_values_go_both_ways(
     model = get_peft_model(build_model(PEFT_PAIRS[family](), "eager"), config)
     randomly_saved(model, tmp_path / "theirs")
     adopted = load_peft(tmp_path / "theirs", backbone)
-    assert list(adopted.kv) == [DECODER]
+    assert {stack_of(name) for name in adopted.tensors} == {DECODER}
     assert adopted.num_virtual_tokens == P
     for theirs in (model.eval(), loaded(tmp_path / "theirs")):
         torch.testing.assert_close(here(adopted), there(theirs), atol=1e-5, rtol=1e-5)
@@ -513,8 +517,8 @@ def test_an_adapter_of_peft_belongs_to_nobody_until_it_is_said_to_whom(
     assert (mine.meta.user_key, mine.meta.prefix_name) == ("u" * 52, "work")
     again = Prefix.from_bytes(mine.to_bytes(), backbone, user_key="u" * 52)
     assert again.digest == mine.digest
-    assert again.meta.method["imported_from"] == "peft"
-    assert again.meta.method["type"] == type_
+    assert again.meta.imported_from == "peft"
+    assert again.method.type == type_
     # And it can be handed back to PEFT.
     save_peft(mine, tmp_path / "back", backbone)
     assert json.loads((tmp_path / "back" / CONFIG).read_text())["peft_type"] == kind
@@ -716,13 +720,14 @@ def test_the_layout_is_pefts(tmp_path: Path) -> None:
     """Row p holds layer by layer the keys, then the values, head by head."""
     backbone = backbone_for("llama")
     prefix = prefix_for(backbone)
-    flat = peft_format.flattened(prefix.kv[DECODER])
+    layers = as_layers(prefix.tensors)
+    flat = peft_format.flattened(layers)
     assert flat.shape == (P, 3 * 2 * 2 * 8)
     layer, head, token = 2, 1, 3
     for which in (0, 1):
         at = ((layer * 2 + which) * 2 + head) * 8
-        assert torch.equal(flat[token, at : at + 8], prefix.kv[DECODER][layer, which, head, token])
-    assert torch.equal(peft_format.unflattened(flat, backbone), prefix.kv[DECODER])
+        assert torch.equal(flat[token, at : at + 8], layers[layer, which, head, token])
+    assert torch.equal(peft_format.unflattened(flat, backbone), layers)
     peft_adapter("llama", tmp_path)
     theirs = json.loads((tmp_path / CONFIG).read_text())
     save_peft(prefix, tmp_path / "ours", backbone)

@@ -29,6 +29,8 @@ import pytest
 import torch
 from tiny_backbones import (
     FAMILIES,
+    as_groups,
+    as_layers,
     build,
     build_model,
     encoded,
@@ -49,7 +51,7 @@ from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, PackPrefix
-from ptuning.model.facts import DECODER
+from ptuning.model.facts import DECODER, keys_name, values_name
 from ptuning.prefix.artifact import Prefix
 from ptuning.prefix.peft_format import flattened, load_peft, unflattened
 from ptuning.registry import MemoryRegistry
@@ -67,26 +69,30 @@ P = 3
 FRONT = f"{{p:{P}}}{{prompt}}{{completion}}"
 
 
-def same(values: Tensor, _backbone: Backbone) -> Tensor:
-    return values
+def same(tensor: Tensor, _backbone: Backbone) -> Tensor:
+    return tensor
 
 
-def transposed(values: Tensor, _backbone: Backbone) -> Tensor:
-    return values.T
+def transposed(tensor: Tensor, _backbone: Backbone) -> Tensor:
+    return tensor.T
 
 
-def kv(flat: Tensor, backbone: Backbone) -> Tensor:
-    return unflattened(flat, backbone)
+def keys(flat: Tensor, backbone: Backbone) -> Tensor:
+    return unflattened(flat, backbone)[:, 0]
+
+
+def values(flat: Tensor, backbone: Backbone) -> Tensor:
+    return unflattened(flat, backbone)[:, 1]
 
 
 ToOurs = Callable[[Tensor, Backbone], Tensor]
 Names = dict[str, tuple[str, ToOurs]]  # ours: PEFT's, and how PEFT's becomes ours
 
 
-def linear(ours: str, theirs: str, suffix: str = "") -> Names:
+def linear(ours: str, theirs: str, stack: str = "") -> Names:
     return {
-        f"w{ours}{suffix}": (f"{theirs}.weight", transposed),
-        f"b{ours}{suffix}": (f"{theirs}.bias", same),
+        f"{stack}w{ours}": (f"{theirs}.weight", transposed),
+        f"{stack}b{ours}": (f"{theirs}.bias", same),
     }
 
 
@@ -118,7 +124,8 @@ class Case:
         return peft.get_peft_model(build_model(config, "eager"), made)
 
 
-KV: Names = {f"kv.{DECODER}": ("embedding.weight", kv)}
+KEYS, VALUES = keys_name(DECODER, 0), values_name(DECODER, 0)
+KV: Names = {KEYS: ("embedding.weight", keys), VALUES: ("embedding.weight", values)}
 INPUT: Names = {EMBEDDINGS: ("embedding.weight", same)}
 CASES: dict[str, Case] = {
     "prefix": Case(PrefixTuning(num_virtual_tokens=P, init="random"), peft.PrefixTuningConfig, KV),
@@ -129,9 +136,9 @@ CASES: dict[str, Case] = {
         ),
         peft.PrefixTuningConfig,
         {
-            f"embedding.{DECODER}": ("embedding.weight", same),
-            **linear("1", "transform.0", f".{DECODER}"),
-            **linear("2", "transform.2", f".{DECODER}"),
+            f"{DECODER}.embedding": ("embedding.weight", same),
+            **linear("1", "transform.0", f"{DECODER}."),
+            **linear("2", "transform.2", f"{DECODER}."),
         },
         {"prefix_projection": True, "encoder_hidden_size": 8},
         learning_rate=0.01,
@@ -139,7 +146,7 @@ CASES: dict[str, Case] = {
     "embedding-only": Case(
         PrefixTuning(num_virtual_tokens=P, layers="embedding", init="random"),
         peft.PromptTuningConfig,
-        {f"kv.{EMBEDDINGS}": ("embedding.weight", same)},
+        INPUT,
     ),
     "prompt": Case(
         PromptTuning(num_virtual_tokens=P, init="random"), peft.PromptTuningConfig, INPUT
@@ -199,11 +206,12 @@ def of_peft(case: Case, tensors: dict[str, Tensor], backbone: Backbone) -> dict[
 def set_in_peft(case: Case, model: Any, ours: dict[str, Tensor]) -> None:
     assert set(ours) == set(case.names)
     parameters = dict(model.prompt_encoder["default"].named_parameters())
-    backwards = {same: lambda t: t, transposed: lambda t: t.T, kv: flattened}
-    for name, values in ours.items():
-        theirs, change = case.names[name]
-        with torch.no_grad():
-            parameters[theirs].copy_(backwards[change](values))
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            theirs, change = case.names[name]
+            if change in (keys, values):
+                tensor = flattened(as_layers(ours))
+            parameters[theirs].copy_(tensor.T if change is transposed else tensor)
 
 
 def in_peft(rows: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -236,7 +244,7 @@ def start_of(case: Case, model: Any, words: Sequence[int]) -> dict[str, Tensor] 
         base(input_ids=ids, past_key_values=cache, use_cache=True)
         embeddings = base.get_input_embeddings()(ids)[0]
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
-    return {DECODER: torch.stack(layers), EMBEDDINGS: embeddings}
+    return {**as_groups(torch.stack(layers)), EMBEDDINGS: embeddings}
 
 
 def ragged(count: int, seed: int) -> list[Encoded]:
@@ -277,7 +285,9 @@ def test_every_step_has_pefts_loss_and_gradients(name: str, family: str, first: 
             optimizer.param_groups[0]["lr"] = learning_rate_at(
                 settings, case.learning_rate, step, steps
             )
-        pack = PackPrefix(case.method.compile(trained, {}, backbone.facts), case.method.seen)
+        pack = PackPrefix(
+            case.method.compile(trained, {}, backbone.facts), backbone.facts, case.method.visibility
+        )
         batch = collate(arranged(case.method, backbone, rows), backbone.device)
         prefix = pack.of_rows(torch.zeros(len(rows), dtype=torch.long), torch.float32)
         loss = backbone.token_nll(batch, prefix).mean()
@@ -310,7 +320,7 @@ def test_a_backbones_own_dropout_is_on_in_pefts_training_and_off_in_ours() -> No
     rows = ragged(3, seed=1)
     ours = case.method.initial(backbone.facts, None, seed=5).trained
     set_in_peft(case, model, ours)
-    pack = PackPrefix({DECODER: ours[f"kv.{DECODER}"][None]})
+    pack = PackPrefix({name: own[None] for name, own in ours.items()}, backbone.facts)
     prefix = pack.of_rows(torch.zeros(len(rows), dtype=torch.long), torch.float32)
     loss = float(backbone.token_nll(collate(rows, backbone.device), prefix).mean())
     with torch.no_grad():
@@ -388,7 +398,7 @@ def with_peft(
             saved = model.get_prompt_embedding_to_save("default")
             stored = isinstance(model.active_peft_config, peft.PrefixTuningConfig)
             result.members = (
-                {DECODER: unflattened(saved, backbone)} if stored else {EMBEDDINGS: saved},
+                as_groups(unflattened(saved, backbone)) if stored else {EMBEDDINGS: saved},
             )
         if stop:
             break
@@ -458,11 +468,11 @@ def test_a_batch_without_labels_moves_pefts_prefix_and_leaves_ours_alone() -> No
     assert (parameter - before).abs().max() > 0.01
     user = UserRows(user_key="mute", seed=1, train=mute)
     settings = TrainConfig(epochs=2, batch_size=2, learning_rate=0.1, weight_decay=0.1)
-    initial = case.method.initial(backbone.facts, None, user.seed).trained[f"kv.{DECODER}"]
+    initial = case.method.initial(backbone.facts, None, user.seed).trained
     (packed,) = LocalDriver(backbone).run(train_pack(backbone, case.method, settings, [user]))
     for trained in (packed, train_user(backbone, case.method, settings, user)):
         assert trained.kv is not None
-        assert torch.equal(trained.kv[DECODER], initial)
+        assert torch.equal(as_layers(trained.kv), as_layers(initial))
 
 
 # (c) PEFT's own path, then ours
@@ -578,9 +588,11 @@ def test_padding_on_the_left_moves_a_text_behind_pefts_prompt_but_not_behind_our
     case = CASES[name]
     backbone, model = build(config_of("llama")), case.peft_model(config_of("llama")).eval()
     saved = model.get_prompt_embedding_to_save("default")
-    tensors = {DECODER: unflattened(saved, backbone)} if name == "prefix" else {EMBEDDINGS: saved}
+    tensors = as_groups(unflattened(saved, backbone)) if name == "prefix" else {EMBEDDINGS: saved}
     text = random_ids(6, seed=1)
-    pack = PackPrefix({key: values[None] for key, values in tensors.items()}, case.method.seen)
+    pack = PackPrefix(
+        {key: own[None] for key, own in tensors.items()}, backbone.facts, case.method.visibility
+    )
     prefix = pack.of_rows(torch.tensor([0]), torch.float32)
     around = [-1, -2, -3] if name == "prompt" else []
     theirs, ours = [], []

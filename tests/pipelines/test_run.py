@@ -47,7 +47,7 @@ def _run(data: Path, store: Path, config: RunConfig) -> dict[str, Any]:
 
 def _prefixes(store: Path) -> dict[str, Any]:
     return {
-        path.parent.name: load_file(path)["kv"]
+        path.parent.name: load_file(path)["decoder.0.keys"]
         for path in (store / "prefixes").glob("*/*/*.safetensors")
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from method_catalogue import CATALOGUE
 from runs import settings, user_rows, users_of, write_rows
 from safetensors.torch import load_file
 from tiny_backbones import SEQ2SEQ, build_model
@@ -31,19 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 USERS = {"ann": 10, "bob": 12}
 ALWAYS = ("gate.min_gain=-10", "registry.prefix_name=default")
-METHODS = {
-    "prompt ensemble from labels": [
-        "method.type=prompt", "method.init=labels", "method.ensemble=2", "method.combine=vote",
-    ],
-    "ptuning lstm": [
-        "method.type=ptuning", "method.encoder=lstm", "method.encoder_hidden_size=8",
-        "method.template={p:2}{prompt}{p:2} so {completion}",
-    ],
-    "infix mlp on top": [
-        "method.encoder_hidden_size=8", "method.placement=infix", "method.layers=1",
-        "method.dropout=0.1", "train.learning_rate=0.003",
-    ],
-}  # fmt: skip
+METHODS = {name: entry.settings for name, entry in CATALOGUE.items() if entry.run}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +184,7 @@ def test_trainings_start_from_the_champion_and_go_on_where_they_stopped(
 
     def kv(store: str, key: str, digest: str) -> Any:
         path = Store(tmp_path / store).path("prefixes", key[:2], key, f"{digest}.safetensors")
-        return load_file(path)["kv"]
+        return load_file(path)["decoder.0.keys"]
 
     for key in first:
         assert (kv("one", key, further[key]) - kv("two", key, at_once[key])).abs().max() < 1e-5

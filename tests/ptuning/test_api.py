@@ -15,7 +15,7 @@ import pytest
 import torch
 from blown import Blown
 from safetensors.torch import load_file, save_file
-from tiny_backbones import FAMILIES, REFUSED, build, build_model
+from tiny_backbones import FAMILIES, REFUSED, as_layers, build, build_model
 from tiny_model import make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -133,8 +133,8 @@ def test_tuning_twice_gives_the_same_digests_whatever_the_order_of_users(
     assert mine is not None
     assert reordered is not None
     assert alone is not None
-    torch.testing.assert_close(mine.kv, reordered.kv, atol=1e-4, rtol=0)
-    torch.testing.assert_close(mine.kv, alone.kv, atol=1e-4, rtol=0)
+    torch.testing.assert_close({**mine.tensors}, {**reordered.tensors}, atol=1e-4, rtol=0)
+    torch.testing.assert_close({**mine.tensors}, {**alone.tensors}, atol=1e-4, rtol=0)
     # What a training is does not depend on how fast it is run.
     assert mine.meta == reordered.meta == alone.meta
 
@@ -195,7 +195,7 @@ def test_one_users_bad_rows_fail_that_user_alone(backbone: Backbone) -> None:
     mine = result["alice"].prefix
     assert alone is not None
     assert mine is not None
-    torch.testing.assert_close(mine.kv, alone.kv, atol=1e-4, rtol=0)
+    torch.testing.assert_close({**mine.tensors}, {**alone.tensors}, atol=1e-4, rtol=0)
 
 
 def test_a_users_init_words_start_the_prefix(backbone: Backbone) -> None:
@@ -221,7 +221,7 @@ def test_a_users_init_words_start_the_prefix(backbone: Backbone) -> None:
         captured, _ = backbone.capture(torch.tensor([[*words, *words[:2]]]))  # repeated to fill
     assert result.prefix is not None
     torch.testing.assert_close(
-        result.prefix.kv["decoder"], captured["decoder"][0], atol=1e-6, rtol=0
+        as_layers(result.prefix.tensors), as_layers(captured)[0], atol=1e-6, rtol=0
     )
 
 

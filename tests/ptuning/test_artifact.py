@@ -22,7 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save as save_safetensors
-from tiny_backbones import FAMILIES, build, random_kv
+from tiny_backbones import FAMILIES, as_groups, as_layers, build, random_kv
 from tiny_model import make_tokenizer
 
 from ptuning.errors import (
@@ -34,21 +34,21 @@ from ptuning.errors import (
     WrongShape,
     WrongUser,
 )
+from ptuning.generation import generate
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.model.backbone import Backbone
-from ptuning.model.facts import DECODER
+from ptuning.model.facts import DECODER, keys_name, values_name
 from ptuning.prefix.artifact import ArtifactConfig, Prefix, PrefixMeta, make_prefix, training_digest
 from ptuning.types import user_key
 
 P = 4
+KEYS, VALUES = keys_name(DECODER, 0), values_name(DECODER, 0)
 
 
 def meta_for(backbone: Backbone, /, **changes: Any) -> PrefixMeta:
-    meta = PrefixMeta(
-        method=PrefixTuning(num_virtual_tokens=P).model_dump(),
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
+    meta = PrefixMeta.of(
+        backbone,
+        PrefixTuning(num_virtual_tokens=P),
         user_key=user_key("alice"),
         prefix_name="work",
         data_digest="d" * 64,
@@ -58,16 +58,13 @@ def meta_for(backbone: Backbone, /, **changes: Any) -> PrefixMeta:
 
 
 def prefix_for(backbone: Backbone, /, seed: int = 1, **changes: Any) -> Prefix:
-    return make_prefix([{DECODER: random_kv(backbone, P, seed)[0]}], meta_for(backbone, **changes))
+    kv = random_kv(backbone, P, seed)[0]
+    return make_prefix([as_groups(kv)], meta_for(backbone, **changes))
 
 
 def rewritten(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
     """The prefix's file with its tensors and texts changed, by an honest safetensors writer."""
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in vars(prefix.meta).items()
-    }
-    tensors = {"kv": prefix.kv[DECODER].clone()}
+    texts, tensors = prefix.meta.to_texts(), {**prefix.tensors}
     change(tensors, texts)
     return save_safetensors(tensors, texts)
 
@@ -97,7 +94,7 @@ def test_a_saved_prefix_comes_back_with_its_values_meta_and_digest(
     backbone: Backbone, tmp_path: Path, dtype: Any
 ) -> None:
     kv = random_kv(backbone, P, 1)[0]
-    prefix = make_prefix([{DECODER: kv}], meta_for(backbone), ArtifactConfig(dtype=dtype))
+    prefix = make_prefix([as_groups(kv)], meta_for(backbone), ArtifactConfig(dtype=dtype))
     path = prefix.save(tmp_path / "new" / "folder" / "p.safetensors")
     again = Prefix.load(
         path,
@@ -106,8 +103,8 @@ def test_a_saved_prefix_comes_back_with_its_values_meta_and_digest(
         prefix_name="work",
         digest=prefix.digest,
     )
-    assert torch.equal(again.kv[DECODER], kv.to(getattr(torch, dtype)))
-    assert again.kv[DECODER].dtype == getattr(torch, dtype)
+    assert torch.equal(as_layers(again.tensors), kv.to(getattr(torch, dtype)))
+    assert as_layers(again.tensors).dtype == getattr(torch, dtype)
     assert again.meta == prefix.meta
     assert again.digest == prefix.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert again.num_virtual_tokens == P
@@ -117,27 +114,29 @@ def test_a_saved_prefix_comes_back_with_its_values_meta_and_digest(
 def test_the_file_is_plain_safetensors_with_a_tensor_kv(backbone: Backbone, tmp_path: Path) -> None:
     prefix = prefix_for(backbone)
     with safe_open(str(prefix.save(tmp_path / "p")), framework="pt") as file:
-        assert list(file.keys()) == ["kv"]
-        assert torch.equal(file.get_tensor("kv"), prefix.kv[DECODER])
-        assert file.get_tensor("kv").shape == (2, 2, 2, P, 8)  # [L, 2, H, P, D]
+        assert sorted(file.keys()) == [KEYS, VALUES]
+        assert torch.equal(file.get_tensor(KEYS), prefix.tensors[KEYS])
+        assert file.get_tensor(KEYS).shape == (2, 2, P, 8)  # [L, H, P, D]
         texts = file.metadata()
     assert texts["user_key"] == user_key("alice")
     assert texts["backbone_fingerprint"] == backbone.fingerprint
     assert json.loads(texts["method"])["num_virtual_tokens"] == P
+    assert json.loads(texts["layers"]) == {"decoder.0": [1, 0]}  # from the top, the lowest first
 
 
 # The identity of every prefix ever registered rests on this value.
-GOLDEN = "2d4d6ca119114dda698aedafc351f6f550fd1da7990d696864ebacfa8795b50c"
+GOLDEN = "7b798d68f9499237c5c4a6adbd0d8dbf404c28380eb26f9f41dd3e4b5f9147c9"
 _DIGEST_SCRIPT = """
 import torch
+from ptuning.methods.prefix import PrefixTuning
 from ptuning.prefix.artifact import PrefixMeta, make_prefix
 meta = PrefixMeta(
-    method={"type": "prefix", "num_virtual_tokens": 2, "init": "words", "z": None, "a": 1},
+    method=PrefixTuning(num_virtual_tokens=2, stacks=("decoder",)), layers={"decoder.0": (1, 0)},
     backbone="b \\u00e9", backbone_fingerprint="f" * 64, template_digest="t" * 64,
     user_key="u" * 52, data_digest="d", training_digest="g",
 )
-kv = torch.arange(64, dtype=torch.float32).reshape(2, 2, 2, 2, 4)
-digest = make_prefix([{"decoder": kv}], meta).digest
+keys = torch.arange(32, dtype=torch.float32).reshape(2, 2, 2, 4)
+digest = make_prefix([{"decoder.0.keys": keys, "decoder.0.values": keys + 32}], meta).digest
 print(digest)
 """
 
@@ -166,11 +165,55 @@ def test_three_processes_give_the_same_digest() -> None:
 
 def test_every_part_of_a_prefix_is_in_its_digest(backbone: Backbone) -> None:
     prefixes = [prefix_for(backbone), prefix_for(backbone, seed=2)]
-    for name in vars(meta_for(backbone)):
-        value: Any = {"type": "prefix", "other": 1} if name == "method" else "other"
-        prefixes.append(prefix_for(backbone, **{name: value}))
+    others = {
+        "method": PrefixTuning(num_virtual_tokens=P, dropout=0.1),
+        "layers": {"decoder.0": (0,)},
+    }
+    for name in set(vars(meta_for(backbone))) - {"format"}:
+        prefixes.append(prefix_for(backbone, **{name: others.get(name, "other")}))
     assert len({prefix.digest for prefix in prefixes}) == len(prefixes)
     assert prefix_for(backbone).digest == prefixes[0].digest
+
+
+def test_a_prefix_cannot_be_changed(backbone: Backbone) -> None:
+    """What is done to the tensors that it hands out, or was made of, is not done to it."""
+    kv = random_kv(backbone, P, 1)[0]
+    prefix = make_prefix([as_groups(kv)], meta_for(backbone))
+    values, digest = as_layers(prefix.tensors), prefix.digest
+    rows = ["the quick brown fox", "hello there"]
+    answers = generate(backbone, rows, [prefix, prefix], max_new_tokens=6)
+    kv.zero_()
+    for tensors in (prefix.tensors, *prefix.members):
+        for tensor in tensors.values():
+            tensor.zero_()
+    with pytest.raises(TypeError):
+        prefix.tensors[KEYS] = values[:, 0]  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        prefix.meta = meta_for(backbone)  # type: ignore[misc]
+    with pytest.raises(AttributeError):
+        prefix.digest = "0" * 64  # type: ignore[misc]
+    assert torch.equal(as_layers(prefix.tensors), values)
+    assert prefix.digest == digest == hashlib.sha256(prefix.to_bytes()).hexdigest()
+    assert generate(backbone, rows, [prefix, prefix], max_new_tokens=6) == answers
+
+
+def test_prefixes_are_equal_where_their_digests_are(backbone: Backbone) -> None:
+    one, same, other = prefix_for(backbone), prefix_for(backbone), prefix_for(backbone, seed=2)
+    read = Prefix.from_bytes(one.to_bytes(), backbone)
+    assert one == same == read == pickle.loads(pickle.dumps(one))
+    assert one != other
+    assert one != one.digest
+    assert other not in [one, same]
+    assert {one: "first", same: "second", other: "third"} == {read: "second", other: "third"}
+
+
+def test_a_prefix_is_shown_without_its_values(backbone: Backbone) -> None:
+    prefix = prefix_for(backbone, method=PrefixTuning(num_virtual_tokens=P, init_text="my secret"))
+    shown = repr(prefix)
+    assert shown == str(prefix)
+    assert shown == (
+        f"Prefix(prefix, P=4, user={user_key('alice')[:4]}…, digest={prefix.digest[:4]}…)"
+    )
 
 
 def test_a_prefix_of_another_backbone_is_refused(backbone: Backbone) -> None:
@@ -222,21 +265,22 @@ def test_the_digest_is_of_the_files_bytes_whoever_wrote_its_header(backbone: Bac
 
 @pytest.mark.parametrize(
     "shape",
-    [(3, 2, 2, P, 8), (2, 1, 2, P, 8), (2, 2, 4, P, 8), (2, 2, 2, P, 16), (2, 2, 2, P), (P, 8)],
+    [(3, 2, P, 8), (2, 1, P, 8), (2, 2, P + 1, 8), (2, 2, P, 16), (2, 2, P), (P, 8)],
     ids=str,
 )
+@pytest.mark.parametrize("name", [KEYS, VALUES])
 def test_keys_and_values_of_another_shape_are_refused(
-    backbone: Backbone, shape: tuple[int, ...]
+    backbone: Backbone, shape: tuple[int, ...], name: str
 ) -> None:
     def change(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
-        tensors["kv"] = torch.zeros(shape)
+        tensors[name] = torch.zeros(shape)
 
     with refused(WrongShape):
         Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
 
 
-def _no_kv(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
-    tensors["keys"] = tensors.pop("kv")
+def _no_keys(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
+    tensors["keys"] = tensors.pop(KEYS)
 
 
 def _no_tensors(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
@@ -244,11 +288,11 @@ def _no_tensors(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
 
 
 def _no_virtual_tokens(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
-    tensors["kv"] = tensors["kv"][:, :, :, :0].contiguous()
+    tensors[KEYS] = tensors[KEYS][:, :, :0].contiguous()
 
 
 def _whole_numbers(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
-    tensors["kv"] = tensors["kv"].to(torch.int64)
+    tensors[KEYS] = tensors[KEYS].to(torch.int64)
 
 
 def _another_tensor(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
@@ -256,12 +300,12 @@ def _another_tensor(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
 
 
 def _another_stack(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
-    tensors["kv.encoder"] = tensors["kv"].clone()
+    tensors["encoder.0.keys"] = tensors[KEYS].clone()
 
 
 @pytest.mark.parametrize(
     "change",
-    [_no_kv, _no_tensors, _no_virtual_tokens, _whole_numbers, _another_tensor, _another_stack],
+    [_no_keys, _no_tensors, _no_virtual_tokens, _whole_numbers, _another_tensor, _another_stack],
 )
 def test_a_file_with_other_tensors_is_refused(
     backbone: Backbone, change: Callable[[dict[str, Any], dict[str, str]], None]
@@ -273,7 +317,7 @@ def test_a_file_with_other_tensors_is_refused(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused(backbone: Backbone, value: float) -> None:
     def change(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
-        tensors["kv"][1, 0, 1, 2, 3] = value
+        tensors[VALUES][1, 1, 2, 3] = value
 
     with refused(CorruptArtifact):
         Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
@@ -282,10 +326,15 @@ def test_values_that_are_not_finite_are_refused(backbone: Backbone, value: float
 @pytest.mark.parametrize(
     ("name", "value", "kind"),
     [
-        ("format", "2", WrongMethod),
+        ("format", "1", WrongMethod),
         ("format", None, WrongMethod),
         ("method", json.dumps({"type": "lora"}), WrongMethod),
         ("method", json.dumps({}), WrongMethod),
+        ("layout", "{p:4}{prompt}{completion}", WrongMethod),
+        ("layers", json.dumps({"decoder.0": [0, 1]}), WrongShape),
+        ("layers", json.dumps({"encoder.0": [1, 0]}), WrongShape),
+        ("layers", "[1, 0]", CorruptArtifact),
+        ("layers", None, WrongShape),
         ("method", "{not json", CorruptArtifact),
         ("method", "[1, 2]", CorruptArtifact),
         ("method", None, CorruptArtifact),
@@ -353,7 +402,7 @@ def test_a_pickle_is_refused_and_not_executed(backbone: Backbone, tmp_path: Path
     bomb = pickle.dumps(_Bomb())
     with refused(CorruptArtifact):
         Prefix.from_bytes(bomb, backbone)
-    torch.save({"kv": torch.zeros(2, 2, 2, P, 8)}, tmp_path / "p.safetensors")
+    torch.save({KEYS: torch.zeros(2, 2, P, 8)}, tmp_path / "p.safetensors")
     with refused(CorruptArtifact):
         Prefix.load(tmp_path / "p.safetensors", backbone)
 
@@ -364,7 +413,7 @@ def test_safetensors_of_something_else_are_refused(
     with pytest.raises(WrongMethod):
         Prefix.load(tiny_model_dir / "model.safetensors", backbone)
     with pytest.raises(WrongMethod):
-        Prefix.from_bytes(save_safetensors({"kv": torch.zeros(2, 2, 2, P, 8)}), backbone)
+        Prefix.from_bytes(save_safetensors({KEYS: torch.zeros(2, 2, P, 8)}), backbone)
 
 
 def test_a_path_without_a_file_is_refused(backbone: Backbone, tmp_path: Path) -> None:

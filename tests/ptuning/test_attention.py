@@ -13,9 +13,12 @@ from tiny_backbones import (
     REFUSED,
     SEQ2SEQ,
     VOCAB,
+    as_groups,
+    as_layers,
     build,
     build_model,
     encoded,
+    kv_shape,
     logits_of,
     random_ids,
     random_kv,
@@ -29,8 +32,9 @@ from ptuning.errors import UnsupportedModel
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import Dropout, PackPrefix, RowPrefix, split_layers
+from ptuning.model.batch import Dropout, PackPrefix, RowPrefix
 from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.model.groups import split_groups
 from ptuning.model.load import load_backbone
 from ptuning.train.step import LocalDriver, Train, collate
 
@@ -59,7 +63,7 @@ def test_a_prefix_equals_the_same_keys_and_values_as_past_key_values(
     plain = build_model(FAMILIES[family](), kind)
     kv, rows = random_kv(backbone, 5, seed=1, users=2), [random_ids(9, 1), random_ids(4, 2)]
     with torch.no_grad():
-        ours = logits_of(backbone, rows, row_prefix(kv, [0, 1]))
+        ours = logits_of(backbone, rows, row_prefix(backbone, kv, [0, 1]))
         base = logits_of(backbone, rows, None)
     for row in range(2):
         expected = with_cache(plain, rows[row], kv[row])
@@ -87,7 +91,9 @@ def gradient(backbone: Backbone, kv: Tensor, rows: list[Any], slots: list[int]) 
     weights = torch.ones(len(batch.targets))
 
     def machine() -> Any:
-        yield Train(batch, PackPrefix({DECODER: leaf}), torch.tensor(slots), weights)
+        yield Train(
+            batch, PackPrefix(as_groups(leaf), backbone.facts), torch.tensor(slots), weights
+        )
 
     LocalDriver(backbone).run(machine())
     assert leaf.grad is not None
@@ -143,8 +149,8 @@ def test_left_and_right_padding_give_the_same_logits(family: str, kind: str) -> 
     kv = random_kv(backbone, 4, seed=5, users=2)
     rows = [random_ids(9, 1), random_ids(3, 2), random_ids(1, 3)]
     with torch.no_grad():
-        left = logits_of(backbone, rows, row_prefix(kv, [0, 1, 0]), side="left")
-        right = logits_of(backbone, rows, row_prefix(kv, [0, 1, 0]), side="right")
+        left = logits_of(backbone, rows, row_prefix(backbone, kv, [0, 1, 0]), side="left")
+        right = logits_of(backbone, rows, row_prefix(backbone, kv, [0, 1, 0]), side="right")
     torch.testing.assert_close(torch.cat(left), torch.cat(right), atol=2e-5, rtol=1e-4)
 
 
@@ -155,14 +161,14 @@ def test_rows_with_prefixes_of_different_lengths_equal_each_alone(family: str, k
     lengths, rows = [2, 6, 0], [random_ids(7, 1), random_ids(5, 2), random_ids(4, 3)]
     own = [random_kv(backbone, length, seed=length)[0] for length in lengths]
     longest = max(lengths)
-    padded = torch.full((3, *backbone.facts.kv_shape(DECODER, longest)), 7.0)  # must not be seen
+    padded = torch.full((3, *kv_shape(backbone, longest)), 7.0)  # must not be seen
     for row, length in enumerate(lengths):
         padded[row, ..., longest - length :, :] = own[row]
-    mixed = RowPrefix({DECODER: split_layers(padded)}, torch.tensor(lengths))
+    mixed = RowPrefix(split_groups(as_groups(padded), backbone.facts, 1), torch.tensor(lengths))
     with torch.no_grad():
         together = logits_of(backbone, rows, mixed)
         for row, length in enumerate(lengths):
-            prefix = row_prefix(own[row].unsqueeze(0), [0]) if length else None
+            prefix = row_prefix(backbone, own[row].unsqueeze(0), [0]) if length else None
             (alone,) = logits_of(backbone, [rows[row]], prefix)
             torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=1e-4)
 
@@ -173,11 +179,13 @@ def test_a_rows_output_ignores_its_neighbours_prefixes_and_texts(family: str, ki
     backbone = build(FAMILIES[family](), kind)
     kv, rows = random_kv(backbone, 4, seed=5, users=3), [random_ids(7, n) for n in range(3)]
     with torch.no_grad():
-        before = logits_of(backbone, rows, row_prefix(kv, [0, 1, 2]))
+        before = logits_of(backbone, rows, row_prefix(backbone, kv, [0, 1, 2]))
         changed = kv.clone()
         changed[0], changed[2] = 1e3, -1e3
         after = logits_of(
-            backbone, [random_ids(7, 9), rows[1], random_ids(7, 8)], row_prefix(changed, [0, 1, 2])
+            backbone,
+            [random_ids(7, 9), rows[1], random_ids(7, 8)],
+            row_prefix(backbone, changed, [0, 1, 2]),
         )
     assert torch.equal(before[1], after[1])
     assert not torch.equal(before[0], after[0])
@@ -212,10 +220,12 @@ def test_beyond_a_sliding_window_the_prefix_stays_visible(family: str, kind: str
     changed[:, :, 1] += 1.0  # the values alone, so that it must show
     ids = random_ids(20, 1)
     with torch.no_grad():
-        (one,) = logits_of(backbone, [ids], row_prefix(kv, [0]))
-        (two,) = logits_of(backbone, [ids], row_prefix(changed, [0]))
+        (one,) = logits_of(backbone, [ids], row_prefix(backbone, kv, [0]))
+        (two,) = logits_of(backbone, [ids], row_prefix(backbone, changed, [0]))
         # The window itself still works: the first token is out of the last one's sight.
-        (three,) = logits_of(backbone, [[*random_ids(1, 7), *ids[1:]]], row_prefix(kv, [0]))
+        (three,) = logits_of(
+            backbone, [[*random_ids(1, 7), *ids[1:]]], row_prefix(backbone, kv, [0])
+        )
     assert bool(((one - two).abs().amax(-1) > 1e-4).all())
     torch.testing.assert_close(three[-1], one[-1], atol=1e-6, rtol=0)
 
@@ -228,7 +238,7 @@ def test_a_sliding_window_counts_real_tokens_only(family: str, kind: str) -> Non
     plain = build_model(windowed(family, 8), kind)
     kv, ids = random_kv(backbone, 3, seed=1), random_ids(20, 1)
     with torch.no_grad():
-        (ours,) = logits_of(backbone, [ids], row_prefix(kv, [0]))
+        (ours,) = logits_of(backbone, [ids], row_prefix(backbone, kv, [0]))
     cached = with_cache(plain, ids, kv[0])
     torch.testing.assert_close(ours[:5], cached[:5], atol=2e-5, rtol=1e-4)  # P + 5 = window
     assert (ours[-1] - cached[-1]).abs().max() > 1e-4
@@ -242,7 +252,7 @@ def test_sdpa_and_eager_agree(family: str) -> None:
         backbone = build(FAMILIES[family](), kind)
         kv = random_kv(backbone, 5, seed=1, users=2)
         with torch.no_grad():
-            results.append(torch.cat(logits_of(backbone, rows, row_prefix(kv, [0, 1]))))
+            results.append(torch.cat(logits_of(backbone, rows, row_prefix(backbone, kv, [0, 1]))))
     torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
 
 
@@ -288,7 +298,7 @@ def test_keys_and_values_of_different_shapes_are_refused() -> None:
 
 def test_a_prefix_of_more_layers_than_the_model_has_is_refused() -> None:
     backbone = build(FAMILIES["llama"]())
-    prefix = row_prefix(random_kv(backbone, 2, seed=1), [0])
+    prefix = row_prefix(backbone, random_kv(backbone, 2, seed=1), [0])
     prefix.layers[DECODER] = (*prefix.layers[DECODER], prefix.layers[DECODER][0])  # a third layer
     with pytest.raises(UnsupportedModel, match="more layers than the model"):
         logits_of(backbone, [[3, 4]], prefix)
@@ -298,7 +308,7 @@ def test_a_model_that_stopped_using_our_attention_is_refused_at_the_next_call() 
     backbone = build(FAMILIES["llama"](), debug=False)
     backbone.model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModel, match="does not use this library's attention"):
-        logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
+        logits_of(backbone, [[3, 4]], row_prefix(backbone, random_kv(backbone, 2, seed=1), [0]))
 
 
 def test_a_model_called_without_a_plan_raises_rather_than_sees_the_future() -> None:
@@ -335,7 +345,7 @@ def test_an_attention_module_that_appears_after_loading_is_refused() -> None:
     attention = backbone.model.model.layers[1].self_attn  # type: ignore[union-attr]
     del attention._ptuning_layer
     with pytest.raises(UnsupportedModel, match="not there when the backbone was loaded"):
-        logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
+        logits_of(backbone, [[3, 4]], row_prefix(backbone, random_kv(backbone, 2, seed=1), [0]))
 
 
 @pytest.mark.parametrize("mask", [None, torch.zeros((1, 1, 2, 2))])
@@ -355,7 +365,7 @@ def test_captured_words_are_the_keys_and_values_that_continue_the_text() -> None
     with torch.no_grad():
         captured, _ = backbone.capture(torch.tensor([words]))
         (whole,) = logits_of(backbone, [words + rest], None)
-        (ours,) = logits_of(backbone, [rest], row_prefix(captured[DECODER], [0]))
+        (ours,) = logits_of(backbone, [rest], row_prefix(backbone, as_layers(captured), [0]))
     torch.testing.assert_close(ours, whole[6:], atol=2e-5, rtol=1e-4)
 
 
@@ -376,12 +386,16 @@ def test_captured_words_are_what_the_plain_model_keeps_of_them(family: str) -> N
     with torch.no_grad():
         cache = plain(input_ids=words, decoder_input_ids=words, use_cache=True).past_key_values
     facts = backbone.facts.stacks[ENCODER]
-    encoder = [one.view(1, 6, facts.heads, facts.head_dim).transpose(1, 2) for one in seen]
+    (group,) = facts.groups
+    encoder = [one.view(1, 6, group.heads, group.key_width).transpose(1, 2) for one in seen]
     assert len(encoder) == 2 * facts.layers
     for layer in range(facts.layers):
         for part in (0, 1):
             torch.testing.assert_close(
-                captured[ENCODER][:, layer, part], encoder[2 * layer + part], atol=1e-5, rtol=1e-5
+                as_layers(captured, ENCODER)[:, layer, part],
+                encoder[2 * layer + part],
+                atol=1e-5,
+                rtol=1e-5,
             )
     for stack, kept in (
         (DECODER, cache.self_attention_cache),
@@ -391,7 +405,7 @@ def test_captured_words_are_what_the_plain_model_keeps_of_them(family: str) -> N
         for layer, one in enumerate(kept.layers):
             for part, values in enumerate((one.keys, one.values)):
                 torch.testing.assert_close(
-                    captured[stack][:, layer, part], values, atol=1e-5, rtol=1e-5
+                    as_layers(captured, stack)[:, layer, part], values, atol=1e-5, rtol=1e-5
                 )
 
 
@@ -400,9 +414,9 @@ def test_the_top_layers_start_from_their_own_words() -> None:
     method = PrefixTuning(num_virtual_tokens=3, layers=1)
     captured, _ = backbone.capture(torch.tensor([words]))
     start = {name: values[0] for name, values in captured.items()}
-    (kv,) = method.initial(backbone.facts, start, 0).trained.values()
-    torch.testing.assert_close(kv, start[DECODER][-1:])
-    assert (kv - start[DECODER][:1]).abs().max() > 0.1
+    kv, whole = as_layers(method.initial(backbone.facts, start, 0).trained), as_layers(start)
+    torch.testing.assert_close(kv, whole[-1:])
+    assert (kv - whole[:1]).abs().max() > 0.1
 
 
 def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from method_catalogue import served
 from tiny_backbones import (
     CHUNKED,
     EAGER_ONLY,
@@ -18,6 +19,8 @@ from tiny_backbones import (
     SHARING,
     VOCAB,
     WINDOWED,
+    as_groups,
+    as_layers,
     batch_logits,
     build,
     build_model,
@@ -49,9 +52,10 @@ from ptuning.model.attention_plan import (
     plan_attention,
 )
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix, split_layers
-from ptuning.model.facts import CROSS, DECODER, ENCODER
-from ptuning.prefix.artifact import Prefix, pack_prefix
+from ptuning.model.batch import EMBEDDINGS, PackPrefix, RowPrefix
+from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
+from ptuning.model.groups import split_groups
+from ptuning.prefix.artifact import Prefix, make_prefix, pack_prefix
 from ptuning.prefix.ready import combine_logits, make_ready, rows_of
 from ptuning.scoring import score_split
 from ptuning.train.config import TrainConfig, Trained, UserRows
@@ -119,7 +123,9 @@ def loss_gradients(
         values.retain_grad()
     rows = arranged(backbone, method, [encoded(9, 6, 1), encoded(6, 3, 2), encoded(7, 4, 3)])
     batch = collate(rows, backbone.device, backbone.facts.decoder_start_id)
-    prefix = PackPrefix(tensors, method.seen).of_rows(torch.tensor(slots), backbone.dtype)
+    prefix = PackPrefix(tensors, backbone.facts, method.visibility).of_rows(
+        torch.tensor(slots), backbone.dtype
+    )
     backbone.token_nll(batch, prefix).sum().backward()
     entering = {name: values.grad for name, values in tensors.items() if values.grad is not None}
     learned = {name: p.grad for name, p in parameters.trained.items() if p.grad is not None}
@@ -135,10 +141,10 @@ def test_gradients_reach_every_layers_prefix_and_every_embedding_but_no_weight(
 ) -> None:
     backbone = build(ALL[family](), kind)
     entering, learned = loss_gradients(backbone, method)
-    assert set(entering) == ({EMBEDDINGS} if method.layout else set(backbone.facts.stacks))
+    assert set(entering) == set(method.shapes(backbone.facts))
     for name, grad in entering.items():
-        # Of keys and values per user and layer, or of each user's every embedding.
-        each = grad.flatten(2) if name == EMBEDDINGS else grad.flatten(3)
+        # Of keys, or values, per user and layer, or of each user's every embedding.
+        each = grad.flatten(2)
         assert bool((each.norm(dim=-1) > 1e-7).all()), name
     for name, grad in learned.items():
         assert bool((grad.flatten(1).norm(dim=-1) > 1e-7).all()), name
@@ -197,7 +203,7 @@ def test_nothing_below_the_top_layers_is_back_propagated_through(family: str) ->
     method = PrefixTuning(num_virtual_tokens=P, init="random", layers=1, stacks=stacks)
     with layer_outputs(backbone) as seen:
         entering, _ = loss_gradients(backbone, method)
-    assert entering[DECODER].shape[1] == 1
+    assert as_layers(entering).shape[1] == 1
     top = backbone.facts.stacks[DECODER].layers - 1
     for (stack, layer), calls in seen.items():
         above = layer == top and stack in (DECODER, CROSS)
@@ -322,7 +328,10 @@ def test_a_stack_that_is_switched_off_hears_no_prefix(family: str, kind: str) ->
     batch = collate([encoded(9, 6, 1)], backbone.device, backbone.facts.decoder_start_id)
 
     def loss(stacks: Sequence[str]) -> float:
-        prefix = RowPrefix({stack: split_layers(whole.kv[stack][None]) for stack in stacks})
+        layers = split_groups(
+            {name: values[:, None] for name, values in whole.tensors.items()}, backbone.facts, 0
+        )
+        prefix = RowPrefix({stack: layers[stack] for stack in stacks})
         return float(backbone.token_nll(batch, prefix).sum())
 
     subsets = [(), (ENCODER,), (DECODER,), (CROSS,), (DECODER, CROSS), (ENCODER, CROSS),
@@ -362,17 +371,20 @@ def at_input(model: Any, ids: Sequence[int], virtual: Tensor) -> Tensor:
 def test_within_windows_a_prefix_is_what_past_key_values_are(
     family: str, kind: str, side: str
 ) -> None:
-    """`visibility: window`, rows far longer than the window and prefixes of different lengths,
-    one longer than the window; `always` is not that."""
+    """`sliding_window: respect`, rows far longer than the window and prefixes of different lengths,
+    one longer than the window; `ignore` is not that."""
     config = with_window(family, 5)
     backbone, plain = build(config, kind), build_model(with_window(family, 5), kind)
-    settings = {"num_virtual_tokens": 7, "visibility": "window"}
+    settings = {"num_virtual_tokens": 7, "sliding_window": "respect"}
     windowed = [
         random_prefix(backbone, PrefixTuning(**settings), 1),
         random_prefix(backbone, PrefixTuning(**settings | {"num_virtual_tokens": 2}), 2),
     ]
     always = [
-        replace(one, meta=replace(one.meta, method=one.meta.method | {"visibility": "always"}))
+        make_prefix(
+            one.members,
+            replace(one.meta, method=PrefixTuning(num_virtual_tokens=one.num_virtual_tokens)),
+        )
         for one in windowed
     ]
     rows = [random_ids(20, 1), random_ids(13, 2)]
@@ -381,7 +393,7 @@ def test_within_windows_a_prefix_is_what_past_key_values_are(
         mixed = logits_of(backbone, rows, prefix_rows(backbone, [windowed[0], always[1]]), side)
         seen = logits_of(backbone, rows, prefix_rows(backbone, always), side)
     for row, prefix in enumerate(windowed):
-        expected = with_cache(plain, rows[row], prefix.kv[DECODER])
+        expected = with_cache(plain, rows[row], as_layers(prefix.tensors))
         close(ours[row], expected)
         # The first token has room for some virtual tokens in its window, the last for none.
         assert (seen[row][-1] - expected[-1]).abs().max() > 1e-2
@@ -395,7 +407,7 @@ def test_within_windows_a_prefix_is_what_past_key_values_are(
 def test_beyond_windows_a_prefix_stays_visible_and_the_text_does_not(
     family: str, kind: str, side: str
 ) -> None:
-    """`visibility: always`, rows far longer than the window: the plain model with the prefix in
+    """`sliding_window: ignore`, rows far longer than the window: the plain model with the prefix in
     its cache and masks written here."""
     window, length = 5, 20
     backbone = build(with_window(family, window), kind)
@@ -419,7 +431,7 @@ def test_beyond_windows_a_prefix_stays_visible_and_the_text_does_not(
         mask = {name: own[None, None] for name, own in added.items()}
         by_layer = getattr(plain.config, "layer_types", None)
         cache = DynamicCache()
-        for layer, kv in enumerate(prefix.kv[DECODER]):
+        for layer, kv in enumerate(as_layers(prefix.tensors)):
             cache.update(kv[0][None], kv[1][None], layer)
         with torch.no_grad():
             expected = plain(
@@ -435,12 +447,12 @@ def test_beyond_windows_a_prefix_stays_visible_and_the_text_does_not(
 @kinds
 def test_windows_are_kept_while_text_is_generated(family: str, kind: str) -> None:
     backbone, plain = build(with_window(family, 5), kind), build_model(with_window(family, 5), kind)
-    methods = [PrefixTuning(num_virtual_tokens=n, visibility="window") for n in (2, 6)]
+    methods = [PrefixTuning(num_virtual_tokens=n, sliding_window="respect") for n in (2, 6)]
     prefixes = [random_prefix(backbone, method, n) for n, method in enumerate(methods)]
     prompts, tokens = ["hello there", "the quick brown fox jumps over the lazy dog"], 9
     expected = []
     for prompt, prefix in zip(prompts, prefixes, strict=True):
-        ids, kv = backbone.template.encode_prompt(prompt), prefix.kv[DECODER]
+        ids, kv = backbone.template.encode_prompt(prompt), as_layers(prefix.tensors)
         made: list[int] = []
         for _ in range(tokens):
             made.append(int(with_cache(plain, [*ids, *made], kv)[-1].argmax()))
@@ -475,7 +487,7 @@ def test_virtual_tokens_in_front_compile_to_keys_and_values(
         ours = logits_of(backbone, rows, made, side)
         base = logits_of(backbone, rows, None, side)
         for row, prefix in enumerate(prefixes):
-            (virtual,) = prefix.embeddings
+            virtual = prefix.tensors[EMBEDDINGS]
             ids = [*range(-1, -1 - len(virtual), -1), *rows[row]]
             expected = plain(inputs_embeds=at_input(plain, ids, virtual)).logits[0]
             close(ours[row], expected[len(virtual) :])
@@ -501,7 +513,7 @@ def test_virtual_tokens_among_real_ones_are_embeddings_there(
         prefix = rows_of(backbone, [one.members[0] for one in ready])
         ours = logits_of(backbone, rows, prefix, side)
         for row, one in enumerate(prefixes):
-            embeds = at_input(plain, rows[row], one.embeddings[0])
+            embeds = at_input(plain, rows[row], one.tensors[EMBEDDINGS])
             close(ours[row], plain(inputs_embeds=embeds).logits[0])
 
 
@@ -516,8 +528,8 @@ def test_an_encoders_virtual_tokens_stay_embeddings(family: str, kind: str, meth
     backbone, plain = build(PAIRS[family](), kind), build_model(PAIRS[family](), kind)
     prefix = random_prefix(backbone, method, 1)
     ready = make_ready(prefix, backbone)
-    assert not ready.members[0].kv
-    (virtual,) = prefix.embeddings
+    assert not ready.members[0].layers
+    virtual = prefix.tensors[EMBEDDINGS]
     source, answer = ready.around.prompt(random_ids(8, 1)), [2, *random_ids(5, 2)]
     assert sum(token < 0 for token in source) == len(virtual)
     other = ready.around.prompt(random_ids(14, 3))  # a longer neighbour: padding must not show
@@ -552,7 +564,7 @@ def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -
     (BART), rotary (T5Gemma, within windows) or distances (T5): rows of different P in one batch,
     beside one whose prefix is not the decoder's and one without."""
     backbone, plain = build(PAIRS[family](), kind), build_model(PAIRS[family](), kind)
-    settings: dict[str, Any] = {"stacks": ("decoder",), "visibility": "window"}
+    settings: dict[str, Any] = {"stacks": ("decoder",), "sliding_window": "respect"}
     prefixes = [
         random_prefix(backbone, PrefixTuning(num_virtual_tokens=n, **settings), n) for n in (5, 2)
     ]
@@ -567,7 +579,7 @@ def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -
         close(ours[3], base[3])
         for row, prefix in enumerate(prefixes):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            for layer, kv in enumerate(prefix.kv[DECODER]):
+            for layer, kv in enumerate(as_layers(prefix.tensors)):
                 cache.self_attention_cache.update(kv[0][None], kv[1][None], layer)
             expected = plain(
                 input_ids=torch.tensor([sources[row]]),
@@ -642,7 +654,10 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
             batch = collate([row], backbone.device, backbone.facts.decoder_start_id)
             members = []
             for member in range(3):
-                only = replace(prefix, embeddings=prefix.embeddings[member : member + 1])
+                method_of_one = method.model_copy(update={"ensemble": 1})
+                only = make_prefix(
+                    prefix.members[member : member + 1], replace(prefix.meta, method=method_of_one)
+                )
                 rows_prefix = pack_prefix([only], backbone).of_rows(
                     torch.tensor([0]), backbone.dtype
                 )
@@ -661,34 +676,8 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
 
 # Generation
 
-CAUSAL_USERS: dict[str, Method | None] = {
-    "prefix": PrefixTuning(num_virtual_tokens=4),
-    "longer": PrefixTuning(num_virtual_tokens=9),
-    "base": None,
-    "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
-    "infix": PrefixTuning(num_virtual_tokens=6, placement="infix"),
-    "window": PrefixTuning(num_virtual_tokens=4, visibility="window"),
-    "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
-    "infix embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding", placement="infix"),
-    "prompt": PromptTuning(num_virtual_tokens=5),
-    "mean of 2": PromptTuning(num_virtual_tokens=4, ensemble=2),
-    "vote of 3": PromptTuning(num_virtual_tokens=2, ensemble=3, combine="vote"),
-    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so {p:1}{completion}"),
-    "anchors": PTuning(template="{p:3} well, {prompt} then"),
-}
-PAIR_USERS: dict[str, Method | None] = {
-    "prefix": PrefixTuning(num_virtual_tokens=4),
-    "encoder": PrefixTuning(num_virtual_tokens=7, stacks=("encoder",)),
-    "base": None,
-    "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
-    "no encoder": PrefixTuning(num_virtual_tokens=2, stacks=("decoder", "cross"), layers=1),
-    "cross": PrefixTuning(num_virtual_tokens=3, stacks=("cross",)),
-    "window": PrefixTuning(num_virtual_tokens=4, visibility="window"),
-    "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
-    "prompt": PromptTuning(num_virtual_tokens=5),
-    "vote of 3": PromptTuning(num_virtual_tokens=2, ensemble=3, combine="vote"),
-    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so"),
-}
+CAUSAL_USERS: dict[str, Method | None] = {"base": None, **served()}
+PAIR_USERS: dict[str, Method | None] = {"base": None, **served(pairs=True)}
 # Anything that a batch may hold: windows too, which the texts outgrow.
 SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     **PLACES,
@@ -846,7 +835,14 @@ def test_on_bert_the_attention_is_the_formulas_with_its_gradients(kind: str, pad
     ids = torch.cat([rows, torch.zeros((2, padding), dtype=torch.long)], dim=1)
     mask = torch.ones_like(ids)
     mask[:, 7:] = 0
-    prefix = PackPrefix({ENCODER: ours}).of_rows(torch.tensor([0, 1]), torch.float32)
+    facts = Facts(
+        stacks={ENCODER: StackFacts.of_one_shape(layers=2, heads=4, head_dim=8)},
+        hidden_size=32,
+        vocab_size=1,
+        max_positions=None,
+    )
+    pack = PackPrefix(as_groups(ours, ENCODER), facts)
+    prefix = pack.of_rows(torch.tensor([0, 1]), torch.float32)
     dtype = torch.float32 if kind == "eager" else torch.bool
     tokens = {ENCODER: Tokens.of_columns(ids.shape[1], mask)}
     plan = plan_attention(tokens, prefix, AttentionFacts({ENCODER: layers}, dtype))

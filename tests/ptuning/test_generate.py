@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_backbones import (
     FAMILIES,
+    as_groups,
+    as_layers,
     build,
     build_model,
     logits_of,
@@ -22,6 +24,7 @@ from tokenizers import processors
 
 from ptuning.errors import BackboneError, ConfigError, CorruptArtifact, DataError, WrongBackbone
 from ptuning.generation import generate, stop_ids
+from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS
@@ -33,14 +36,9 @@ PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you toda
 
 
 def prefix_for(backbone: Backbone, length: int, seed: int) -> Prefix:
-    meta = PrefixMeta(
-        method={"type": "prefix", "num_virtual_tokens": length},
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
-        user_key=f"user-{seed}",
-    )
-    return make_prefix([{DECODER: random_kv(backbone, length, seed)[0]}], meta)
+    method = PrefixTuning(num_virtual_tokens=length)
+    meta = PrefixMeta.of(backbone, method, user_key=f"user-{seed}")
+    return make_prefix([as_groups(random_kv(backbone, length, seed)[0])], meta)
 
 
 def greedy_ids(backbone: Backbone, prompt: list[int], prefix: Prefix, count: int) -> list[int]:
@@ -238,9 +236,9 @@ def test_mixed_lengths_are_padded_on_the_left_and_hidden(backbone: Backbone) -> 
     assert made.lengths.tolist() == [3, 0, 7, 1]
     first = prefixes[0]
     assert first is not None
-    for layer, kv in enumerate(made.layers[DECODER]):
-        for part, values in enumerate(kv):
-            assert torch.equal(values[0, :, -3:], first.kv[DECODER][layer, part])
+    for (keys, values), wanted in zip(made.layers[DECODER], as_layers(first.tensors), strict=True):
+        assert torch.equal(keys[0, :, -3:], wanted[0])
+        assert torch.equal(values[0, :, -3:], wanted[1])
     assert prefix_rows(backbone, [None, None]) is None
     equal = prefix_rows(backbone, [first, first])
     assert equal is not None
@@ -257,7 +255,7 @@ def test_the_templates_end_and_the_models_own_ends_both_stop(backbone: Backbone)
 
 def one_member(prefix: Prefix, member: int) -> Prefix:
     """An ensemble's member as a prefix of its own."""
-    method = {**prefix.meta.method, "ensemble": 1}
+    method = prefix.method.model_copy(update={"ensemble": 1})  # type: ignore[attr-defined]
     return make_prefix([prefix.members[member]], replace(prefix.meta, method=method))
 
 
@@ -283,10 +281,10 @@ def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.Mon
     backbone = build(FAMILIES["llama"]())
     method = PromptTuning(num_virtual_tokens=3, ensemble=4, combine="vote")
     prefix = random_prefix(backbone, method, 5)
-    first, second, third, _ = prefix.embeddings
+    first, second, third, _ = (member[EMBEDDINGS] for member in prefix.members)
     order = (first, second, third, third)
     if winner == "the likeliest":
-        order = (first, second, third, random_prefix(backbone, method, 6).embeddings[0])
+        order = (first, second, third, random_prefix(backbone, method, 6).members[0][EMBEDDINGS])
     prefix = make_prefix([{EMBEDDINGS: values} for values in order], prefix.meta)
     alone = [one_member(prefix, member) for member in range(4)]
     # The first member's answer ends after two tokens.
@@ -320,11 +318,8 @@ def test_a_prefix_that_overflows_in_the_model_answers_nobody(combine: Any) -> No
     prefix = random_prefix(
         backbone, PromptTuning(num_virtual_tokens=2, ensemble=3, combine=combine), 1
     )
-    values = [
-        prefix.embeddings[0],
-        torch.full_like(prefix.embeddings[0], 1e30),
-        prefix.embeddings[2],
-    ]
+    first, _, last = (member[EMBEDDINGS] for member in prefix.members)
+    values = [first, torch.full_like(first, 1e30), last]
     sick = make_prefix([{EMBEDDINGS: one} for one in values], prefix.meta)
     sick.check(backbone)
     with pytest.raises(CorruptArtifact, match="cannot hold"):

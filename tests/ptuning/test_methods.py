@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save as save_safetensors
 from tiny_backbones import (
     EAGER_ONLY,
     FAMILIES,
@@ -27,6 +29,7 @@ from tiny_model import make_tokenizer
 from torch import Tensor, nn
 
 from ptuning.data.encode import IGNORE, Encoded, Template
+from ptuning.data.examples import arrange
 from ptuning.data.layout import Arrangement, Layout, between, front
 from ptuning.errors import (
     ArtifactError,
@@ -38,17 +41,21 @@ from ptuning.errors import (
     WrongMethod,
     WrongShape,
 )
-from ptuning.methods.base import Method
+from ptuning.methods import catalogue
+from ptuning.methods.base import KeysAndValuesTuning, Method, Parameters
+from ptuning.methods.catalogue import METHODS
 from ptuning.methods.encoders import initial_linear, initial_lstm, linear, lstm
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import EMBEDDINGS
-from ptuning.model.facts import CROSS, DECODER, ENCODER
+from ptuning.model.batch import EMBEDDINGS, Visibility
+from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, stack_of
 from ptuning.model.load import outline
-from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
+from ptuning.prefix.ready import make_ready
+from ptuning.scoring import nll
 from ptuning.train.config import TrainConfig
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
@@ -327,7 +334,7 @@ def test_a_template_with_too_many_virtual_tokens_is_refused(template: str) -> No
         (PrefixTuning, {"stacks": ()}, "stacks"),
         (PrefixTuning, {"stacks": ("middle",)}, "stacks"),
         (PrefixTuning, {"placement": "suffix"}, "placement"),
-        (PrefixTuning, {"visibility": "never"}, "visibility"),
+        (PrefixTuning, {"sliding_window": "never"}, "sliding_window"),
         (PrefixTuning, {"dropout": 1.0}, "dropout"),
         (PrefixTuning, {"num_virtual_token": 3}, "num_virtual_token"),
         (PromptTuning, {"num_virtual_tokens": 0}, "num_virtual_tokens"),
@@ -502,7 +509,7 @@ def test_a_model_that_takes_no_embeddings_takes_keys_and_values(
     expected, ours = (one.kv for one in results)
     assert expected is not None
     assert ours is not None
-    torch.testing.assert_close(ours[DECODER], expected[DECODER], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
 # Words
@@ -545,7 +552,7 @@ def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
 
 
 def changed(prefix: Prefix, **meta: Any) -> Prefix:
-    return replace(prefix, meta=replace(prefix.meta, **meta))
+    return make_prefix(prefix.members, replace(prefix.meta, **meta))
 
 
 def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -> None:
@@ -558,12 +565,14 @@ def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -
     with pytest.raises(WrongShape, match="stacks") as caught:
         moved.check(causal)
     explained(caught.value, ENCODER, DECODER)
-    partial = replace(whole, kv={DECODER: whole.kv[DECODER]})
+    of_decoder = {name: t for name, t in whole.tensors.items() if stack_of(name) == DECODER}
+    partial = make_prefix([of_decoder], whole.meta)
     with pytest.raises(WrongShape, match="stacks") as caught:
         partial.check(pair)
     explained(caught.value, CROSS)
-    named = changed(partial, method=method.model_dump() | {"stacks": ["decoder"]})
-    named.check(pair)
+    named = PrefixTuning(num_virtual_tokens=3, stacks=("decoder",))
+    meta = PrefixMeta.of(pair, named, user_key=whole.meta.user_key)
+    make_prefix([of_decoder], meta).check(pair)
 
 
 def test_a_prefix_of_another_backbone_is_refused(causal: Backbone) -> None:
@@ -586,9 +595,10 @@ def test_a_prefix_of_another_backbone_is_refused(causal: Backbone) -> None:
 def test_embeddings_of_another_shape_are_refused(causal: Backbone, method: Method) -> None:
     prefix = random_prefix(causal, method, 1)
     prefix.check(causal)
-    last = prefix.embeddings[-1]
+    *others, member = prefix.members
+    last = member[EMBEDDINGS]
     for wrong in (last[:, 1:], last[1:], torch.cat([last, last[:1]])):
-        broken = replace(prefix, embeddings=(*prefix.embeddings[:-1], wrong))
+        broken = make_prefix([*others, {EMBEDDINGS: wrong}], prefix.meta)
         with pytest.raises(WrongShape) as caught:
             broken.check(causal)
         explained(caught.value, str(tuple(wrong.shape)), f"(3, {causal.facts.hidden_size})")
@@ -608,11 +618,12 @@ def test_values_that_are_not_finite_are_refused(
     causal: Backbone, method: Method, value: float
 ) -> None:
     prefix = random_prefix(causal, method, 1)
-    name, values = list(prefix.members[-1].items())[-1]
+    members = prefix.members
+    name, values = list(members[-1].items())[-1]
     values.view(-1)[-1] = value
     with pytest.raises(CorruptArtifact, match="not finite") as caught:
-        prefix.check(causal)
-    explained(caught.value, f"1 of {values.numel()} in {name}")
+        make_prefix(members, prefix.meta).check(causal)
+    explained(caught.value, f"1 of {values.numel()} in", name)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ, *EAGER_ONLY])
@@ -649,30 +660,32 @@ def test_a_models_configuration_alone_says_enough_to_check_a_method(
 def test_a_prefix_that_its_method_would_not_make_is_refused(changes: dict[str, Any]) -> None:
     backbone = build(FAMILIES["llama"]())
     good = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4), seed=1)
-    meta = replace(good.meta, method={**good.meta.method, **changes})
+    texts = good.meta.to_texts()
+    texts["method"] = json.dumps({**json.loads(texts["method"]), **changes})
     with pytest.raises(ArtifactError):
-        Prefix.from_bytes(Prefix(good.kv, meta).to_bytes(), backbone)
+        Prefix.from_bytes(save_safetensors({**good.tensors}, texts), backbone)
     Prefix.from_bytes(good.to_bytes(), backbone)
 
 
 def test_an_ensemble_with_a_member_more_or_less_is_refused() -> None:
     backbone = build(FAMILIES["llama"]())
     two = random_prefix(backbone, PromptTuning(num_virtual_tokens=4, ensemble=2), seed=1)
-    assert len(Prefix.from_bytes(two.to_bytes(), backbone).embeddings) == 2
-    for members in (two.embeddings[:1], (*two.embeddings, two.embeddings[0] + 1)):
+    assert len(Prefix.from_bytes(two.to_bytes(), backbone).members) == 2
+    for members in (two.members[:1], (*two.members, two.members[0])):
         with pytest.raises(WrongMethod, match="members"):
-            Prefix.from_bytes(Prefix({}, two.meta, members).to_bytes(), backbone)
-    meta = replace(two.meta, method={**two.meta.method, "combine": "max"})
-    with pytest.raises(WrongMethod):
-        Prefix.from_bytes(Prefix({}, meta, two.embeddings).to_bytes(), backbone)
+            Prefix.from_bytes(make_prefix(members, two.meta).to_bytes(), backbone)
+    texts = two.meta.to_texts()
+    texts["method"] = texts["method"].replace('"mean"', '"max"')
+    with pytest.raises(WrongMethod, match="cannot apply"):
+        Prefix.from_bytes(save_safetensors({**two.tensors}, texts), backbone)
 
 
 def test_keys_and_values_with_a_layout_at_the_input_are_refused() -> None:
     backbone = build(FAMILIES["llama"]())
     good = random_prefix(backbone, PrefixTuning(num_virtual_tokens=4), seed=1)
-    meta = replace(good.meta, layout="{prompt}{p:3}")
-    with pytest.raises(WrongShape, match="layout"):
-        Prefix.from_bytes(Prefix(good.kv, meta).to_bytes(), backbone)
+    texts = good.meta.to_texts() | {"layout": "{prompt}{p:3}"}
+    with pytest.raises(WrongMethod, match="layout"):
+        Prefix.from_bytes(save_safetensors({**good.tensors}, texts), backbone)
 
 
 def test_an_encoder_without_anything_to_read_is_refused() -> None:
@@ -693,3 +706,77 @@ class _Bare:
 
     def __call__(self, text: str, **_options: Any) -> Any:
         return self._tokenizer(text, add_special_tokens=False)
+
+
+# A method of one's own
+
+
+class Whispering(KeysAndValuesTuning):
+    """Keys and values that the prompt does not attend to: a rule that no setting says."""
+
+    type: Literal["whispering"] = "whispering"
+
+    @property
+    def visibility(self) -> Visibility:
+        return Visibility(infix=True)
+
+
+def test_a_methods_own_rule_of_visibility_holds_wherever_its_prefix_goes(
+    causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training saw is what the saved prefix scores."""
+    monkeypatch.delitem(METHODS, "whispering", raising=False)  # takes it out again afterwards
+    method = catalogue.register(Whispering)(num_virtual_tokens=4)
+    examples = [Example(prompt=f"what is {n}", completion=f"it is {n} so") for n in range(12)]
+    settings = TrainConfig(epochs=1, batch_size=4)
+    trained = tune(causal, {"alice": examples}, method=method, train=settings)["alice"]
+    assert trained.prefix is not None
+    path = trained.prefix.save(tmp_path / "alice.safetensors")
+    loaded = Prefix.load(path, causal)
+    assert isinstance(loaded.method, Whispering)
+    valid = [row for row in arrange(examples) if row.split == "valid"]
+    (line,) = trained.history
+    assert nll(causal, valid, loaded) == pytest.approx(line["valid"], abs=1e-5)
+    (member,) = make_ready(loaded, causal).members
+    assert member.visibility == Visibility(infix=True)
+    # With another rule the same values are another function.
+    plain = PrefixMeta.of(causal, PrefixTuning(num_virtual_tokens=4), user_key="u")
+    assert abs(nll(causal, valid, make_prefix(loaded.members, plain)) - line["valid"]) > 1e-3
+    with pytest.raises(WrongMethod, match="PEFT cannot hold"):
+        method.to_peft(causal.facts)
+
+
+def test_a_name_belongs_to_one_method() -> None:
+    class Another(KeysAndValuesTuning):
+        type: Literal["prefix"] = "prefix"
+
+    with pytest.raises(MethodError, match="one name"):
+        catalogue.register(Another)
+    assert METHODS["prefix"] is PrefixTuning
+    with pytest.raises(MethodError, match="no such tuning method"):
+        catalogue.parse_method({"type": "lora"})
+
+
+class Twice(KeysAndValuesTuning):
+    """One trained tensor as keys and as values, and one that nothing is made of."""
+
+    type: Literal["twice"] = "twice"
+
+    def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
+        keys = super().initial(facts, start, seed).trained["decoder.0.keys"]
+        return Parameters({"both": keys, "idle": torch.ones(3)})
+
+    def compile(
+        self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
+    ) -> dict[str, Tensor]:
+        return {"decoder.0.keys": trained["both"], "decoder.0.values": trained["both"]}
+
+
+def test_a_parameter_that_is_used_twice_learns_from_both_uses(causal: Backbone) -> None:
+    method, user = Twice(num_virtual_tokens=3, init="random"), user_rows("alice", 6, 2)
+    config = TrainConfig(epochs=2, batch_size=3, weight_decay=0.1)
+    plain = train_user(causal, method, config, user)
+    (packed,) = LocalDriver(causal).run(train_pack(causal, method, config, [user]))
+    assert plain.kv is not None
+    assert packed.kv is not None
+    torch.testing.assert_close(packed.kv, plain.kv, atol=1e-5, rtol=0)

@@ -15,7 +15,19 @@ from blown import Blown
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tiny_backbones import FAMILIES, build, build_model, encoded, random_ids, random_kv, user_rows
+from method_catalogue import P, of_causal_models
+from tiny_backbones import (
+    FAMILIES,
+    as_groups,
+    as_layers,
+    build,
+    build_model,
+    encoded,
+    kv_shape,
+    random_ids,
+    random_kv,
+    user_rows,
+)
 from tiny_model import make_tokenizer
 from torch import Tensor
 
@@ -32,11 +44,9 @@ from ptuning.errors import (
 from ptuning.methods.base import Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
-from ptuning.methods.ptuning import PTuning
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import PackPrefix
-from ptuning.model.facts import DECODER
 from ptuning.scoring import score_split
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
@@ -46,8 +56,6 @@ from ptuning.train.slots import Slots
 from ptuning.train.step import LocalDriver
 from ptuning.types import seed_of
 
-P = 3
-
 
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
@@ -55,39 +63,14 @@ def backbone() -> Backbone:
     return build(FAMILIES["llama"]())
 
 
-METHODS = {
-    "direct-words": PrefixTuning(num_virtual_tokens=P),
-    "direct-random": PrefixTuning(num_virtual_tokens=P, init="random"),
-    "mlp-words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8),
-    "mlp-random": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=8, init="random"),
-    "mlp-keys": PrefixTuning(
-        num_virtual_tokens=P, encoder_hidden_size=8, encoder_input="keys", init="random"
-    ),
-    "top-layer": PrefixTuning(num_virtual_tokens=P, layers=1),
-    "embedding-only": PrefixTuning(num_virtual_tokens=P, layers="embedding"),
-    "embedding-only-mlp": PrefixTuning(
-        num_virtual_tokens=P, layers="embedding", encoder_hidden_size=8
-    ),
-    "infix": PrefixTuning(num_virtual_tokens=P, placement="infix"),
-    "infix-embedding": PrefixTuning(num_virtual_tokens=P, placement="infix", layers="embedding"),
-    "dropout": PrefixTuning(num_virtual_tokens=P, dropout=0.3),
-    "prompt": PromptTuning(num_virtual_tokens=P),
-    "prompt-random": PromptTuning(num_virtual_tokens=P, init="random", dropout=0.2),
-    "prompt-ensemble": PromptTuning(num_virtual_tokens=P, init="random", ensemble=3),
-    "ptuning-lstm": PTuning(template="{p:1}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8),
-    "ptuning-lstm-random": PTuning(
-        template="{p:1}{prompt}{p:2}", encoder="lstm", encoder_hidden_size=8, init="random"
-    ),
-    "ptuning-mlp": PTuning(template="{prompt}{p:3}", encoder_hidden_size=8, init="random"),
-    "ptuning-none": PTuning(template="{p:2}{prompt} so {p:1}", encoder="none"),
-}
-# One of each kind in the fast tier, all of them in the whole.
-FAST = ("direct-words", "mlp-random", "infix", "prompt-ensemble", "ptuning-lstm")
+METHODS: dict[str, Any] = {name: entry.method for name, entry in of_causal_models().items()}
+FAST = [entry.method for entry in of_causal_models().values() if entry.fast]
+# Some of each kind in the fast tier, all of them in the whole.
 methods = pytest.mark.parametrize(
     "method",
     [
-        pytest.param(method, id=name, marks=() if name in FAST else pytest.mark.slow)
-        for name, method in METHODS.items()
+        pytest.param(entry.method, id=name, marks=() if entry.fast else pytest.mark.slow)
+        for name, entry in of_causal_models().items()
     ],
 )
 
@@ -191,7 +174,7 @@ def test_the_same_rows_and_seed_in_two_slots_of_a_pack_give_the_same_prefix(
     one, two = results["alice"].kv, results["twin"].kv
     assert one is not None
     assert two is not None
-    torch.testing.assert_close(one[DECODER], two[DECODER], atol=1e-5, rtol=0)
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
 def test_gradient_checkpointing_trains_the_same_prefix() -> None:
@@ -250,7 +233,7 @@ def test_dropout_is_heard_in_training_and_nowhere_else(backbone: Backbone) -> No
     )
     assert dropped.kv is not None
     assert whole.kv is not None
-    assert (dropped.kv[DECODER] - whole.kv[DECODER]).abs().max() > 1e-3
+    assert (as_layers(dropped.kv) - as_layers(whole.kv)).abs().max() > 1e-3
     # The first epoch's validation of a prefix that has hardly moved: no value is dropped.
     still = config(epochs=1, learning_rate=1e-12)
     ours, plain = (
@@ -325,7 +308,7 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
     last = packed(backbone, method, shorter, [contrary])["contrary"]
     assert kept is not None
     assert last.kv is not None
-    torch.testing.assert_close(kept[DECODER], last.kv[DECODER], atol=1e-5, rtol=0)
+    torch.testing.assert_close(kept, last.kv, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, 1e30])
@@ -366,7 +349,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         ours, wanted = again[key].kv, one_epoch[key].kv
         assert ours is not None
         assert wanted is not None
-        assert torch.equal(ours[DECODER], wanted[DECODER])
+        assert torch.equal(as_layers(ours), as_layers(wanted))
         assert again[key].history == one_epoch[key].history
 
 
@@ -602,7 +585,7 @@ def test_going_on_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> No
 def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
     empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
     alice = users()[0]
-    for method in METHODS.values():
+    for method in FAST:
         results = packed(backbone, method, config(), [empty, alice])
         assert results["empty"].kv is None
         assert results["empty"].error is not None
@@ -637,7 +620,7 @@ def test_a_changed_weight_is_noticed_wherever_it_is() -> None:
 
 def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backbone) -> None:
     alice = users()[0]
-    for method in METHODS.values():
+    for method in FAST:
         runs = [
             packed(backbone, method, config(), [replace(alice, seed=seed)])["alice"]
             for seed in (1, 1, 2)
@@ -652,15 +635,16 @@ def test_words_make_the_prefix_start_as_those_words(backbone: Backbone) -> None:
     alice = users()[0]
     with torch.no_grad():
         words, _ = backbone.capture(torch.tensor([alice.words]))
+    start = {name: values[0] for name, values in words.items()}
     for name in ("direct-words", "mlp-words"):
         method = METHODS[name]
-        made = method.initial(backbone.facts, {DECODER: words[DECODER][0]}, seed=1)
+        made = method.initial(backbone.facts, start, seed=1)
         compiled = method.compile(
             {key: p.unsqueeze(0) for key, p in made.trained.items()},
             {key: p.unsqueeze(0) for key, p in made.fixed.items()},
             backbone.facts,
         )
-        assert torch.equal(compiled[DECODER], words[DECODER])
+        assert torch.equal(as_layers(compiled), as_layers(words))
 
 
 @pytest.mark.parametrize("method", [METHODS["direct-random"], METHODS["mlp-random"]])
@@ -680,15 +664,15 @@ def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
     ]
     generator = torch.Generator().manual_seed(1)
     for turn, named in enumerate([[0, 2], [2], [1, 2], [2, 0]]):
-        target = torch.randn((3, *backbone.facts.kv_shape(DECODER, P)), generator=generator)
+        target = torch.randn((3, *kv_shape(backbone, P)), generator=generator)
         leaves = slots.leaves()
-        (target * leaves.tensors[DECODER]).sum().backward()
+        (target * as_layers(leaves.tensors)).sum().backward()
         rates = [0.01 * (slot + 1) / (turn + 1) for slot in named]
         slots.update(leaves, named, rates, settings)
         for slot, rate in zip(named, rates, strict=True):
             optimizers[slot].param_groups[0]["lr"] = rate
             optimizers[slot].zero_grad()
-            kv = method.compile(twins[slot], {}, backbone.facts)[DECODER]
+            kv = as_layers(method.compile(twins[slot], {}, backbone.facts))
             (target[slot] * kv[0]).sum().backward()
             torch.nn.utils.clip_grad_norm_(twins[slot].values(), 0.5)
             optimizers[slot].step()
@@ -707,9 +691,10 @@ def test_scoring_many_users_at_once_gives_each_its_own_rows_under_its_own_prefix
     kv = random_kv(backbone, P, seed=1, users=len(pack))
     driver = LocalDriver(backbone)
     for budget in (1, 60, 10_000):
-        together = driver.run(score_split(backbone, rows, PackPrefix({DECODER: kv}), budget))
+        pack_of_all = PackPrefix(as_groups(kv), backbone.facts)
+        together = driver.run(score_split(backbone, rows, pack_of_all, budget))
         for slot, user in enumerate(pack):
-            own = PackPrefix({DECODER: kv[slot : slot + 1]})
+            own = PackPrefix(as_groups(kv[slot : slot + 1]), backbone.facts)
             (alone,) = driver.run(score_split(backbone, [user.train], own, 10_000))
             assert together[slot].tokens == alone.tokens
             assert together[slot].tokens == tuple(row.supervised for row in user.train)

@@ -140,7 +140,7 @@ def test_a_template_may_be_said_in_another_way_by_what_starts_a_training() -> No
     longer = PTuning(template="{p:3}{prompt} so{completion}", encoder="none")
     prefix = random_prefix(BACKBONE, shorter, seed=1)
     (began,) = warm_start(Recipe(longer, TrainConfig()), BACKBONE, prefix)
-    assert torch.equal(began["embeddings"], prefix.embeddings[0])
+    assert torch.equal(began["embeddings"], prefix.tensors["embeddings"])
 
 
 def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ptuning.methods.base import Method
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, Batch, PackPrefix, RowPrefix
-from ptuning.model.facts import DECODER
+from ptuning.model.facts import DECODER, keys_name, values_name
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.ready import make_ready, rows_of
 from ptuning.train.config import UserRows
@@ -237,12 +237,32 @@ def build(config: PreTrainedConfig, kind: str = "eager", **options: Any) -> Back
 def random_kv(backbone: Backbone, length: int, seed: int, users: int = 1) -> Tensor:
     """Keys and values `[U, L, 2, H, P, D]` of some weight in the attention."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn((users, *backbone.facts.kv_shape(DECODER, length)), generator=generator)
+    return torch.randn((users, *kv_shape(backbone, length)), generator=generator)
 
 
-def row_prefix(kv_ULPHD: Tensor, slots: Sequence[int]) -> RowPrefix:
+def kv_shape(backbone: Backbone, length: int, stack: str = DECODER) -> tuple[int, ...]:
+    """`(L, 2, H, P, D)` of a stack whose layers are alike."""
+    layers, *rest = backbone.facts.kv_shapes(length, [stack])[keys_name(stack, 0)]
+    return (layers, 2, *rest)
+
+
+def as_groups(kv_L2HPD: Tensor, stack: str = DECODER) -> dict[str, Tensor]:
+    """Keys and values `[…, L, 2, H, P, D]` as a prefix's tensors."""
+    return {
+        keys_name(stack, 0): kv_L2HPD[..., 0, :, :, :],
+        values_name(stack, 0): kv_L2HPD[..., 1, :, :, :],
+    }
+
+
+def as_layers(tensors: Mapping[str, Tensor], stack: str = DECODER) -> Tensor:
+    """The inverse of `as_groups`."""
+    return torch.stack([tensors[keys_name(stack, 0)], tensors[values_name(stack, 0)]], dim=-4)
+
+
+def row_prefix(backbone: Backbone, kv_UL2HPD: Tensor, slots: Sequence[int]) -> RowPrefix:
     """Each row's slot of the pack's keys and values, in fp32."""
-    return PackPrefix({DECODER: kv_ULPHD}).of_rows(torch.tensor(slots), torch.float32)
+    pack = PackPrefix(as_groups(kv_UL2HPD), backbone.facts)
+    return pack.of_rows(torch.tensor(slots), torch.float32)
 
 
 def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
@@ -255,14 +275,7 @@ def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
         }
         for _ in range(method.members)
     ]
-    meta = PrefixMeta(
-        method=method.model_dump(),
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
-        user_key=f"user-{seed}",
-        layout="" if method.layout is None else method.layout.text,
-    )
+    meta = PrefixMeta.of(backbone, method, user_key=f"user-{seed}")
     return make_prefix(members, meta)
 
 

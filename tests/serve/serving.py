@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tiny_backbones import as_groups
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptuning.methods.prefix import PrefixTuning
 from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import RowPrefix, Visibility, split_layers
-from ptuning.model.facts import DECODER
-from ptuning.prefix.artifact import Prefix, PrefixMeta
+from ptuning.model.batch import RowPrefix
+from ptuning.model.facts import DECODER, keys_name
+from ptuning.model.groups import split_groups
+from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.ready import Member, ReadyPrefix
 from ptuning.registry import PackRecord, Registration, Registry, Version
 from ptuning.types import user_key
@@ -70,36 +73,41 @@ def save_llama(directory: Path, *, seed: int = 0, positions: int = 512) -> Path:
 def random_kv(backbone: Backbone, length: int, seed: int) -> torch.Tensor:
     """`[L, 2, H, P, D]`, far enough from zero to change what the model says."""
     generator = torch.Generator().manual_seed(seed)
-    shape = backbone.facts.kv_shape(DECODER, length)
-    return 2 * torch.randn(shape, generator=generator).to(backbone.dtype)
+    layers, *rest = backbone.facts.kv_shapes(length)[keys_name(DECODER, 0)]
+    return 2 * torch.randn((layers, 2, *rest), generator=generator).to(backbone.dtype)
+
+
+def member_of(backbone: Backbone, kv_L2HPD: torch.Tensor) -> Member:
+    """Keys and values `[L, 2, H, P, D]` as what a row brings to the engine."""
+    return Member(split_groups(as_groups(kv_L2HPD), backbone.facts, 0))
 
 
 def held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
     info = PrefixInfo(name="default", version=str(seed), digest=f"{seed:064x}")
-    member = Member({DECODER: random_kv(backbone, length, seed)}, None, Visibility())
+    member = member_of(backbone, random_kv(backbone, length, seed))
     return HeldPrefix(info=info, ready=ReadyPrefix((member,)))
 
 
 def kv_of(prefix: HeldPrefix | None) -> torch.Tensor | None:
     """`[L, 2, H, P, D]` of a prefix that consists of keys and values."""
-    return None if prefix is None else prefix.ready.members[0].kv[DECODER]
+    if prefix is None:
+        return None
+    return torch.stack([torch.stack(pair) for pair in prefix.ready.members[0].layers[DECODER]])
 
 
 def prefix_file(
     backbone: Backbone, user: str, *, length: int = 4, seed: int = 1, name: str = "default"
 ) -> Prefix:
     """A user's prefix as a training run would leave it."""
-    meta = PrefixMeta(
-        method={"type": "prefix", "num_virtual_tokens": length},
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
-        template_digest=backbone.template.digest,
+    meta = PrefixMeta.of(
+        backbone,
+        PrefixTuning(num_virtual_tokens=length),
         user_key=user_key(user),
         prefix_name=name,
         data_digest="d",
         training_digest=f"t{seed}",
     )
-    return Prefix({DECODER: random_kv(backbone, length, seed)}, meta)
+    return make_prefix([as_groups(random_kv(backbone, length, seed))], meta)
 
 
 def oracle(
@@ -109,7 +117,11 @@ def oracle(
     ids, out = list(prompt), []
     for _ in range(max_tokens):
         row = torch.tensor([ids])
-        prefix = None if kv is None else RowPrefix({DECODER: split_layers(kv[None])})
+        prefix = (
+            None
+            if kv is None
+            else RowPrefix({DECODER: tuple((layer[None, 0], layer[None, 1]) for layer in kv)})
+        )
         tokens = Tokens.of_mask(torch.ones_like(row), len(ids))
         logits = backbone.step(row, tokens, prefix, None)
         token = int(logits[0].argmax())

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from serving import oracle, prefix_file
+from tiny_backbones import as_layers
 from worlds import CHAT, COMPLETIONS, MODEL, Play, World, check_error, events
 
 from ptuning.errors import ServeError
-from ptuning.model.facts import DECODER
 from ptuning.types import Message
 from serve.http.auth import Keys
 
@@ -27,7 +27,7 @@ def test_a_completion_is_encoded_as_a_training_prompt_and_answered_with_the_user
         body = response.json()
         template = world.backbone.template
         prompt = template.encode_prompt("hello")
-        tokens = oracle(world.backbone, prompt, prefix.kv[DECODER], 8)
+        tokens = oracle(world.backbone, prompt, as_layers(prefix.tensors), 8)
         assert body["choices"][0]["text"] == template.decode(tokens)
         assert body["prefix"] == {"name": "default", "version": "1", "digest": prefix.digest}
         assert response.headers["x-prefix-digest"] == prefix.digest

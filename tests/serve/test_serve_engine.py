@@ -14,6 +14,7 @@ from serving import (
     expected_text,
     held_prefix,
     make_engine,
+    member_of,
     oracle,
     random_kv,
     started_of,
@@ -27,10 +28,9 @@ from waiting import eventually
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
-from ptuning.model.batch import Visibility
 from ptuning.model.facts import DECODER
 from ptuning.model.load import load_backbone
-from ptuning.prefix.ready import Member, ReadyPrefix
+from ptuning.prefix.ready import ReadyPrefix
 from serve.engine.batcher import QueueFull
 from serve.engine.engine import CANCELLED, Engine, HeldPrefix, Request
 from serve.events import Delta, Failed, Finished
@@ -81,7 +81,7 @@ def test_a_row_equals_the_plain_model_with_its_prefix_as_past_key_values(
     request, heard = make_request("tell me", prefix, max_tokens=16)
     plain = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa").eval()
     cache, tokens = DynamicCache(), []
-    for layer, (key, value) in enumerate(prefix.ready.members[0].kv[DECODER]):
+    for layer, (key, value) in enumerate(prefix.ready.members[0].layers[DECODER]):
         cache.update(key[None], value[None], layer)
     step = torch.tensor([request.prompt])
     for _ in range(request.max_tokens):
@@ -191,7 +191,7 @@ def test_newcomers_that_fail_leave_running_rows_alone(
     good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
     # A prefix of another shape: what the cache of prefixes never lets through.
-    member = Member({DECODER: random_kv(backbone, 3, 1)[..., :3]}, None, Visibility())
+    member = member_of(backbone, random_kv(backbone, 3, 1)[..., :3])
     wrong = HeldPrefix(info=held_prefix(backbone, 3, 1).info, ready=ReadyPrefix((member,)))
     bad, listener = make_request("bad", wrong)
     engine = make_engine(backbone)
@@ -214,7 +214,8 @@ def test_a_row_whose_values_are_not_finite_fails_alone(
     good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
     prefix = held_prefix(backbone, 3, 2)
-    prefix.ready.members[0].kv[DECODER][:, 1] = float("nan")
+    for _, values in prefix.ready.members[0].layers[DECODER]:
+        values.fill_(float("nan"))
     bad, listener = make_request("bad", prefix)
     after, later = make_request("after", None, max_tokens=8)
     wanted_after = expected_text(backbone, after)

@@ -6,35 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from method_catalogue import served as catalogue_served
 from serving import Heard, make_engine, started_of, text_of
 from tiny_backbones import FAMILIES, SEQ2SEQ, build, random_prefix
 
 from ptuning.generation import generate
 from ptuning.methods.base import Method
-from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
-from ptuning.methods.ptuning import PTuning
 from ptuning.model.backbone import Backbone
 from ptuning.prefix.artifact import Prefix
 from ptuning.prefix.ready import make_ready
 from serve.engine.engine import HeldPrefix, Request
 from serve.events import Delta, Event, Finished, PrefixInfo, Started
-
-METHODS: dict[str, Method] = {
-    "prefix": PrefixTuning(num_virtual_tokens=4),
-    "longer": PrefixTuning(num_virtual_tokens=9),
-    "top layer": PrefixTuning(num_virtual_tokens=5, layers=1),
-    "infix": PrefixTuning(num_virtual_tokens=6, placement="infix"),
-    "infix, top layer": PrefixTuning(num_virtual_tokens=3, placement="infix", layers=1),
-    "window": PrefixTuning(num_virtual_tokens=4, visibility="window"),
-    "embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding"),
-    "infix embedding": PrefixTuning(num_virtual_tokens=3, layers="embedding", placement="infix"),
-    "prompt": PromptTuning(num_virtual_tokens=5),
-    "mean of 3": PromptTuning(num_virtual_tokens=4, ensemble=3),
-    "vote of 3": PromptTuning(num_virtual_tokens=4, ensemble=3, combine="vote"),
-    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so {p:1}{completion}"),
-    "anchors": PTuning(template="{p:3} well, {prompt} then"),
-}
 
 
 def small_window(family: str) -> Any:
@@ -123,7 +106,7 @@ def asked_alone(
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -> None:
     backbone = build(CAUSAL[family](), kind)
-    prompts, prefixes, alone = asked_alone(backbone, METHODS)
+    prompts, prefixes, alone = asked_alone(backbone, catalogue_served())
     assert served(backbone, prompts, prefixes, 8, max_rows=24, prefill_tokens=10_000) == alone
     assert served(backbone, prompts, prefixes, 8, max_rows=5) == alone  # in and out all the time
 
@@ -147,21 +130,10 @@ def test_a_vote_is_heard_when_it_is_decided_and_keeps_its_members_apart() -> Non
         assert finished == Finished(reason="length", completion_tokens=8)
 
 
-TO_SEQ2SEQ: dict[str, Method] = {
-    "all": PrefixTuning(num_virtual_tokens=4),
-    "encoder": PrefixTuning(num_virtual_tokens=7, stacks=("encoder",)),
-    "cross, decoder": PrefixTuning(num_virtual_tokens=3, stacks=("cross", "decoder"), layers=1),
-    "prompt": PromptTuning(num_virtual_tokens=5),
-    "mean of 2": PromptTuning(num_virtual_tokens=4, ensemble=2),
-    "vote of 3": PromptTuning(num_virtual_tokens=4, ensemble=3, combine="vote"),
-    "ptuning": PTuning(template="{p:2}{prompt}{p:3} so"),
-}
-
-
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_an_encoder_decoder_model_answers_many_users_at_once(family: str) -> None:
     config: Any = SEQ2SEQ[family]()
     config.decoder_start_token_id = 5  # from its end token a random model says nothing more
     backbone = build(config, "eager")
-    prompts, prefixes, alone = asked_alone(backbone, TO_SEQ2SEQ)
+    prompts, prefixes, alone = asked_alone(backbone, catalogue_served(pairs=True))
     assert served(backbone, prompts, prefixes, 8, max_rows=3) == alone

@@ -18,6 +18,7 @@ from serving import (
     save_llama,
     text_of,
 )
+from tiny_backbones import as_groups, as_layers
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -29,9 +30,8 @@ from transformers import (
 from ptuning.errors import UnsupportedModel
 from ptuning.generation import generate
 from ptuning.model.backbone import Backbone
-from ptuning.model.facts import DECODER
 from ptuning.model.load import load_backbone
-from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.artifact import Prefix, make_prefix
 from ptuning.prefix.ready import make_ready
 from serve.engine.engine import HeldPrefix, Request
 from serve.engine.runner import SlotRunner
@@ -151,7 +151,7 @@ def test_the_engine_says_what_the_library_generates_with_a_real_model() -> None:
         ids = backbone.template.ids(text)
         kv, _ = backbone.capture(torch.tensor([ids]))
         meta = prefix_file(backbone, f"u{number}", length=len(ids)).meta
-        prefixes.append(Prefix({DECODER: kv[DECODER][0]}, meta))
+        prefixes.append(make_prefix([as_groups(as_layers(kv)[0])], meta))
     wanted = generate(backbone, prompts, prefixes, max_new_tokens=24)
     assert through_engine(backbone, prompts, prefixes, 24) == wanted
     assert len(set(wanted)) == 4

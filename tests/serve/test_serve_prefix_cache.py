@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from serving import Files, prefix_file
+import torch
+from serving import Files, kv_of, prefix_file
+from tiny_backbones import as_layers
 
 from ptuning.errors import RegistryError
 from ptuning.model.backbone import Backbone
-from ptuning.model.facts import DECODER
-from ptuning.prefix.artifact import Prefix
+from ptuning.prefix.artifact import Prefix, make_prefix
 from ptuning.registry import MemoryRegistry, Version
 from ptuning.types import user_key
 from serve.config import ServeConfig
@@ -79,7 +81,8 @@ def test_a_user_gets_the_champion_and_who_it_is(world: World) -> None:
     assert held is not None
     assert (held.info.name, held.info.version, held.info.digest) == ("default", "1", prefix.digest)
     assert held.ready.length == 7
-    assert (held.ready.members[0].kv[DECODER] == prefix.kv[DECODER]).all()
+    assert kv_of(held) is not None
+    assert torch.equal(kv_of(held), as_layers(prefix.tensors))
 
 
 def test_a_user_without_champion_has_none(world: World) -> None:
@@ -161,8 +164,8 @@ def test_a_file_of_another_name_or_backbone_is_refused(world: World) -> None:
     world.files.promote(prefix_file(world.backbone, "alice", name="work"), as_name="default")
     assert refusal(world.cache.get(ALICE, "default")).fields["code"] == "prefix_unusable"
     prefix = prefix_file(world.backbone, "bob")
-    meta = type(prefix.meta)(**{**vars(prefix.meta), "backbone_fingerprint": "other"})
-    world.files.promote(Prefix(prefix.kv, meta))
+    meta = replace(prefix.meta, backbone_fingerprint="other")
+    world.files.promote(make_prefix(prefix.members, meta))
     assert refusal(world.cache.get(BOB, "default")).fields["code"] == "prefix_unusable"
 
 
@@ -273,7 +276,7 @@ def test_concurrent_requests_of_one_user_load_once_and_one_that_leaves_stops_nob
 
 def test_the_least_recently_used_prefix_goes_first(backbone: Backbone, tmp_path: Path) -> None:
     world = World(backbone, tmp_path, prefix_cache_mb=1)
-    size = prefix_file(backbone, "a", length=200).kv[DECODER].numel() * 4
+    size = as_layers(prefix_file(backbone, "a", length=200).tensors).numel() * 4
     room = 1_000_000 // size
     users = [f"user {number}" for number in range(room + 1)]
     for number, user in enumerate(users):
