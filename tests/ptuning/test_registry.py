@@ -472,7 +472,7 @@ def test_names_say_whose_they_are_and_never_meet() -> None:
         for prefix in ("default", "store", "a", "-", "_")
     }
     assert len(names) == 4 * 2 * 5
-    assert doctest.testmod(ptuning.registry.names) == (3, 0)
+    assert doctest.testmod(ptuning.registry.names) == (0, 2)  # failed, attempted
     assert not names & {Scope(n, FINGERPRINT, "s").owner_model for n in ("a", "a-b", "store")}
 
 
