@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -231,7 +231,7 @@ def check_example(example: Example) -> None:
         check_time(stamp)
 
 
-def _check_messages(turns: object) -> None:
+def _check_messages(turns: Any) -> None:
     alike = isinstance(turns, (list, tuple)) and all(isinstance(turn, Message) for turn in turns)
     messages = read_messages([vars(turn) for turn in turns] if alike else read_turns(turns))
     if not alike:

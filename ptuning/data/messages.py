@@ -52,7 +52,7 @@ def _object(item: object) -> Turn:
     if isinstance(item, Mapping):
         return item
     if _is_list(item) and item and all(_is_list(pair) and len(pair) == 2 for pair in item):  # type: ignore[attr-defined]
-        return dict(item)  # type: ignore[call-overload, no-any-return]
+        return dict(item)  # type: ignore[call-overload]
     raise DataError(f"a message is not an object but {kind_of(item)}")
 
 

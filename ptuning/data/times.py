@@ -13,6 +13,7 @@ import re
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from ptuning.data.values import Notes, kind_of
 from ptuning.errors import DataError
@@ -71,7 +72,7 @@ def check_time(value: int) -> None:
 def _scale(value: int | float | Decimal, notes: Notes | None) -> int:
     # Decimal of a float's text: 1714557600.123 * 1000 would be a hair below.
     exact = Decimal(str(value)) if isinstance(value, float) else value
-    size = abs(exact)
+    size: Any = abs(exact)
     if size < _SECONDS or _MILLIS <= size < _MICROS:
         return math.floor(exact)
     if size < _MILLIS:

@@ -76,7 +76,8 @@ def _whole(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, (float, Decimal)):
-        if value % 1 == 0 and (abs(value) < _EXACT or isinstance(value, Decimal)):
+        number: Any = value
+        if number % 1 == 0 and (isinstance(value, Decimal) or abs(number) < _EXACT):
             return int(value)
         raise DataError("user_id is a number that is not whole (write it as text)")
     raise DataError(f"user_id is not a string but {kind_of(value)}")

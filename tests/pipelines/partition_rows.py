@@ -6,6 +6,7 @@ import base64
 import hmac
 import json
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from ray import cloudpickle
 
 from pipelines.rows.buckets import BAD, NOTE, examples_of, read_blocks
 from pipelines.rows.inputs import find_files, inspect
@@ -34,6 +36,7 @@ class Keys:
         return base64.b32encode(digest).decode("ascii").rstrip("=").lower()
 
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import it
 KEYS = Keys(b"salt")
 SMALL = DataConfig(buckets=5)
 HOSTILE = [

@@ -377,6 +377,7 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
         ],
         timeout=120,
         check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert killed.returncode == -signal.SIGKILL
     (partition_id,) = store.list("partitions")
