@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -71,7 +71,7 @@ class PrefixMeta:
     """What a prefix belongs to: a pure function of its training.
 
     `layers`: the layers of each group of keys and values, counted from the top, the lowest first
-    (`{"decoder.0": (1, 0)}`). `imported_from`: what made it, if it was not trained here.
+    (`(("decoder.0", (1, 0)),)`). `imported_from`: what made it, if it was not trained here.
     """
 
     method: Method
@@ -79,7 +79,7 @@ class PrefixMeta:
     backbone_fingerprint: str
     template_digest: str
     user_key: str
-    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    layers: tuple[tuple[str, tuple[int, ...]], ...] = ()
     prefix_name: str = "default"
     data_digest: str = ""
     training_digest: str = ""
@@ -89,9 +89,10 @@ class PrefixMeta:
     @classmethod
     def of(cls, backbone: Backbone, method: Method, *, user_key: str, **more: str) -> PrefixMeta:
         """Of a prefix that a method makes for a backbone; `more`: the other fields."""
+        layers = backbone.facts.layers_of(method.shapes(backbone.facts))
         return cls(
             method=method,
-            layers=backbone.facts.layers_of(method.shapes(backbone.facts)),
+            layers=tuple(sorted(layers.items())),
             backbone=backbone.name,
             backbone_fingerprint=backbone.fingerprint,
             template_digest=backbone.template.digest,
@@ -461,9 +462,10 @@ def _read_method(text: str) -> Method:
         ) from error
 
 
-def _read_layers(text: str) -> dict[str, tuple[int, ...]]:
+def _read_layers(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     try:
-        return {str(name): tuple(map(int, layers)) for name, layers in json.loads(text).items()}
+        groups = json.loads(text).items()
+        return tuple((str(name), tuple(map(int, layers))) for name, layers in groups)
     except (ValueError, TypeError, AttributeError) as error:
         raise _broken("the prefix file does not say which layers it is for", str(error)) from error
 

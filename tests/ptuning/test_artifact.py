@@ -131,7 +131,7 @@ import torch
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.prefix.artifact import PrefixMeta, make_prefix
 meta = PrefixMeta(
-    method=PrefixTuning(num_virtual_tokens=2, stacks=("decoder",)), layers={"decoder.0": (1, 0)},
+    method=PrefixTuning(num_virtual_tokens=2, stacks=("decoder",)), layers=(("decoder.0", (1, 0)),),
     backbone="b \\u00e9", backbone_fingerprint="f" * 64, template_digest="t" * 64,
     user_key="u" * 52, data_digest="d", training_digest="g",
 )
@@ -167,7 +167,7 @@ def test_every_part_of_a_prefix_is_in_its_digest(backbone: Backbone) -> None:
     prefixes = [prefix_for(backbone), prefix_for(backbone, seed=2)]
     others = {
         "method": PrefixTuning(num_virtual_tokens=P, dropout=0.1),
-        "layers": {"decoder.0": (0,)},
+        "layers": (("decoder.0", (0,)),),
     }
     for name in set(vars(meta_for(backbone))) - {"format"}:
         prefixes.append(prefix_for(backbone, **{name: others.get(name, "other")}))
