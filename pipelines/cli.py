@@ -208,11 +208,11 @@ def serve(
     more = [f"serve.host={host}"] if host else []
     more += [f"serve.port={port}"] if port is not None else []
     config = _load(model, config_file, [*settings, *more])
-    from pipelines.champion import check_has_runs
     from pipelines.service import serve_forever
     from ptuning.store import Store
+    from ptuning.store_identity import read_identity
 
-    check_has_runs(config, Store(store))
+    read_identity(Store(store))  # a mistyped store must not answer everybody with the base model
     serve_forever(
         config.serve, Store(store), config.backbone, config.data.template, config.registry
     )

@@ -171,7 +171,7 @@ def _absolute_model(name: str) -> str:
 
 
 def _is_alias(name: str) -> bool:
-    from ptuning.model.load import ALIASES  # imports Transformers
+    from ptuning.model.locate import ALIASES  # imports Transformers
 
     return name in ALIASES
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pipelines.config import RunConfig
 from pipelines.gangs import cluster
+from pipelines.gangs.cluster import BackboneIdentity
 from pipelines.rows.inputs import find_files
 from pipelines.rows.partition import Partition
 from pipelines.run_folder import Header, RunFolder, find_unfinished, new_run_id, opening
@@ -18,10 +19,8 @@ from ptuning.model.load import load_template, outline
 from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Registry
 from ptuning.store import Store
-from ptuning.types import user_key
+from ptuning.store_identity import StoreIdentity
 from ptuning.users import Recipe, check_init_text
-
-_NOBODY = user_key("")  # no user has an empty id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +31,8 @@ class Run:
     config: RunConfig
     part: Partition
     recipe: Recipe
-    fingerprint: str
-    template_digest: str
-    backbone_name: str
+    identity: StoreIdentity
+    backbone: BackboneIdentity
     config_digest: str
     resumed: bool
 
@@ -58,10 +56,20 @@ def check_inputs(sources: Sequence[str], store: Store, config: RunConfig) -> Non
     _check_writable(store)
 
 
-def reach_registry(config: RunConfig, store: Store) -> Registry:
-    """The registry, after one question: a wrong address must not be found after the partition."""
-    registry = open_registry(config.registry, registry_uri(config.registry, store))
-    registry.champion(_NOBODY, config.registry.prefix_name)
+def reach_registry(
+    config: RunConfig, store: Store, identity: StoreIdentity, fingerprint: str
+) -> Registry:
+    """The registry, after one question: a wrong address, or a namespace that is another store's,
+    must not be found after the partition."""
+    registry = open_registry(
+        config.registry,
+        registry_uri(config.registry, store),
+        namespace=identity.namespace,
+        fingerprint=fingerprint,
+        store_id=identity.store_id,
+    )
+    nobody = identity.user_key("")  # no user has an empty id
+    registry.champion(nobody, config.registry.prefix_name)
     return registry
 
 
@@ -77,15 +85,20 @@ def _check_writable(store: Store) -> None:
 
 
 @contextlib.contextmanager
-def open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]:
+def open_run(
+    store: Store,
+    config: RunConfig,
+    part: Partition,
+    identity: StoreIdentity,
+    backbone: BackboneIdentity,
+) -> Iterator[Run]:
     """The unfinished run with the same partition and configuration, else a new one; locked."""
-    known = cluster.backbone_identity(config)
     header = {
         "partition_id": part.partition_id,
         # Of what was asked for: "auto" may be decided otherwise next time.
         "config_digest": config.digest(),
-        "fingerprint": known["fingerprint"],
-        "template_digest": known["template_digest"],
+        "fingerprint": backbone.fingerprint,
+        "template_digest": backbone.template_digest,
     }
     resolved = cluster.resolve(config)
     with contextlib.ExitStack() as locks:
@@ -95,9 +108,10 @@ def open_run(store: Store, config: RunConfig, part: Partition) -> Iterator[Run]:
             config=decided,
             part=part,
             recipe=_recipe(decided),
+            identity=identity,
+            backbone=backbone,
             config_digest=header["config_digest"],
             resumed=resumed,
-            **known,
         )
 
 

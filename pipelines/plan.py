@@ -109,7 +109,8 @@ class Plan:
     `packs` train; `judged` have an unchanged prefix that another gate judges from stored losses;
     `skipped` are neither, with the status they are reported with. Users in `skipped` as `retired`
     lose their champion; `kept` counts those who would, were `data.on_shrink` not `keep`.
-    `notes` say in words what a reader of the report should know.
+    `notes` say in words what a reader of the report should know. `planned_at`, in epoch
+    milliseconds, orders runs: what a later plan decided is not undone by an earlier one's run.
     """
 
     packs: tuple[Pack, ...] = ()
@@ -117,6 +118,7 @@ class Plan:
     skipped: Mapping[str, Status] = field(default_factory=dict)  # user_key -> status
     kept: int = 0
     notes: tuple[str, ...] = ()
+    planned_at: int = 0
 
     @property
     def retired(self) -> tuple[str, ...]:
@@ -139,6 +141,7 @@ class Plan:
             skipped=self.skipped,
             kept=self.kept,
             notes=(*self.notes, note),
+            planned_at=self.planned_at,
         )
 
 

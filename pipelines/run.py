@@ -24,6 +24,7 @@ from pipelines.report.summary import RunFacts, summary, users_table
 from pipelines.rows.partition import partition
 from ptuning.registry import registry_uri
 from ptuning.store import Store
+from ptuning.store_identity import open_identity
 from ptuning.types import UserReport
 
 SNAPSHOT = (
@@ -39,14 +40,21 @@ def execute(
     watch = Stopwatch()
     with watch.time("start"):
         check_inputs(sources, store, config)
-        registry = reach_registry(config, store)
+        identity = open_identity(store, namespace=config.registry.namespace)
+        backbone = cluster.identify_backbone(config)
+        registry = reach_registry(config, store, identity, backbone.fingerprint)
     with cluster.session(config.ray) as seconds:
         watch.seconds["start"] += seconds
         with watch.time("partition"):
             part = partition(
-                sources, store, config.data, config.backbone.name, progress=_rows_of(progress)
+                sources,
+                store,
+                config.data,
+                config.backbone.name,
+                identity,
+                progress=_rows_of(progress),
             )
-        with open_run(store, config, part) as run:
+        with open_run(store, config, part, identity, backbone) as run:
             with watch.time("plan"):
                 rows = stages.read_rows(run)
                 plan = stages.plan_run(run, registry, rows)
@@ -139,7 +147,8 @@ def _facts(
         seconds=seconds,
         split_rows={row.user_key: row.rows for row in rows},
         notices=_notices(run, plan),
-        bad_files=tuple(getattr(run.part, "bad_files", ())),
+        bad_files=run.part.bad_files,
+        key_of=run.identity.user_key,
         options=command_options(config),
         store=run.store.root,
         registry_uri=registry_uri(run.config.registry, run.store),
@@ -150,7 +159,7 @@ def _facts(
 def _notices(run: Run, plan: Plan) -> tuple[str, ...]:
     """What a reader should know that no figure says."""
     kept = f"{plan.kept:,} users keep a prefix of rows that are gone (data.on_shrink=keep)"
-    of_rows = [str(notice.text) for notice in getattr(run.part, "notices", ())]
+    of_rows = [str(notice.text) for notice in run.part.notices]
     return (SNAPSHOT, *of_rows, *plan.notes, *([kept] if plan.kept else []))
 
 

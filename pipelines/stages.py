@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -10,6 +11,7 @@ from itertools import islice
 from pipelines.candidates.judge import gate_all
 from pipelines.candidates.lost import find_lost
 from pipelines.candidates.register import (
+    Lineage,
     hold_overtaken,
     pack_metrics,
     register_pack,
@@ -56,6 +58,7 @@ def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
     plan = plan.train_instead([key for key in judged if key not in losses], rules)
     for record in records_of(plan.judged, losses):
         run.folder.commit(record)
+    plan = replace(plan, planned_at=time.time_ns() // 1_000_000)
     run.folder.write_plan(plan)
     return plan
 
@@ -64,7 +67,13 @@ def _rules(run: Run) -> Rules:
     config = run.config
 
     def training_digest(user_key: str, data_digest: str) -> str:
-        return identity(run.recipe, run.fingerprint, run.template_digest, user_key, data_digest)
+        return identity(
+            run.recipe,
+            run.backbone.fingerprint,
+            run.backbone.template_digest,
+            user_key,
+            data_digest,
+        )
 
     return Rules(
         identity=training_digest,
@@ -135,21 +144,20 @@ def register(
         overtaken = hold_overtaken(registry, run.config.registry.prefix_name, of_pack, planned)
         register_pack(
             registry,
-            run.store,
-            _pack_record(run, pack, of_pack),
+            _pack_record(run, plan, pack, of_pack),
             [report for report in of_pack if report.user_key not in overtaken],
-            _lineage(run, pack),
-            run.config.registry.prefix_name,
-            gate_digest(run),
+            planned,
+            _lineage(run),
         )
         done += len(of_pack)
         progress(done, 0)
 
 
-def _pack_record(run: Run, pack: Pack, reports: list[UserReport]) -> PackRecord:
+def _pack_record(run: Run, plan: Plan, pack: Pack, reports: list[UserReport]) -> PackRecord:
     return PackRecord(
         run_id=run.run_id,
         pack_id=pack.pack_id,
+        planned_at=plan.planned_at,
         params=_params(run),
         metrics=pack_metrics(reports),
     )
@@ -164,39 +172,26 @@ def _params(run: Run) -> dict[str, str]:
     }
 
 
-def _lineage(run: Run, pack: Pack) -> Callable[[UserReport], dict[str, str]]:
-    """A function that says how a user's prefix came to be, as tags of its version."""
-    planned = {user.user_key: user for user in pack.users}
-
-    def tags(report: UserReport) -> dict[str, str]:
-        user = planned[report.user_key]
-        return {
-            "training_digest": user.training_digest,
-            "data_digest": user.data_digest,
-            "backbone": run.backbone_name,
-            "backbone_fingerprint": run.fingerprint,
-            "template_digest": run.template_digest,
+def _lineage(run: Run) -> Lineage:
+    """What is the same for every prefix that this run registers."""
+    return Lineage(
+        prefix_name=run.config.registry.prefix_name,
+        template_digest=run.backbone.template_digest,
+        gate_digest=gate_digest(run),
+        tags={
+            "backbone": run.backbone.backbone_name,
             "config_digest": run.config_digest,
             "method": run.config.method.type,
             "partition_id": run.part.partition_id,
-            "run_id": run.run_id,
-            "pack_id": pack.pack_id,
-            "decision": report.decision or "",
-            **{
-                key: str(report.details[key])
-                for key in ("started_from", "continued_from", "start_ignored", "resets")
-                if report.details.get(key)
-            },
-        }
-
-    return tags
+        },
+    )
 
 
 def retire(run: Run, plan: Plan, registry: Registry) -> None:
     """Take their prefix from users whose rows are gone: from here on the base model answers."""
     for start in range(0, len(plan.retired), _CHUNK):
         keys = plan.retired[start : start + _CHUNK]
-        retire_users(registry, keys, run.config.registry.prefix_name, run.run_id)
+        retire_users(registry, keys, run.config.registry.prefix_name, plan.planned_at)
 
 
 def outcomes(plan: Plan, reports: Mapping[str, UserReport]) -> dict[str, UserReport]:

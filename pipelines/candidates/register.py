@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 from pipelines.plan import PlannedUser
 from pipelines.report.metrics import WHO, check_names
 from ptuning.registry.base import PackRecord, Registration, Registry
-from ptuning.store import Store, prefix_path
-from ptuning.types import Gate, UserReport
+from ptuning.types import Decision, Gate, UserReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """What is the same for every prefix that a run registers; `tags` are of registry/names.py."""
+
+    prefix_name: str
+    template_digest: str
+    gate_digest: str
+    tags: Mapping[str, str]
+
+
+_OF_USER = ("started_from", "continued_from", "start_ignored", "resets")  # in a report's details
 
 
 def register_pack(
     registry: Registry,
-    store: Store,
     pack: PackRecord,
     reports: Sequence[UserReport],
-    lineage: Callable[[UserReport], Mapping[str, str]],
-    prefix_name: str,
-    gate_digest: str,
+    planned: Mapping[str, PlannedUser],
+    lineage: Lineage,
 ) -> None:
-    """Register every trained user of a pack. Idempotent: a repeated call adds nothing.
+    """Register every trained user of a pack, and set what the registry made of each decision: a
+    newer run may have decided otherwise meanwhile. Idempotent: a repeated call adds nothing."""
+    ready = [report for report in reports if report.status == "trained" and report.digest]
+    entries = [_registration(report, planned[report.user_key], lineage) for report in ready]
+    if not entries:
+        return
+    for report, version in zip(ready, registry.register(pack, entries), strict=True):
+        if report.decision == "promoted" and version.decision == "pending":
+            _hold(report, "a newer run decided about this user meanwhile")
 
-    `lineage(report)` gives the user's `training_digest` and `data_digest`, and further tags.
-    """
-    entries = []
-    for report in reports:
-        if report.status != "trained" or report.digest is None:
-            continue
-        tags = dict(lineage(report))
-        entries.append(
-            Registration(
-                user_key=report.user_key,
-                prefix_name=prefix_name,
-                digest=report.digest,
-                uri=store.path(prefix_path(report.user_key, report.digest)),
-                training_digest=tags.pop("training_digest"),
-                data_digest=tags.pop("data_digest"),
-                gate_digest="" if report.decision == "pending" else gate_digest,
-                promote=report.decision == "promoted",
-                tags=tags,
-                metrics=user_metrics(report),
-                description=report.gate.reason if report.gate else "",
-            )
-        )
-    if entries:
-        registry.register(pack, entries)
+
+def _registration(report: UserReport, user: PlannedUser, lineage: Lineage) -> Registration:
+    assert report.digest is not None
+    decision: Decision = report.decision or "pending"
+    of_user = {key: str(report.details[key]) for key in _OF_USER if report.details.get(key)}
+    return Registration(
+        user_key=report.user_key,
+        prefix_name=lineage.prefix_name,
+        digest=report.digest,
+        training_digest=user.training_digest,
+        data_digest=user.data_digest,
+        template_digest=lineage.template_digest,
+        decision=decision,
+        gate_digest="" if decision == "pending" else lineage.gate_digest,
+        reason=report.gate.reason if report.gate else "",
+        tags={**lineage.tags, **of_user},
+        metrics=user_metrics(report),
+    )
 
 
 def hold_overtaken(
@@ -89,18 +102,18 @@ def _hold(report: UserReport, reason: str) -> None:
 
 
 def retire_users(
-    registry: Registry, user_keys: Sequence[str], prefix_name: str, run_id: str
+    registry: Registry, user_keys: Sequence[str], prefix_name: str, planned_at: int
 ) -> list[str]:
     """Take both aliases away: the base model answers these users from here on. Returns whose.
 
     The candidate's too, or a user who comes back with the same rows would be taken for one whose
     prefix is up to date. It goes last: whoever is killed in between retires the user again. A user
-    whom a newer run than `run_id` judged has rows again, and stays.
+    whom a run that planned later than `planned_at` judged has rows again, and stays.
     """
     retired = []
     for key, now in registry.current(user_keys, prefix_name).items():
         versions = [version for version in (now.candidate, now.champion) if version is not None]
-        if any(version.run_id > run_id for version in versions):
+        if any(version.planned_at > planned_at for version in versions):
             continue
         if now.champion is not None:
             registry.remove_alias(key, prefix_name, "champion")

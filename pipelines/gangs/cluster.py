@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 import ray._private.ray_constants as ray_constants
@@ -156,12 +155,21 @@ def _fastest(device: str) -> str:
     return str(choose_dtype("auto", choose_device(device))).removeprefix("torch.")
 
 
-def backbone_identity(config: RunConfig) -> dict[str, Any]:
-    """Name, fingerprint and template digest of the backbone, without loading its weights."""
+@dataclass(frozen=True, kw_only=True)
+class BackboneIdentity:
+    """Which backbone a run trains on, as prefixes name it."""
+
+    backbone_name: str
+    fingerprint: str
+    template_digest: str
+
+
+def identify_backbone(config: RunConfig) -> BackboneIdentity:
+    """The backbone's name, fingerprint and template digest, without loading its weights."""
     source = locate(config.backbone.name)
     template = load_template(config.backbone.name, config.data.template)
-    return {
-        "backbone_name": source.name,
-        "fingerprint": fingerprint_of(source, read_config(source)),
-        "template_digest": template.digest,
-    }
+    return BackboneIdentity(
+        backbone_name=source.name,
+        fingerprint=fingerprint_of(source, read_config(source)),
+        template_digest=template.digest,
+    )

@@ -26,7 +26,7 @@ from ptuning.train.packed import train_pack
 from ptuning.train.resume import Resume
 from ptuning.train.start import positions_of
 from ptuning.train.step import Machine
-from ptuning.types import Example, Split, UserReport, seed_of, user_key
+from ptuning.types import Example, Split, UserReport, seed_of
 from ptuning.users import Recipe, belongs, check_resume, meta_of, prepare, warm_start
 
 
@@ -111,8 +111,7 @@ def _read_rows(backbone: Backbone, job: PackJob, members: Sequence[_Member]) -> 
 
 def _examples(job: PackJob, bucket: int, keys: Sequence[str]) -> dict[str, list[Example]]:
     """The users' rows by key; raises where one of them cannot be read."""
-    found = read_users(job.store, job.partition_id, bucket, keys)
-    return {user_key(user_id): examples for user_id, examples in found.items()}
+    return read_users(job.store, job.partition_id, bucket, keys)
 
 
 def _check_data(backbone: Backbone, job: PackJob, member: _Member) -> None:

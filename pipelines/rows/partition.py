@@ -191,20 +191,18 @@ def read_index(store: Store, partition_id: str) -> pa.Table:
 def read_users(
     store: Store, partition_id: str, bucket: int, user_keys: Sequence[str] | None = None
 ) -> dict[str, list[Example]]:
-    """Rows of a bucket's users by user id, oldest first, splits set.
+    """Rows of a bucket's users by user key, oldest first, splits set.
 
     `user_keys` names the users to read (None: all). RunError where one is not in the bucket.
     """
     name = f"{bucket_folder(partition_id, bucket)}/part-0.parquet"
     users: dict[str, list[Example]] = {}
-    keys: set[str] = set()
     if store.exists(name):
         wanted = None if user_keys is None else [("user_key", "in", sorted(set(user_keys)))]
         table = _read_table(store, name, wanted)
-        for user_id, example in zip(table["user_id"].to_pylist(), examples_of(table), strict=True):
-            users.setdefault(user_id, []).append(example)
-        keys = set(pc.unique(table["user_key"]).to_pylist())
-    missing = sorted(set(user_keys or ()) - keys)
+        for key, example in zip(table["user_key"].to_pylist(), examples_of(table), strict=True):
+            users.setdefault(key, []).append(example)
+    missing = sorted(set(user_keys or ()) - users.keys())
     if missing:
         raise RunError(
             "users are not in their bucket",

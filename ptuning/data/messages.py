@@ -41,18 +41,18 @@ def read_turns(value: object) -> list[Turn]:
         value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if not _is_list(value):
         raise DataError(f"messages is not a list but {kind_of(value)}")
-    return [_object(item) for item in value]  # type: ignore[attr-defined]
+    return [_object(item) for item in value]
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _object(item: object) -> Turn:
+def _object(item: Any) -> Turn:
     if isinstance(item, Mapping):
         return item
-    if _is_list(item) and item and all(_is_list(pair) and len(pair) == 2 for pair in item):  # type: ignore[attr-defined]
-        return dict(item)  # type: ignore[call-overload]
+    if _is_list(item) and item and all(_is_list(pair) and len(pair) == 2 for pair in item):
+        return dict(item)
     raise DataError(f"a message is not an object but {kind_of(item)}")
 
 

@@ -71,7 +71,7 @@ def check_time(value: int) -> None:
 
 def _scale(value: int | float | Decimal, notes: Notes | None) -> int:
     # Decimal of a float's text: 1714557600.123 * 1000 would be a hair below.
-    exact = Decimal(str(value)) if isinstance(value, float) else value
+    exact: Any = Decimal(str(value)) if isinstance(value, float) else value
     size: Any = abs(exact)
     if size < _SECONDS or _MILLIS <= size < _MICROS:
         return math.floor(exact)

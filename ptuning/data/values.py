@@ -72,7 +72,7 @@ def read_user_id(value: object, notes: Notes | None = None) -> str:
     return text
 
 
-def _whole(value: object) -> int:
+def _whole(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, (float, Decimal)):

@@ -21,9 +21,14 @@ METHODS: dict[str, type[Tuning]] = {}
 Kind = TypeVar("Kind", bound=type[Tuning])
 
 
+def type_of(kind: type[Tuning]) -> str:
+    """The name of a method in settings."""
+    return str(kind.model_fields["type"].default)
+
+
 def register(kind: Kind) -> Kind:
     """Make a method known by its `type`; a decorator. Raises MethodError where another has it."""
-    name = str(kind.model_fields["type"].default)
+    name = type_of(kind)
     if METHODS.get(name, kind) is not kind:
         raise MethodError(
             "two tuning methods have one name",

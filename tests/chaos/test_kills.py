@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import command, start, user_rows, write_rows
+from runs import command, config_of, registry_of, start, user_rows, write_rows
+from salted import user_key
 
-from ptuning.registry import open_registry
-from ptuning.registry.base import RegistryConfig
-from ptuning.types import user_key
+from ptuning.store import prefix_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -49,14 +48,14 @@ def _finish(process: subprocess.Popen[bytes], log: Path) -> None:
     assert code == 0, log.read_text()[-3000:]
 
 
-def _check_everybody_once(store: Path) -> dict[str, Any]:
+def _check_everybody_once(store: Path, model: Path) -> dict[str, Any]:
     (summary,) = [json.loads(path.read_text()) for path in store.glob("runs/*/summary.json")]
     assert summary["users"]["trained"] == len(USERS)
     assert summary["users"]["failed"] == 0
     records = [json.loads(path.read_text()) for path in _done(store)]
     trained = [user["user_key"] for record in records for user in record["users"]]
     assert sorted(trained) == sorted(user_key(user) for user in USERS)
-    registry = open_registry(RegistryConfig(), f"sqlite:///{store}/mlflow.db")
+    registry = registry_of(store, config_of(model))
     current = registry.current([user_key(user) for user in USERS])
     digests = {u["user_key"]: u["digest"] for record in records for u in record["users"]}
     for user in USERS:
@@ -64,7 +63,7 @@ def _check_everybody_once(store: Path) -> dict[str, Any]:
         assert candidate is not None
         assert candidate.version == "1"
         assert candidate.digest == digests[user_key(user)]
-        assert Path(candidate.uri).is_file()
+        assert (store / prefix_path(user_key(user), candidate.digest)).is_file()
     assert not list(store.rglob("*.tmp"))
     return dict(summary)
 
@@ -87,7 +86,7 @@ def test_a_killed_worker_is_replaced_and_the_gang_goes_on(
         _finish(process, log)
     finally:
         process.kill()
-    _check_everybody_once(store)
+    _check_everybody_once(store, tiny_model_dir)
     attempts = {json.loads(path.read_text())["attempt"] for path in _done(store)}
     assert len(attempts) == 2, "the kill came too late to show anything"
 
@@ -108,7 +107,7 @@ def test_a_killed_driver_resumes_its_run_and_repeats_no_committed_user(
         _finish(again, log)
     finally:
         again.kill()
-    summary = _check_everybody_once(store)
+    summary = _check_everybody_once(store, tiny_model_dir)
     assert len(list(store.glob("runs/*"))) == 1
     for path, content in before.items():
         assert path.read_bytes() == content

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from salted import store_salt  # noqa: F401
 from tiny_model import make_tokenizer
 
 from ptuning.data.encode import Template

@@ -113,7 +113,8 @@ def read_all(store: Store, made: Partition) -> dict[str, list[Example]]:
             bucket = read_users(store, made.partition_id, int(name.split("=")[1]))
             assert not set(bucket) & set(users)
             users |= bucket
-    return users
+    ids = {entry["user_key"]: entry["user_id"] for entry in index_of(store, made)}
+    return {ids[key]: examples for key, examples in users.items()}
 
 
 def quarantined(store: Store, partition_id: str) -> list[tuple[str, int, str]]:

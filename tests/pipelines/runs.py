@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig, load_config
+from pipelines.gangs.cluster import identify_backbone
+from pipelines.opening import reach_registry
 from pipelines.run_folder import RunFolder
+from ptuning.registry.base import Registry
 from ptuning.store import Store
+from ptuning.store_identity import open_identity
 
 WORDS = ("alpha", "beta", "gamma", "delta", "kappa", "omega")
 
@@ -57,6 +61,13 @@ def users_of(store: Path, run_id: str) -> list[dict[str, Any]]:
     """The rows of a run's users table."""
     rows: list[dict[str, Any]] = RunFolder(Store(store), run_id).read_users().to_pylist()
     return rows
+
+
+def registry_of(store: Path, config: RunConfig) -> Registry:
+    """The registry that a run with `config` in this store uses."""
+    place = Store(store)
+    fingerprint = identify_backbone(config).fingerprint
+    return reach_registry(config, place, open_identity(place), fingerprint)
 
 
 def config_of(model: Path, *more: str) -> RunConfig:

@@ -71,8 +71,8 @@ def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
     assert [entry["user_id"] for entry in index] == sorted({row["user_id"] for row in rows})
     for entry in index:
         users = read_users(store, made.partition_id, entry["bucket"], [entry["user_key"]])
-        assert list(users) == [entry["user_id"]]
-        examples = users[entry["user_id"]]
+        assert list(users) == [entry["user_key"]]
+        examples = users[entry["user_key"]]
         assert entry["user_key"] == KEYS.user_key(entry["user_id"])
         assert entry["rows"] == len(examples)
         assert entry["data_digest"] == data_digest(examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from pipelines.candidates.publish import deploy
 from pipelines.candidates.register import (
+    Lineage,
     hold_overtaken,
     register_pack,
     retire_users,
@@ -27,31 +29,27 @@ from ptuning.types import SplitLosses, UserReport, user_key
 KEY = user_key("ann")
 
 
+def _digest(name: str) -> str:
+    """A digest that can be told from others."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+OURS, OLD = _digest("ours"), _digest("old")
+
+
 def _report(digest: str, decision: str = "promoted") -> UserReport:
     return UserReport(user_key=KEY, status="trained", digest=digest, decision=decision)  # type: ignore[arg-type]
 
 
 def _register(
-    registry: MemoryRegistry,
-    tmp_path: Path,
-    report: UserReport,
-    gate: str = "g",
-    run_id: str = "r",
+    registry: MemoryRegistry, report: UserReport, gate: str = "g", planned_at: int = 0
 ) -> None:
     register_pack(
         registry,
-        Store(tmp_path),
-        PackRecord(run_id="r", pack_id=str(report.digest)),
+        PackRecord(run_id="r", pack_id=str(report.digest), planned_at=planned_at),
         [report],
-        lambda _: {
-            "training_digest": "t",
-            "data_digest": "d",
-            "decision": "x",
-            "run_id": run_id,
-            "pack_id": "p",
-        },
-        "default",
-        gate,
+        _planned(None),
+        Lineage(prefix_name="default", template_digest="t", gate_digest=gate, tags={}),
     )
 
 
@@ -71,49 +69,49 @@ def _planned(champion: str | None, candidate: str | None = None) -> dict[str, Pl
 def test_a_champion_that_was_never_compared_with_is_not_replaced(tmp_path: Path) -> None:
     """Somebody rolled the champion back by hand while the run trained."""
     registry = MemoryRegistry()
-    for digest in ("first", "second"):
-        _register(registry, tmp_path, _report(digest))
-    first = registry._models[KEY, "default"].versions[0]
+    for digest in (_digest("first"), _digest("second")):
+        _register(registry, _report(digest))
+    first = registry.versions(KEY)[0]
     registry.set_alias(first, "champion")
-    report = _report("ours")
-    planned = _planned(champion="second", candidate="second")
+    report = _report(OURS)
+    planned = _planned(champion=_digest("second"), candidate=_digest("second"))
     assert hold_overtaken(registry, "default", [report], planned) == set()
     assert report.decision == "pending"
-    _register(registry, tmp_path, report)
+    _register(registry, report)
     current = registry.current([KEY])[KEY]
     assert current.champion is not None
-    assert current.champion.digest == "first"
+    assert current.champion.digest == _digest("first")
     assert current.candidate is not None
-    assert current.candidate.gate_digest == "", "a pending user must be judged again"
+    assert current.candidate.digest != OURS, "a pending user is not done with"
 
 
 def test_a_run_that_a_newer_one_overtook_registers_nothing(tmp_path: Path) -> None:
     """Else the alias goes back to older rows, and the next run trains everybody again."""
     registry = MemoryRegistry()
-    _register(registry, tmp_path, _report("newer", "rejected"))
+    _register(registry, _report(_digest("newer"), "rejected"))
     for decision in ("promoted", "rejected"):
-        report = _report("ours", decision)
+        report = _report(OURS, decision)
         planned = _planned(champion=None, candidate=None)
         assert hold_overtaken(registry, "default", [report], planned) == {KEY}
         assert report.decision == "pending"
 
 
-@pytest.mark.parametrize("champion", ["old", "ours"])
+@pytest.mark.parametrize("champion", [OLD, OURS])
 def test_a_champion_that_was_compared_with_is_replaced(tmp_path: Path, champion: str) -> None:
     registry = MemoryRegistry()
-    _register(registry, tmp_path, _report(champion))
-    report = _report("ours")
-    planned = _planned(champion="old", candidate="old")
+    _register(registry, _report(champion))
+    report = _report(OURS)
+    planned = _planned(champion=OLD, candidate=OLD)
     assert hold_overtaken(registry, "default", [report], planned) == set()
     assert report.decision == "promoted"
 
 
 def test_a_retired_user_has_no_champion_and_is_a_new_user_when_coming_back(tmp_path: Path) -> None:
     registry = MemoryRegistry()
-    _register(registry, tmp_path, _report("ours"))
+    _register(registry, _report(OURS))
     assert list(registry.with_champion()) == [KEY]
     for _ in range(2):  # again after being killed in between
-        retire_users(registry, [KEY], "default", "r")
+        retire_users(registry, [KEY], "default", 1)
     now = registry.current([KEY])[KEY]
     assert (now.champion, now.candidate, list(registry.with_champion())) == (None, None, [])
 
@@ -122,14 +120,14 @@ def test_an_older_run_that_is_resumed_retires_nobody_whom_a_newer_one_trained(
     tmp_path: Path,
 ) -> None:
     registry = MemoryRegistry()
-    _register(registry, tmp_path, _report("ours"), run_id="tuesday")
-    assert retire_users(registry, [KEY], "default", "monday") == []
+    _register(registry, _report(OURS), planned_at=2)
+    assert retire_users(registry, [KEY], "default", 1) == []
     assert registry.champion(KEY) is not None
-    assert retire_users(registry, [KEY], "default", "wednesday") == [KEY]
+    assert retire_users(registry, [KEY], "default", 3) == [KEY]
 
 
 def test_a_figure_that_no_report_knows_is_refused() -> None:
-    report = _report("ours")
+    report = _report(OURS)
     assert user_metrics(report) == {"steps": 0, "tokens": 0}
     report.losses["bsae"] = {"valid": SplitLosses(nats=(1.0,), tokens=(1,))}
     with pytest.raises(RunError, match="nll_bsae_valid"):
@@ -196,7 +194,7 @@ def test_losses_that_say_nothing_about_now_are_not_used(tmp_path: Path) -> None:
 def test_a_prefix_judged_by_another_gate_says_so_in_the_registry(tmp_path: Path) -> None:
     registry = MemoryRegistry()
     for gate in ("strict", "mild"):
-        _register(registry, tmp_path, _report("ours"), gate)
+        _register(registry, _report(OURS), gate)
         candidate = registry.current([KEY])[KEY].candidate
         assert candidate is not None
         assert (candidate.version, candidate.gate_digest) == ("1", gate)
@@ -204,7 +202,7 @@ def test_a_prefix_judged_by_another_gate_says_so_in_the_registry(tmp_path: Path)
 
 def test_deployment_is_checked_against_the_registry(tmp_path: Path) -> None:
     registry = MemoryRegistry()
-    _register(registry, tmp_path, _report("ours"))
+    _register(registry, _report(OURS))
     deploy(registry, {KEY: "ours"}, "default")
     with pytest.raises(RunError, match="not the registry's champions"):
         deploy(registry, {KEY: "another"}, "default")

@@ -15,16 +15,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import ray
-from runs import config_of, user_rows, users_of, write_rows
+from runs import config_of, registry_of, user_rows, users_of, write_rows
 from safetensors.torch import load_file
+from salted import user_key
 
 from pipelines.config import RunConfig
 from pipelines.report.progress import RunProgress
 from pipelines.run import execute
 from ptuning.errors import DataError, RunError
-from ptuning.registry import open_registry
 from ptuning.store import Store, prefix_path
-from ptuning.types import user_key
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -83,10 +82,10 @@ def test_a_run_trains_everybody_with_enough_rows_and_says_so(
 
 
 def test_the_registry_holds_each_users_own_prefix_with_lineage(
-    finished: tuple[Path, Path, dict[str, Any]],
+    finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path
 ) -> None:
     _, store, summary = finished
-    registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
+    registry = registry_of(store, config_of(tiny_model_dir))
     for row in users_of(store, summary["run_id"]):
         current = registry.current([row["user_key"]]).get(row["user_key"])
         if row["status"] != "trained":
@@ -157,7 +156,7 @@ def test_another_gate_judges_again_without_training_and_as_training_would(
 ) -> None:
     data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
     strict, mild = (config_of(tiny_model_dir, f"gate.min_gain={gain}") for gain in (99, -10))
-    registry = open_registry(strict.registry, f"sqlite:///{store}/mlflow.db")
+    registry = registry_of(store, strict)
     first = _run(data, store, strict)
     assert first["users"]["trained"] == first["users"]["rejected"] == 2
     assert registry.champion(user_key("ann")) is None
@@ -193,7 +192,7 @@ def test_rows_that_went_away_stop_being_served(tiny_model_dir: Path, tmp_path: P
     everybody = {"ann": 10, "bob": 11, "cyd": 12, "dan": 13, "eve": 14}
     first = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))
     assert first["users"]["promoted"] == 5
-    registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
+    registry = registry_of(store, config_of(tiny_model_dir))
     left = {user: everybody[user] for user in ("cyd", "dan", "eve")} | {"ann": 3}  # bob is gone
     with pytest.raises(RunError, match=r"data\.max_shrink") as stopped:
         _run(_data(tmp_path, left), store, config_of(tiny_model_dir, *always))
@@ -245,7 +244,7 @@ def test_an_older_run_that_is_resumed_moves_no_alias_back(
     assert older["users"]["pending"] == older["users"]["trained"] == 2
     again = _run(tuesday, store, config)
     assert (again["users"]["unchanged"], again["users"]["trained"]) == (2, 0)
-    registry = open_registry(config_of(Path("x")).registry, f"sqlite:///{store}/mlflow.db")
+    registry = registry_of(store, config_of(tiny_model_dir))
     rows = {row["user_key"]: row["digest"] for row in users_of(store, newer["run_id"])}
     for key, digest in rows.items():
         now = registry.current([key])[key]

@@ -71,7 +71,7 @@ def test_a_microbatch_needs_nothing_of_the_host(family: str, kind: str) -> None:
         }
         for visibility in visibilities if EMBEDDINGS not in tensors else visibilities[:1]:
             slots = torch.zeros(2, dtype=torch.long, device=META)
-            prefix = PackPrefix(tensors, visibility).of_rows(
+            prefix = PackPrefix(tensors, backbone.facts, visibility).of_rows(
                 slots, backbone.dtype, Dropout(0.1, (1, 2))
             )
             nll = backbone.token_nll(batch, prefix)
