@@ -117,7 +117,6 @@ def _version(key: str, digest: str = "d", data: str = "rows", gate: str = "gate"
         prefix_name="default",
         version="1",
         digest=digest,
-        uri="",
         training_digest=f"{key}:{data}",
         data_digest=data,
         gate_digest=gate,
