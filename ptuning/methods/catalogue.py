@@ -18,10 +18,10 @@ from ptuning.methods.base import Tuning
 
 METHODS: dict[str, type[Tuning]] = {}
 
-Kind = TypeVar("Kind", bound=type[Tuning])
+Kind = TypeVar("Kind", bound=Tuning)
 
 
-def register(kind: Kind) -> Kind:
+def register(kind: type[Kind]) -> type[Kind]:
     """Make a method known by its `type`; a decorator. Raises MethodError where another has it."""
     name = str(kind.model_fields["type"].default)
     if METHODS.get(name, kind) is not kind:

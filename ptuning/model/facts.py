@@ -106,7 +106,7 @@ class Facts:
     ) -> dict[str, tuple[int, ...]]:
         """Of one prefix on the top `depth` layers (None: on all) of these stacks (None: of all):
         `{"decoder.0.keys": (Lg, H, P, Dk), "decoder.0.values": (Lg, H, P, Dv), …}`, by group."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for stack in self.stacks if stacks is None else stacks:
             facts = self.stacks[stack]
             for name, group in enumerate(facts.groups):
