@@ -183,9 +183,9 @@ def _layer(
     """Every row's keys and values of one layer, counted from the top, padded on the left."""
     group = backbone.facts.stacks[stack].group_of(layer)
     shape = (len(of_rows), group.heads, length)
-    options = {"dtype": backbone.dtype, "device": backbone.device}
-    keys = torch.zeros((*shape, group.key_width), **options)
-    values = torch.zeros((*shape, group.value_width), **options)
+    dtype, device = backbone.dtype, backbone.device
+    keys = torch.zeros((*shape, group.key_width), dtype=dtype, device=device)
+    values = torch.zeros((*shape, group.value_width), dtype=dtype, device=device)
     for row, layers in enumerate(of_rows):
         if layer < len(layers):
             own_keys, own_values = layers[len(layers) - 1 - layer]
