@@ -18,7 +18,7 @@ from ptuning.methods.base import Tuning
 
 METHODS: dict[str, type[Tuning]] = {}
 
-Kind = TypeVar("Kind", bound=type[Tuning])
+Kind = TypeVar("Kind", bound=Tuning)
 
 
 def type_of(kind: type[Tuning]) -> str:
@@ -26,7 +26,7 @@ def type_of(kind: type[Tuning]) -> str:
     return str(kind.model_fields["type"].default)
 
 
-def register(kind: Kind) -> Kind:
+def register(kind: type[Kind]) -> type[Kind]:
     """Make a method known by its `type`; a decorator. Raises MethodError where another has it."""
     name = type_of(kind)
     if METHODS.get(name, kind) is not kind:
