@@ -105,7 +105,8 @@ def split_layers(kv_RK2HPD: Tensor) -> Layers:
     `unbind` rather than a slice per layer: the backward of K slices would add K tensors of the
     full size.
     """
-    return tuple(kv_R2HPD.unbind(1) for kv_R2HPD in kv_RK2HPD.unbind(1))
+    pairs = (kv_R2HPD.unbind(1) for kv_R2HPD in kv_RK2HPD.unbind(1))
+    return tuple((keys, values) for keys, values in pairs)
 
 
 @dataclass(frozen=True)
