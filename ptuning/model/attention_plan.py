@@ -47,7 +47,7 @@ class Reach(NamedTuple):
 
 
 class AttentionLayer(NamedTuple):
-    """One attention layer of a model, the `number`-th of `total` in its stack.
+    """One attention layer of a model, number `number` of `layers` in its stack.
 
     `bias`, `[heads, N]`: the relative-position bias of each head for a virtual token n positions
     before the query, clamped at N-1; zeros `[heads, 1]` where virtual tokens stand nowhere.
@@ -56,14 +56,14 @@ class AttentionLayer(NamedTuple):
 
     stack: str
     number: int
-    total: int
+    layers: int
     reach: Reach
     bias: Tensor | None = None
 
     @property
     def below_top(self) -> int:
         """How many layers stand above it."""
-        return self.total - 1 - self.number
+        return self.layers - 1 - self.number
 
 
 @dataclass(frozen=True)

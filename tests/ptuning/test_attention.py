@@ -306,7 +306,8 @@ def test_a_prefix_of_more_layers_than_the_model_has_is_refused() -> None:
 
 def test_a_model_that_stopped_using_our_attention_is_refused_at_the_next_call() -> None:
     backbone = build(FAMILIES["llama"](), debug=False)
-    backbone.model.set_attn_implementation("eager")
+    model: Any = backbone.model
+    model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModel, match="does not use this library's attention"):
         logits_of(backbone, [[3, 4]], row_prefix(backbone, random_kv(backbone, 2, seed=1), [0]))
 
@@ -320,7 +321,8 @@ def test_a_model_called_without_a_plan_raises_rather_than_sees_the_future() -> N
 
 def test_in_debug_mode_a_layer_that_did_not_take_its_prefix_raises() -> None:
     backbone = build(FAMILIES["llama"](), debug=True)
-    attention = backbone.model.model.layers[1].self_attn  # type: ignore[union-attr]
+    inside: Any = backbone.model
+    attention = inside.model.layers[1].self_attn
     attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
     with pytest.raises(UnsupportedModel, match="every attention layer"):
         logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
@@ -342,7 +344,8 @@ def test_a_layer_that_attends_at_first_and_not_with_a_prefix_is_refused_at_load(
 
 def test_an_attention_module_that_appears_after_loading_is_refused() -> None:
     backbone = build(FAMILIES["llama"]())
-    attention = backbone.model.model.layers[1].self_attn  # type: ignore[union-attr]
+    inside: Any = backbone.model
+    attention = inside.model.layers[1].self_attn
     del attention._ptuning_layer
     with pytest.raises(UnsupportedModel, match="not there when the backbone was loaded"):
         logits_of(backbone, [[3, 4]], row_prefix(backbone, random_kv(backbone, 2, seed=1), [0]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ from ptuning.model.batch import RowPrefix, split_layers
 from ptuning.model.discover import _evaluate
 from ptuning.model.facts import DECODER
 
-REACHES = {
+REACHES: dict[str, tuple[Reach, Any]] = {
     "causal": (Reach(ahead=0), causal_mask_function),
     "window": (Reach(back=2, ahead=0), sliding_window_causal_mask_function(3)),
     "chunk": (
@@ -80,7 +82,7 @@ def test_each_token_sees_what_its_own_row_says_whatever_the_neighbours(
         mask[r, start : start + row["tokens"]] = 1
     lengths = torch.tensor([row["virtual"] for row in rows])
     depths = torch.tensor([row["depth"] if row["virtual"] else 0 for row in rows])
-    policy = {
+    policy: dict[str, Any] = {
         "infix": torch.tensor([bool(row["infix"]) for row in rows]),
         "windowed": torch.tensor([bool(row["windowed"]) for row in rows]),
         "depths": {DECODER: depths},

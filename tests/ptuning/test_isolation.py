@@ -179,7 +179,8 @@ class Remembering(LlamaForCausalLM):
 
 @pytest.mark.parametrize("kind", [BatchStatistics, Planted, Remembering])
 def test_a_model_that_couples_rows_is_refused_with_what_it_did(kind: Any) -> None:
-    config = LlamaConfig(**_SIZES, attn_implementation=implementation("eager"))
+    config = LlamaConfig(**_SIZES)
+    config._attn_implementation = implementation("eager")
     torch.manual_seed(0)
     with pytest.raises(UnsupportedModel, match="rows of a batch are not apart") as caught:
         Backbone(kind(config), make_tokenizer(), name="tiny", fingerprint="0" * 64)
@@ -274,7 +275,8 @@ def test_a_checksum_sees_any_change_and_reads_large_tensors_in_pieces(
     with LargestOutput() as largest:
         assert backbone.checksum() == whole
     assert largest.nbytes <= 8 * 8
-    weight = backbone.model.model.embed_tokens.weight  # type: ignore[union-attr]
+    inside: Any = backbone.model
+    weight = inside.model.embed_tokens.weight
     weight.data[-1, -1] += 1e-3
     assert backbone.checksum() != whole
     weight.data[-1, -1] -= 1e-3
