@@ -27,7 +27,7 @@ ROLE_NAMES = {
 Turn = Mapping[Any, Any]
 
 
-def read_turns(value: object) -> list[Turn]:
+def read_turns(value: Any) -> list[Turn]:
     """The conversation's turns as objects, whatever shape it has. DataError for no list."""
     if isinstance(value, (str, bytes)):
         try:
