@@ -22,7 +22,7 @@ from ptuning.model.attention_plan import (
     Tokens,
     plan_attention,
 )
-from ptuning.model.batch import RowPrefix, split_layers
+from ptuning.model.batch import RowPrefix
 from ptuning.model.discover import _evaluate
 from ptuning.model.facts import DECODER
 
@@ -87,11 +87,12 @@ def test_each_token_sees_what_its_own_row_says_whatever_the_neighbours(
         "windowed": torch.tensor([bool(row["windowed"]) for row in rows]),
         "depths": {DECODER: depths},
     }
-    kv = torch.zeros((len(rows), 2, 2, 1, widest, 1))
+    nothing = torch.zeros((len(rows), 1, widest, 1))
+    layers = ((nothing, nothing), (nothing, nothing))
     prompts = torch.tensor([row["tokens"] for row in rows])
     front = plan_attention(
         {DECODER: Tokens.of_mask(mask, longest)},
-        RowPrefix({DECODER: split_layers(kv)}, lengths, **policy),
+        RowPrefix({DECODER: layers}, lengths, **policy),
         facts,
         prompts,
     )
