@@ -325,7 +325,7 @@ def test_in_debug_mode_a_layer_that_did_not_take_its_prefix_raises() -> None:
     attention = inside.model.layers[1].self_attn
     attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
     with pytest.raises(UnsupportedModel, match="every attention layer"):
-        logits_of(backbone, [[3, 4]], row_prefix(random_kv(backbone, 2, seed=1), [0]))
+        logits_of(backbone, [[3, 4]], row_prefix(backbone, random_kv(backbone, 2, seed=1), [0]))
 
 
 def test_a_layer_that_attends_at_first_and_not_with_a_prefix_is_refused_at_load() -> None:

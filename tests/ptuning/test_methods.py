@@ -558,9 +558,6 @@ def changed(prefix: Prefix, **meta: Any) -> Prefix:
 def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -> None:
     method = PrefixTuning(num_virtual_tokens=3)
     whole = random_prefix(pair, method, 1)
-    with pytest.raises(WrongBackbone) as tokenizer:  # another template comes with another model
-        whole.check(causal)
-    explained(tokenizer.value)
     moved = changed(whole, template_digest=causal.template.digest)
     with pytest.raises(WrongShape, match="stacks") as caught:
         moved.check(causal)
