@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.config import RunConfig
+from ptuning.champions import ChampionList
 from ptuning.model.backbone import Backbone
-from ptuning.model.fingerprint import fingerprint_of
-from ptuning.model.load import load_backbone, read_config
-from ptuning.model.locate import locate
+from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import Prefix
-from ptuning.registry import open_registry, registry_uri
 from ptuning.store import Store, prefix_path
 from ptuning.store_identity import read_identity
 
@@ -32,29 +30,21 @@ class Champion:
 
 
 def load_champion(config: RunConfig, store: Store, user_id: str) -> Champion:
-    """Load the backbone and the user's champion from this store.
+    """Load the backbone and the user's champion, the one that the service of this store answers
+    with.
 
-    Raises ConfigError where no run was made in it, RegistryError where the registry cannot be
-    asked, and an ArtifactError for a file that must not be used. Example:
-    `load_champion(config, Store("./ptuning-store"), "alice").prefix`.
+    Raises ConfigError where no run was made in the store, and an ArtifactError for a file that must
+    not be used. Example: `load_champion(config, Store("./ptuning-store"), "alice").prefix`.
     """
-    identity = read_identity(store)
-    key, name = identity.user_key(user_id), config.registry.prefix_name
-    uri = registry_uri(config.registry, store)
-    source = locate(config.backbone.name)
-    registry = open_registry(
-        config.registry,
-        uri,
-        namespace=identity.namespace,
-        fingerprint=fingerprint_of(source, read_config(source)),
-        store_id=identity.store_id,
-    )
-    version = registry.champion(key, name)
+    key, name = read_identity(store).user_key(user_id), config.registry.prefix_name
     backbone = load_backbone(config.backbone, template=config.data.template)
-    if version is None:
+    champions = ChampionList(store, backbone.fingerprint)
+    champions.refresh()
+    champion = champions.get(key, name)
+    if champion is None:
         return Champion(backbone, name)
-    data = store.read(prefix_path(key, version.digest))
+    data = store.read(prefix_path(key, champion.digest))
     prefix = Prefix.from_bytes(
-        data, backbone, user_key=key, prefix_name=name, digest=version.digest
+        data, backbone, user_key=key, prefix_name=name, digest=champion.digest
     )
-    return Champion(backbone, name, version.version, prefix)
+    return Champion(backbone, name, champion.version, prefix)

@@ -213,9 +213,7 @@ def serve(
     from ptuning.store_identity import read_identity
 
     read_identity(Store(store))  # a mistyped store must not answer everybody with the base model
-    serve_forever(
-        config.serve, Store(store), config.backbone, config.data.template, config.registry
-    )
+    serve_forever(config.serve, Store(store), config.backbone, config.data.template)
     return DONE
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines import stages
-from pipelines.candidates.publish import deploy
 from pipelines.config import RunConfig, command_options
 from pipelines.gangs import cluster
 from pipelines.opening import Run, check_inputs, open_run, reach_registry
@@ -66,10 +65,9 @@ def execute(
             with watch.time("register"), _stage(progress, "register", total):
                 stages.register(run, plan, registry, reports, progress.update)
             with watch.time("deploy"):
-                stages.retire(run, plan, registry)
-                deploy(registry, _promoted(reports), config.registry.prefix_name)
+                late = stages.publish(run, plan, registry, reports)
             outcomes = stages.outcomes(plan, reports)
-            facts = _facts(run, config, rows, plan, outcomes, watch.stop())
+            facts = _facts(run, config, rows, plan, outcomes, late, watch.stop())
             _finish(run, facts)
     return facts
 
@@ -117,20 +115,13 @@ def _rows_of(progress: RunProgress) -> Any:
     return report
 
 
-def _promoted(reports: Mapping[str, UserReport]) -> dict[str, str]:
-    return {
-        report.user_key: report.digest
-        for report in reports.values()
-        if report.decision == "promoted" and report.digest
-    }
-
-
 def _facts(
     run: Run,
     config: RunConfig,
     rows: Sequence[IndexRow],
     plan: Plan,
     outcomes: Mapping[str, UserReport],
+    late: Sequence[str],
     seconds: Mapping[str, float],
 ) -> RunFacts:
     """`config` is what was asked for: the next command repeats it, not what was decided."""
@@ -146,7 +137,7 @@ def _facts(
         tokens_trained=sum(report.tokens for report in outcomes.values()),
         seconds=seconds,
         split_rows={row.user_key: row.rows for row in rows},
-        notices=_notices(run, plan),
+        notices=_notices(run, plan, late),
         bad_files=run.part.bad_files,
         key_of=run.identity.user_key,
         options=command_options(config),
@@ -156,11 +147,18 @@ def _facts(
     )
 
 
-def _notices(run: Run, plan: Plan) -> tuple[str, ...]:
+def _notices(run: Run, plan: Plan, late: Sequence[str]) -> tuple[str, ...]:
     """What a reader should know that no figure says."""
     kept = f"{plan.kept:,} users keep a prefix of rows that are gone (data.on_shrink=keep)"
     of_rows = [str(notice.text) for notice in run.part.notices]
-    return (SNAPSHOT, *of_rows, *plan.notes, *([kept] if plan.kept else []))
+    behind = f"replicas that do not answer from the new list yet: {', '.join(late)}"
+    return (
+        SNAPSHOT,
+        *of_rows,
+        *plan.notes,
+        *([kept] if plan.kept else []),
+        *([behind] if late else []),
+    )
 
 
 def _finish(run: Run, facts: RunFacts) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ptuning.data.encode import TemplateKind
 from ptuning.model.facts import BackboneConfig
-from ptuning.registry.base import RegistryConfig
 from ptuning.store import Store
 from serve.config import ServeConfig
 
@@ -16,9 +15,8 @@ def serve_forever(
     store: Store,
     backbone: BackboneConfig,
     template: TemplateKind,
-    registry: RegistryConfig,
 ) -> None:
     """Run the service until it is stopped."""
     import serve.app
 
-    serve.app.run(config, store=store.root, backbone=backbone, template=template, registry=registry)
+    serve.app.run(config, store=store.root, backbone=backbone, template=template)

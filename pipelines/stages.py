@@ -10,6 +10,7 @@ from itertools import islice
 
 from pipelines.candidates.judge import gate_all
 from pipelines.candidates.lost import find_lost
+from pipelines.candidates.publish import deploy
 from pipelines.candidates.register import (
     Lineage,
     hold_overtaken,
@@ -22,6 +23,7 @@ from pipelines.gangs import cluster
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
 from pipelines.rows.partition import read_index
+from ptuning.champions import ChampionRef
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.types import UserReport
 from ptuning.users import identity
@@ -187,11 +189,36 @@ def _lineage(run: Run) -> Lineage:
     )
 
 
-def retire(run: Run, plan: Plan, registry: Registry) -> None:
-    """Take their prefix from users whose rows are gone: from here on the base model answers."""
+def publish(
+    run: Run, plan: Plan, registry: Registry, reports: Mapping[str, UserReport]
+) -> list[str]:
+    """Let the service answer as the run decided: new champions, and the base model for users whose
+    rows are gone. Returns the replicas that have not taken it up yet.
+
+    What is published is what the registry holds now, so that a run that is resumed, or overtaken
+    by a newer one, publishes nothing that is out of date.
+    """
+    name = run.config.registry.prefix_name
+    retired = retire(run, plan, registry)
+    promoted = sorted(key for key, report in reports.items() if report.decision == "promoted")
+    changes: dict[tuple[str, str], ChampionRef | None] = {(key, name): None for key in retired}
+    for start in range(0, len(promoted), _CHUNK):
+        for key, now in registry.current(promoted[start : start + _CHUNK], name).items():
+            if now.champion is not None:
+                changes[key, name] = ChampionRef(now.champion.digest, now.champion.version)
+    refresh_seconds = run.config.serve.refresh_seconds
+    _, late = deploy(run.store, run.backbone.fingerprint, changes, refresh_seconds)
+    return late
+
+
+def retire(run: Run, plan: Plan, registry: Registry) -> list[str]:
+    """Take their prefix from users whose rows are gone; returns whose."""
+    retired = []
     for start in range(0, len(plan.retired), _CHUNK):
         keys = plan.retired[start : start + _CHUNK]
-        retire_users(registry, keys, run.config.registry.prefix_name, plan.planned_at)
+        name = run.config.registry.prefix_name
+        retired += retire_users(registry, keys, name, plan.planned_at)
+    return retired
 
 
 def outcomes(plan: Plan, reports: Mapping[str, UserReport]) -> dict[str, UserReport]:

@@ -1,7 +1,8 @@
 """The store: one directory or object-store prefix that holds partitions, prefixes and runs.
 
-Every write goes to a name of its attempt and is moved into place once, so that a reader
-sees a whole file or none. On object stores a put is already atomic, and the move is a copy.
+A reader sees a whole file or none: local files are written beside their name and moved, and an
+object store's put is whole by itself. What must be decided once, among processes that race, is
+decided by conditional writes (conditional.py).
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import contextlib
 import io
 import json
 import os
-import uuid
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import fsspec
 
+from ptuning.conditional import ConditionalWrites, conditional_writes
 from ptuning.errors import ConfigError, RunError
+from ptuning.system.files import write_atomic
 
 
 class Store:
@@ -26,17 +29,22 @@ class Store:
         self.root = str(root).rstrip("/") or "/"
         if "://" not in self.root:
             self.root = os.path.abspath(os.path.expanduser(self.root))
+        if "://" not in self.root:  # as it is: "::" or "#" in a path means nothing
+            self.fs, self._base = fsspec.filesystem("file"), self.root
+            self.is_local = True
+            return
         try:
             # Listings must be fresh: other processes write while this one looks.
-            fresh = {} if "://" not in self.root else {"use_listings_cache": False}
-            self.fs, self._base = fsspec.core.url_to_fs(self.root, **fresh)
+            self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
         except ImportError as error:
             raise ConfigError(
                 "the store's file system needs a package that is not installed",
                 seen=self.root,
                 fix=str(error),
             ) from error
-        self.is_local = "file" in self.fs.protocol
+        self._base = str(self._base).rstrip("/")
+        protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else self.fs.protocol
+        self.is_local = "file" in protocols
 
     def path(self, *parts: str) -> str:
         """The full path or URI of a name below the root."""
@@ -62,18 +70,33 @@ class Store:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file; a reader or a crash never meets half of it."""
-        target = self._inner(name)
-        attempt = f"{target}.{uuid.uuid4().hex}.tmp"
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        if not self.is_local:
-            self.fs.pipe_file(target, data)
-            return
-        try:
-            _write_synced(attempt, data)
-            os.replace(attempt, target)
-        except BaseException:
-            _discard(attempt)
-            raise
+        if self.is_local:
+            write_atomic(self._inner(name), data)
+        else:
+            self.fs.pipe_file(self._inner(name), data)
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        """Write a file unless its name is taken; says whether this call wrote it.
+
+        Of processes that race, exactly one writes. Example:
+        `store.put_if_absent("leases/a.json", b"{}")`.
+        """
+        return self._conditional.put_if_absent(self._inner(name), data)
+
+    def read_versioned(self, name: str) -> tuple[bytes, str] | None:
+        """A file's contents and their etag, for `replace_if_unchanged`; None if there is none."""
+        return self._conditional.read(self._inner(name))
+
+    def replace_if_unchanged(self, name: str, data: bytes, etag: str) -> bool:
+        """Replace a file whose contents are still those of `etag`; says whether this call did.
+
+        Of processes that race, one replaces and the others are told to read again.
+        """
+        return self._conditional.replace_if_unchanged(self._inner(name), data, etag)
+
+    @cached_property
+    def _conditional(self) -> ConditionalWrites:
+        return conditional_writes(self.fs, self.root)
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder with all it holds; nothing happens where there is none."""
@@ -88,27 +111,8 @@ class Store:
         self.write(name, buffer.getvalue())
 
     def write_once(self, name: str, value: Any) -> bool:
-        """Write a JSON file unless the name is taken; says whether this call wrote it.
-
-        The first writer wins even where two race (on local file systems; object stores have
-        no such operation here, so there the check and the put are two steps).
-        """
-        target, data = self._inner(name), _json_bytes(value)
-        if not self.is_local:
-            if self.fs.exists(target):
-                return False
-            self.fs.pipe_file(target, data)
-            return True
-        self.fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-        attempt = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
-            _write_synced(attempt, data)
-            os.link(attempt, target)
-        except FileExistsError:
-            return False
-        finally:
-            _discard(attempt)
-        return True
+        """Write a JSON file unless the name is taken; says whether this call wrote it."""
+        return self.put_if_absent(name, _json_bytes(value))
 
     def read_json(self, name: str) -> Any:
         """The file's JSON value; RunError (with the name) where it is not JSON."""
@@ -130,18 +134,6 @@ def _json_bytes(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
-def _write_synced(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _discard(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
 def prefix_path(user_key: str, digest: str) -> str:
     """Where a prefix file lies below a store's root."""
     return f"prefixes/{user_key[:2]}/{user_key}/{digest}.safetensors"
@@ -150,9 +142,3 @@ def prefix_path(user_key: str, digest: str) -> str:
 def resume_path(user_key: str, digest: str) -> str:
     """Where the state that continues a prefix's training lies, if it was kept."""
     return prefix_path(user_key, digest).replace(".safetensors", ".resume.safetensors")
-
-
-def read_uri(uri: str) -> bytes:
-    """The bytes behind a path or URI, as a registry version names it."""
-    with fsspec.open(uri, "rb") as file:
-        return bytes(file.read())

@@ -30,8 +30,8 @@ from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.locate import locate
-from ptuning.registry import RegistryConfig, registry_uri
 from ptuning.store import Store
+from ptuning.store_identity import read_identity
 from ptuning.system.ports import free_port
 from serve.config import ServeConfig
 from serve.http.auth import Keys, check_exposure
@@ -59,7 +59,6 @@ def build(
     store: str,
     backbone: BackboneConfig,
     template: TemplateKind,
-    registry: RegistryConfig,
 ) -> ray.serve.Application:
     """The application, not yet running. Raises ConfigError and ModelNotFound.
 
@@ -72,7 +71,7 @@ def build(
             update={"api_keys_file": str(Path(config.api_keys_file).resolve())}
         )
     capacity = config.max_rows + config.max_queue + _SLACK
-    embedded = registry_uri(registry, Store(store))
+    identity = read_identity(Store(store))
     if config.log_file is not None:
         config = config.model_copy(update={"log_file": str(Path(config.log_file).resolve())})
     engine = ray.serve.deployment(
@@ -88,7 +87,7 @@ def build(
         health_check_period_s=5,
         graceful_shutdown_timeout_s=10,
         max_constructor_retry_count=1,
-    )(EngineReplica).bind(config, backbone, template, registry, embedded)
+    )(EngineReplica).bind(config, backbone, template, Store(store).root)
     http = ray.serve.deployment(
         name="Http",
         num_replicas=1,
@@ -99,7 +98,7 @@ def build(
         graceful_shutdown_timeout_s=10,
         max_constructor_retry_count=1,
     )(ray.serve.ingress()(HttpReplica))
-    return http.bind(config, served_name(config, backbone), engine)
+    return http.bind(config, served_name(config, backbone), engine, identity)
 
 
 def _gpus_of(config: ServeConfig, backbone: BackboneConfig) -> float:
@@ -163,7 +162,6 @@ def run(
     store: str,
     backbone: BackboneConfig,
     template: TemplateKind = "auto",
-    registry: RegistryConfig | None = None,
     blocking: bool = True,
 ) -> Running:
     """Start the service on this machine and wait until it is healthy.
@@ -186,7 +184,6 @@ def run(
                 store=store,
                 backbone=backbone,
                 template=template,
-                registry=registry or RegistryConfig(),
             )
             _deploy(config, backbone, application)
             _wait_ready(config, running.address, stopped)

@@ -64,16 +64,7 @@ class ServeConfig(Config):
         "the tokenizer",
     )
     refresh_seconds: float = Field(
-        2.0, gt=0, description="how long a user's champion is trusted before it is asked again"
-    )
-    max_stale_seconds: float = Field(
-        300.0,
-        ge=0,
-        description="how long after its last confirmation a champion still answers while the "
-        "registry cannot be asked; then 503",
-    )
-    registry_timeout_s: float = Field(
-        3.0, gt=0, description="longest wait of a request for the registry, in seconds"
+        2.0, gt=0, description="how often a replica looks for newly published champions"
     )
     prefix_cache_mb: int = Field(256, ge=0, description="prefixes kept in memory per replica, MB")
     replicas: int = Field(1, ge=1, description="engine replicas; each holds the whole backbone")

@@ -18,7 +18,8 @@ from fastapi import FastAPI
 from ptuning.data.encode import TemplateKind
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.load import load_backbone
-from ptuning.registry import RegistryConfig, open_registry
+from ptuning.store import Store
+from ptuning.store_identity import StoreIdentity
 from serve import local_ray, logs
 from serve.config import ServeConfig
 from serve.events import Answer, Ask, Event, Failed, Problem
@@ -38,21 +39,18 @@ class EngineReplica:
         config: ServeConfig,
         backbone: BackboneConfig,
         template: TemplateKind,
-        registry: RegistryConfig,
-        default_registry: str,
+        store: str,
     ) -> None:
         local_ray.keep_replica_on_loopback()
         logs.append_to(config.log_file)
         torch.set_num_threads(config.num_threads or _fair_threads(config.replicas))
         loaded = load_backbone(
-            backbone.name,
-            dtype=backbone.dtype,
+            backbone,
             # Without a backward pass SDPA is the faster one on a CPU too.
             attention="sdpa" if backbone.attention == "auto" else backbone.attention,
-            device=backbone.device,
             template=template,
         )
-        self._service = Service(config, loaded, open_registry(registry, default_registry))
+        self._service = Service(config, loaded, Store(store))
         context = ray.serve.context._get_internal_replica_context()
         self._name = context.replica_tag if context else "0"
 
@@ -82,15 +80,19 @@ class EngineReplica:
 class HttpReplica:
     """Ray Serve's ingress: builds the application around a handle to the engines."""
 
-    def __init__(self, config: ServeConfig, model: str, engine: Any) -> None:
+    def __init__(
+        self, config: ServeConfig, model: str, engine: Any, identity: StoreIdentity
+    ) -> None:
         local_ray.keep_replica_on_loopback()
         logs.append_to(config.log_file)
         self._config, self._model, self._engine = config, model, engine
+        self._identity = identity
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name for it
         path = self._config.api_keys_file
         keys = Keys.read(path) if path is not None else None
-        return make_app(self._config, self._model, RayEngineClient(self._engine), keys)
+        client = RayEngineClient(self._engine)
+        return make_app(self._config, self._model, client, self._identity.user_key, keys)
 
 
 class RayEngineClient:

@@ -15,7 +15,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from ptuning.errors import DataError, ServeError
 from ptuning.model.backbone import Backbone
 from ptuning.prefix.ready import check_positions
-from ptuning.registry.base import Registry
+from ptuning.store import Store
+from serve.champions import ChampionPoller
 from serve.config import ServeConfig
 from serve.engine.batcher import QueueFull
 from serve.engine.encoders import Encoders
@@ -42,10 +43,15 @@ log = logging.getLogger(LOGGER)
 class Service:
     """A backbone with its engine and prefix cache. Use from one event loop."""
 
-    def __init__(self, config: ServeConfig, backbone: Backbone, registry: Registry) -> None:
+    def __init__(self, config: ServeConfig, backbone: Backbone, store: Store) -> None:
         self.config, self.backbone = config, backbone
         self.metrics = Metrics()
-        self.prefixes = PrefixCache(registry, file_loader(backbone), config, metrics=self.metrics)
+        self.poller = ChampionPoller(
+            store, backbone.fingerprint, config.refresh_seconds, metrics=self.metrics
+        )
+        self.prefixes = PrefixCache(
+            self.poller.champions, file_loader(backbone, store), config, metrics=self.metrics
+        )
         self.engine = Engine(
             backbone,
             max_rows=config.max_rows,
@@ -130,12 +136,15 @@ class Service:
             "ptuning_rows_limit": float(self.config.max_rows),
             "ptuning_queue_length": float(self.engine.queue_length),
             "ptuning_prefix_cache_bytes": float(self.prefixes.nbytes),
+            "ptuning_champions_generation": float(self.poller.champions.generation),
+            "ptuning_champions_age_seconds": self.poller.age_s,
         }
         return self.metrics.snapshot(gauges, ENGINE_FAMILIES, replica=replica)
 
     def close(self) -> None:
         self.engine.close()
         self.prefixes.close()
+        self.poller.close()
         self._encoders.close()
 
     async def _encode(self, ask: Ask) -> tuple[int, ...]:

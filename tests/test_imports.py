@@ -40,6 +40,8 @@ TIERS = {
     "ptuning.prefix": 1,
     "ptuning.prefix.peft_format": 2,
     "ptuning.store": 1,
+    "ptuning.conditional": 1,
+    "ptuning.champions": 2,
     "ptuning.store_identity": 1,
     "ptuning.gate": 1,
     "ptuning.train": 2,

@@ -61,9 +61,15 @@ class Api:
     """The endpoints' bodies."""
 
     def __init__(
-        self, config: ServeConfig, model: str, engine: EngineClient, keys: Keys | None
+        self,
+        config: ServeConfig,
+        model: str,
+        engine: EngineClient,
+        user_key: Callable[[str], str],
+        keys: Keys | None,
     ) -> None:
         self.config, self.model, self.engine, self.keys = config, model, engine, keys
+        self.user_key = user_key
         self.metrics = Metrics()
         self.started = int(time.time())
 
@@ -144,7 +150,7 @@ class Api:
         body = parse(kind, await self._read(request), self.config)
         check_user(users, body.user)
         self._check_model(body.model)
-        ask = body.ask(self.config, request.state.id)
+        ask = body.ask(self.config, request.state.id, self.user_key)
         frame = Frame(chat=kind is ChatBody, id=ask.id, model=self.model, created=int(time.time()))
         if body.stream:
             return await self._stream(frame, ask, body.stream_options or StreamOptions())
@@ -248,11 +254,15 @@ def _log_failure(ask: Ask, problem: Problem, started: Started | None = None) -> 
 
 
 def make_app(
-    config: ServeConfig, model: str, engine: EngineClient, keys: Keys | None = None
+    config: ServeConfig,
+    model: str,
+    engine: EngineClient,
+    user_key: Callable[[str], str],
+    keys: Keys | None = None,
 ) -> FastAPI:
-    """The application for one served model name."""
+    """The application for one served model name; `user_key` makes the store's keys of ids."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    api = Api(config, model, engine, keys)
+    api = Api(config, model, engine, user_key, keys)
     app.add_api_route("/v1/chat/completions", _count(api, api.chat), methods=["POST"])
     app.add_api_route("/v1/completions", _count(api, api.completions), methods=["POST"])
     app.add_api_route("/v1/models", _count(api, api.models), methods=["GET"])

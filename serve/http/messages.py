@@ -8,14 +8,14 @@ wrong answer that looks right.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ptuning.registry.base import PREFIX_NAME_PATTERN
-from ptuning.types import Message, user_key
+from ptuning.types import Message
 from serve.config import ServeConfig
 from serve.events import Answer, Ask, PrefixInfo, Refused, too_long
 from serve.http.fields import CHAT, COMPLETION, MESSAGE, PART, STREAM_OPTIONS, Table, drop_neutral
@@ -78,7 +78,7 @@ class _Body(_Strict):
     def text(self) -> str | tuple[Message, ...]:
         raise NotImplementedError
 
-    def ask(self, config: ServeConfig, request_id: str) -> Ask:
+    def ask(self, config: ServeConfig, request_id: str, user_key: Callable[[str], str]) -> Ask:
         """The request with the service's defaults. Raises Refused (400)."""
         limit = self.limit()
         if limit is not None and limit > config.max_tokens_limit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from pipelines.candidates.rejudge import find_losses, records_of
 from pipelines.done_record import DoneRecord
 from pipelines.plan import Pack, PlannedUser
 from pipelines.run_folder import RunFolder
+from ptuning.champions import ChampionList, ChampionRef, acknowledge, publish
 from ptuning.errors import ConfigError, RunError
 from ptuning.registry import MemoryRegistry, RegistryConfig, registry_uri
 from ptuning.registry.base import PackRecord
@@ -35,6 +37,7 @@ def _digest(name: str) -> str:
 
 
 OURS, OLD = _digest("ours"), _digest("old")
+FINGERPRINT = "f" * 64
 
 
 def _report(digest: str, decision: str = "promoted") -> UserReport:
@@ -200,12 +203,31 @@ def test_a_prefix_judged_by_another_gate_says_so_in_the_registry(tmp_path: Path)
         assert (candidate.version, candidate.gate_digest) == ("1", gate)
 
 
-def test_deployment_is_checked_against_the_registry(tmp_path: Path) -> None:
-    registry = MemoryRegistry()
-    _register(registry, _report(OURS))
-    deploy(registry, {KEY: OURS}, "default")
-    with pytest.raises(RunError, match="not the registry's champions"):
-        deploy(registry, {KEY: OLD}, "default")
+def test_what_is_deployed_is_read_back_and_late_replicas_are_named(tmp_path: Path) -> None:
+    store, name = Store(tmp_path), (KEY, "default")
+    acknowledge(store, FINGERPRINT, "late", 0, 1)
+    generation, late = deploy(store, FINGERPRINT, {name: ChampionRef(OURS, "1")}, 0.1)
+    assert (generation, late) == (1, ["late"])
+    champions = ChampionList(store, FINGERPRINT)
+    champions.refresh()
+    assert champions.get(*name) == ChampionRef(OURS, "1")
+    acknowledge(store, FINGERPRINT, "late", 2, 2)
+    assert deploy(store, FINGERPRINT, {name: None}, 0.1) == (2, [])
+    assert deploy(store, FINGERPRINT, {}, 0.1) == (2, [])
+
+
+def test_a_deployment_that_another_run_undid_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, name = Store(tmp_path), (KEY, "default")
+
+    def overtaken(*arguments: Any) -> int:
+        publish(*arguments)
+        return publish(store, FINGERPRINT, {name: ChampionRef(OLD, "2")})
+
+    monkeypatch.setattr("pipelines.candidates.publish.publish", overtaken)
+    with pytest.raises(RunError, match="not what this run decided"):
+        deploy(store, FINGERPRINT, {name: ChampionRef(OURS, "1")}, 0.1)
 
 
 def test_a_store_elsewhere_needs_a_named_registry_and_takes_it() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from method_catalogue import CATALOGUE
-from runs import settings, user_rows, users_of, write_rows
+from runs import registry_of, settings, user_rows, users_of, write_rows
 from safetensors.torch import load_file
+from salted import user_key
 from tiny_backbones import SEQ2SEQ, build_model
 from tiny_model import make_tokenizer, save_encoder_decoder
 
@@ -21,9 +22,7 @@ from pipelines.run import execute
 from ptuning.generation import generate
 from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import Prefix
-from ptuning.registry import open_registry
-from ptuning.store import Store, read_uri, resume_path
-from ptuning.types import user_key
+from ptuning.store import Store, prefix_path, resume_path
 from serve.config import ServeConfig
 from serve.events import Answer, Ask
 from serve.service import Service
@@ -68,8 +67,7 @@ def answers(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, 
     `names`: user id to prefix name.
     """
     backbone = load_backbone(config.backbone.name, dtype="float32")
-    registry = open_registry(config.registry, f"sqlite:///{store}/mlflow.db")
-    service = Service(ServeConfig(max_rows=4), backbone, registry)
+    service = Service(ServeConfig(max_rows=4), backbone, Store(store))
 
     async def ask() -> dict[str, Answer]:
         asks = {
@@ -98,12 +96,16 @@ def check_answers(store: Path, config: RunConfig, table: list[dict[str, Any]]) -
     """Everybody gets the prefix that the run made for them, applied as the library does it."""
     given = answers(store, config, {row["user_id"]: "default" for row in table})
     backbone = load_backbone(config.backbone.name, dtype="float32")
-    registry = open_registry(config.registry, f"sqlite:///{store}/mlflow.db")
+    registry, place = registry_of(store, config), Store(store)
     for row in table:
         champion = registry.champion(row["user_key"], "default")
         assert champion is not None
         assert champion.digest == row["digest"]
-        prefix = Prefix.from_bytes(read_uri(champion.uri), backbone, user_key=row["user_key"])
+        prefix = Prefix.from_bytes(
+            place.read(prefix_path(row["user_key"], champion.digest)),
+            backbone,
+            user_key=row["user_key"],
+        )
         answer = given[row["user_id"]]
         assert isinstance(answer, Answer), answer
         assert answer.prefix is not None

@@ -20,6 +20,7 @@ from registry_backends import (  # noqa: F401 - fixtures
     server_uri,
     sqlite_uri,
 )
+from store_backends import place, s3_server  # noqa: F401
 from tiny_model import make_tokenizer
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import json
 import sys
 
 from ptuning.model.facts import BackboneConfig
-from ptuning.registry import RegistryConfig
 from serve.app import run
 from serve.config import ServeConfig
 
@@ -18,7 +17,6 @@ def main() -> None:
         store=settings["store"],
         backbone=BackboneConfig(name=settings["model"], dtype="float32", device="cpu"),
         template="auto",
-        registry=RegistryConfig(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_backbones import as_groups
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ptuning.champions import ChampionRef, publish
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
@@ -21,7 +23,7 @@ from ptuning.model.facts import DECODER, keys_name
 from ptuning.model.groups import split_groups
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.ready import Member, ReadyPrefix
-from ptuning.registry import PackRecord, Registration, Registry, Version
+from ptuning.store import Store, prefix_path
 from ptuning.types import user_key
 from serve.engine.engine import Engine, HeldPrefix, Request
 from serve.events import Delta, Event, Failed, Finished, PrefixInfo, Started
@@ -96,13 +98,19 @@ def kv_of(prefix: HeldPrefix | None) -> torch.Tensor | None:
 
 
 def prefix_file(
-    backbone: Backbone, user: str, *, length: int = 4, seed: int = 1, name: str = "default"
+    backbone: Backbone,
+    user: str,
+    *,
+    length: int = 4,
+    seed: int = 1,
+    name: str = "default",
+    key: str | None = None,
 ) -> Prefix:
-    """A user's prefix as a training run would leave it."""
+    """A user's prefix as a training run would leave it; `key`: the user's, in a salted store."""
     meta = PrefixMeta.of(
         backbone,
         PrefixTuning(num_virtual_tokens=length),
-        user_key=user_key(user),
+        user_key=key or user_key(user),
         prefix_name=name,
         data_digest="d",
         training_digest=f"t{seed}",
@@ -164,30 +172,26 @@ MakeRequest = Callable[..., tuple[Request, Heard]]
 
 
 class Files:
-    """Prefix files in a directory, registered as champions."""
+    """A store whose prefix files are published as champions."""
 
-    def __init__(self, registry: Registry, directory: Path) -> None:
-        self.registry, self.directory = registry, directory
-        self._packs = 0
+    def __init__(self, directory: Path) -> None:
+        self.store = Store(directory)
+        self._versions: Counter[str] = Counter()
+
+    def path(self, prefix: Prefix, user: str | None = None) -> Path:
+        return Path(self.store.path(prefix_path(user or prefix.meta.user_key, prefix.digest)))
 
     def promote(
         self, prefix: Prefix, *, as_user: str | None = None, as_name: str | None = None
-    ) -> Version:
-        """Write and register; `as_user` and `as_name` lie about whose it is."""
+    ) -> ChampionRef:
+        """Write and publish; `as_user` and `as_name` lie about whose it is."""
         user = as_user or prefix.meta.user_key
-        path = prefix.save(self.directory / user / f"{prefix.digest}.safetensors")
-        entry = Registration(
-            user_key=user,
-            prefix_name=as_name or prefix.meta.prefix_name,
-            digest=prefix.digest,
-            uri=str(path),
-            training_digest=prefix.meta.training_digest,
-            data_digest=prefix.meta.data_digest,
-            promote=True,
-        )
-        self._packs += 1
-        pack = PackRecord(run_id="test", pack_id=f"{self.directory.name}-{self._packs}")
-        return self.registry.register(pack, [entry])[0]
+        prefix.save(self.path(prefix, user))
+        self._versions[user] += 1
+        ref = ChampionRef(prefix.digest, str(self._versions[user]))
+        name = (user, as_name or prefix.meta.prefix_name)
+        publish(self.store, prefix.meta.backbone_fingerprint, {name: ref})
+        return ref
 
 
 def make_engine(backbone: Backbone, **settings: int) -> Engine:

@@ -22,7 +22,7 @@ def test_a_completion_is_encoded_as_a_training_prompt_and_answered_with_the_user
 ) -> None:
     async def story(world: World) -> None:
         prefix = prefix_file(world.backbone, "alice")
-        world.files.promote(prefix)
+        world.promote(prefix)
         response = await world.post(user="alice")
         body = response.json()
         template = world.backbone.template
@@ -49,7 +49,7 @@ def test_a_request_names_which_of_a_users_prefixes_answers(play: Play, path: str
             for seed, name in enumerate(("default", "formal"), start=1)
         }
         for prefix in prefixes.values():
-            world.files.promote(prefix)
+            world.promote(prefix)
         for name, prefix in prefixes.items():
             asked = {} if name == "default" else {"prefix_name": name}
             body = (await world.post(path, user="alice", **asked)).json()
@@ -84,7 +84,7 @@ def test_a_stream_says_the_same_in_pieces_and_who_answers_in_its_first_chunk(
 ) -> None:
     async def story(world: World) -> None:
         prefix = prefix_file(world.backbone, "alice")
-        world.files.promote(prefix)
+        world.promote(prefix)
         whole = (await world.post(path, user="alice")).json()
         streamed = await world.post(
             path, user="alice", stream=True, stream_options={"include_usage": True}
@@ -116,7 +116,7 @@ def test_concurrent_users_get_their_own_answers_and_digests(play: Play) -> None:
             for n, user in enumerate(users)
         }
         for prefix in prefixes.values():
-            world.files.promote(prefix)
+            world.promote(prefix)
         alone = {user: (await world.post(user=user)).json() for user in users}
         together = await asyncio.gather(*(world.post(user=user) for user in users * 3))
         for user, response in zip(users * 3, together, strict=True):
@@ -219,10 +219,21 @@ def test_unknown_users_get_the_base_or_404_by_policy(play: Play) -> None:
     play(none, unknown_user="404")
 
 
-def test_a_registry_that_is_down_is_a_503(play: Play) -> None:
+def test_a_store_that_is_down_changes_nothing_for_those_who_are_known(play: Play) -> None:
     async def story(world: World) -> None:
-        world.registry.unreachable = True
-        check_error(await world.post(user="alice"), 503, "registry_unavailable", None)
+        prefix = prefix_file(world.backbone, "alice")
+        world.promote(prefix)
+        assert (await world.post(user="alice")).headers["x-prefix-digest"] == prefix.digest
+
+        def down() -> int:
+            raise OSError("the store is down")
+
+        world.service.poller.champions.refresh = down  # type: ignore[method-assign]
+        world.service.poller.poll()
+        assert (await world.post(user="alice")).headers["x-prefix-digest"] == prefix.digest
+        assert (await world.post(user="bob")).headers["x-prefix-digest"] == "base"
+        lines = await world.lines()
+        assert lines['ptuning_champions_errors_total{replica="local"}'] >= 1
 
     play(story)
 
@@ -259,7 +270,7 @@ def test_a_cancelled_call_frees_its_row(play: Play) -> None:
 
 def test_the_models_own_positions_bound_prefix_prompt_and_answer(play: Play) -> None:
     async def story(world: World) -> None:
-        world.files.promote(prefix_file(world.backbone, "alice", length=200))
+        world.promote(prefix_file(world.backbone, "alice", length=200))
         long = "h" * 255
         fine = await world.post(user="alice", prompt=long, max_tokens=40)
         assert fine.status_code == 200, fine.text
@@ -288,7 +299,7 @@ def test_keys_decide_who_may_ask_as_whom(play: Play, tmp_path: Path) -> None:
 
 def test_health_and_metrics_speak_of_the_engine_and_never_of_users(play: Play) -> None:
     async def story(world: World) -> None:
-        world.files.promote(prefix_file(world.backbone, "alice"))
+        world.promote(prefix_file(world.backbone, "alice"))
         for user in ("alice", "alice", "carol"):
             await world.post(user=user)
         await world.post(max_tokens=0)
@@ -300,7 +311,7 @@ def test_health_and_metrics_speak_of_the_engine_and_never_of_users(play: Play) -
         local = '{replica="local"}'
         assert lines[f"ptuning_prefix_cache_hits_total{local}"] == "1"
         assert lines[f"ptuning_prefix_cache_misses_total{local}"] == "1"
-        assert lines[f"ptuning_registry_errors_total{local}"] == "0"
+        assert lines[f"ptuning_champions_errors_total{local}"] == "0"
         assert lines[f"ptuning_rows_in_use{local}"] == "0"
         assert lines[f"ptuning_queue_length{local}"] == "0"
         assert lines[f"ptuning_time_to_first_token_seconds_count{local}"] == "3"

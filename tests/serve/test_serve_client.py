@@ -182,7 +182,7 @@ def test_names_that_nobody_knows_are_refused() -> None:
 
 def test_the_official_clients_loop_goes_on_with_the_services_own_answers(play: Play) -> None:
     async def story(world: World) -> None:
-        world.files.promote(prefix_file(world.backbone, "alice"))
+        world.promote(prefix_file(world.backbone, "alice"))
         client = world.openai()
 
         async def ask(messages: list[Any]) -> ChatCompletionMessage:

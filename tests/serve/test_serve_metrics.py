@@ -29,13 +29,15 @@ COUNTERS = {
     "ptuning_prefix_cache_hits_total",
     "ptuning_prefix_cache_misses_total",
     "ptuning_prefix_errors_total",
-    "ptuning_registry_errors_total",
+    "ptuning_champions_errors_total",
 }
 GAUGES = {
     "ptuning_rows_in_use",
     "ptuning_rows_limit",
     "ptuning_queue_length",
     "ptuning_prefix_cache_bytes",
+    "ptuning_champions_generation",
+    "ptuning_champions_age_seconds",
     "ptuning_replicas",
 }
 HISTOGRAMS = {"ptuning_step_rows", "ptuning_time_to_first_token_seconds"}
@@ -101,7 +103,7 @@ def test_errors_are_counted_and_said_in_one_line_each(
 
     async def story(world: World) -> None:
         prefix = prefix_file(world.backbone, "alice")
-        world.files.promote(prefix)
+        world.promote(prefix)
         decode = world.service.engine.runner.decode
 
         def broken(*_arguments: object) -> torch.Tensor:
@@ -121,7 +123,7 @@ def test_errors_are_counted_and_said_in_one_line_each(
         caplog.clear()
 
         # A prefix whose file is another user's.
-        world.files.promote(prefix_file(world.backbone, "bob", seed=2), as_user=user_key("carol"))
+        world.promote(prefix_file(world.backbone, "bob", seed=2), as_user=user_key("carol"))
         assert (await world.post(CHAT, user="carol")).status_code == 500
         assert (await world.lines())[f"ptuning_prefix_errors_total{replica}"] == 1
         assert any(r.levelno >= logging.ERROR for r in caplog.records)

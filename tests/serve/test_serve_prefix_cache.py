@@ -1,9 +1,9 @@
-"""From a user to the prefix that answers: pointers, files, and a registry that is down."""
+"""From a user to the prefix that answers: the published list, files, and what is refused."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+import shutil
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 from serving import Files, kv_of, prefix_file
 from tiny_backbones import as_layers
 
-from ptuning.errors import RegistryError
+from ptuning.champions import ChampionList, ChampionRef, Name
 from ptuning.model.backbone import Backbone
 from ptuning.prefix.artifact import Prefix, make_prefix
-from ptuning.registry import MemoryRegistry, Version
 from ptuning.types import user_key
 from serve.config import ServeConfig
+from serve.engine.engine import HeldPrefix
 from serve.events import Refused
 from serve.metrics import Metrics
 from serve.prefix_cache import PrefixCache, file_loader
@@ -29,31 +29,31 @@ ALICE, BOB = user_key("alice"), user_key("bob")
 
 
 class World:
-    """A registry, files, a clock that a test moves, and the cache under test."""
+    """A store, the list of its champions, and the cache under test."""
 
     def __init__(self, backbone: Backbone, directory: Path, **settings: Any) -> None:
         self.backbone = backbone
-        self.registry = MemoryRegistry()
-        self.files = Files(self.registry, directory)
+        self.files = Files(directory)
         self.metrics = Metrics()
-        self.now = 1000.0
         self.reads: list[str] = []
-        self.config = ServeConfig(refresh_seconds=5, max_stale_seconds=60, **settings)
-        self.cache = PrefixCache(
-            self.registry,
-            file_loader(backbone, self.read),
-            self.config,
-            metrics=self.metrics,
-            clock=lambda: self.now,
-        )
+        self.config = ServeConfig(**settings)
+        self.champions = ChampionList(self.files.store, backbone.fingerprint)
+        load = file_loader(backbone, self.files.store)
 
-    def read(self, uri: str) -> bytes:
-        self.reads.append(uri)
-        return Path(uri).read_bytes()
+        def counted(name: Name, champion: ChampionRef) -> HeldPrefix:
+            self.reads.append(name[0])
+            return load(name, champion)
+
+        self.cache = PrefixCache(self.champions, counted, self.config, metrics=self.metrics)
+
+    def publish(self, prefix: Prefix, **lies: str) -> ChampionRef:
+        ref = self.files.promote(prefix, **lies)
+        self.champions.refresh()
+        return ref
 
     def promote(self, user: str, **settings: Any) -> Prefix:
         prefix = prefix_file(self.backbone, user, **settings)
-        self.files.promote(prefix)
+        self.publish(prefix)
         return prefix
 
     def count(self, name: str) -> float:
@@ -115,63 +115,83 @@ def test_a_second_request_reads_nothing(world: World) -> None:
     assert world.count("ptuning_prefix_cache_misses_total") == 1
 
 
-def test_a_new_champion_is_taken_up_after_refresh_seconds(world: World) -> None:
+def test_a_new_champion_answers_once_the_list_is_read_again(world: World) -> None:
     old = world.promote("alice", seed=1)
+    new = prefix_file(world.backbone, "alice", seed=2)
+
+    async def digest() -> str:
+        held = await world.cache.get(ALICE, "default")
+        assert held is not None
+        return held.info.digest
 
     async def story() -> list[str]:
-        seen = []
-        for step in (0.0, 4.9, 0.2):
-            world.now += step
-            held = await world.cache.get(ALICE, "default")
-            assert held is not None
-            seen.append(held.info.digest)
-            if step == 0.0:
-                new = world.promote("alice", seed=2)
-        return [*seen, new.digest]
+        digests = [await digest()]
+        world.files.promote(new)
+        digests.append(await digest())
+        world.champions.refresh()
+        return [*digests, await digest()]
 
-    first, second, third, new_digest = run(story())
-    assert first == second == old.digest
-    assert third == new_digest != old.digest
+    assert run(story()) == [old.digest, old.digest, new.digest]
 
 
-def test_a_user_who_had_none_is_asked_about_again(world: World) -> None:
-    async def story() -> bool:
-        assert await world.cache.get(ALICE, "default") is None
-        world.promote("alice")
-        world.now += 6
-        return await world.cache.get(ALICE, "default") is not None
+def test_a_run_on_another_backbone_never_touches_the_live_service(world: World) -> None:
+    """It turned every promoted user's answer into an error."""
+    mine = world.promote("alice")
+    other = replace(mine.meta, backbone_fingerprint="f" * 64, user_key=ALICE)
+    for user in (ALICE, BOB):
+        world.files.promote(make_prefix(mine.members, replace(other, user_key=user)))
+    world.champions.refresh()
 
-    assert run(story())
+    async def story() -> None:
+        held = await world.cache.get(ALICE, "default")
+        assert held is not None
+        assert held.info.digest == mine.digest
+        assert await world.cache.get(BOB, "default") is None
+
+    run(story())
 
 
-def test_another_users_file_is_refused(world: World, tmp_path: Path) -> None:
-    bobs = prefix_file(world.backbone, "bob")
-    version = world.files.promote(prefix_file(world.backbone, "alice"))
-    path = Path(version.uri)
-    path.write_bytes(bobs.to_bytes())  # swapped on disk: the digest says so
+def test_a_moved_store_answers_with_the_same_champions(
+    world: World, backbone: Backbone, tmp_path: Path
+) -> None:
+    prefix = world.promote("alice")
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    shutil.move(world.files.store.root, moved)
+    again = World(backbone, moved)
+    again.champions.refresh()
+    held = run(again.cache.get(ALICE, "default"))
+    assert held is not None
+    assert held.info.digest == prefix.digest
+
+
+def test_another_users_file_is_refused(world: World) -> None:
+    alices, bobs = (prefix_file(world.backbone, user) for user in ("alice", "bob"))
+    world.publish(alices)
+    world.files.path(alices).write_bytes(bobs.to_bytes())  # swapped on disk: the digest says so
     error = refusal(world.cache.get(ALICE, "default"))
     assert error.fields["status"] == 500
     assert error.fields["code"] == "prefix_unusable"
 
-    world.files.promote(bobs, as_user=ALICE)  # the registry errs, the file knows
-    world.now += 6
+    world.publish(bobs, as_user=ALICE)  # the list errs, the file knows
     error = refusal(world.cache.get(ALICE, "default"))
     assert error.fields["code"] == "prefix_unusable"
     assert "another user" in error.message
 
 
 def test_a_file_of_another_name_or_backbone_is_refused(world: World) -> None:
-    world.files.promote(prefix_file(world.backbone, "alice", name="work"), as_name="default")
+    world.publish(prefix_file(world.backbone, "alice", name="work"), as_name="default")
     assert refusal(world.cache.get(ALICE, "default")).fields["code"] == "prefix_unusable"
     prefix = prefix_file(world.backbone, "bob")
-    meta = replace(prefix.meta, backbone_fingerprint="other")
-    world.files.promote(make_prefix(prefix.members, meta))
+    # A list that names it all the same: its first digits are those of this backbone.
+    strange = world.backbone.fingerprint[:8] + "0" * 56
+    meta = replace(prefix.meta, backbone_fingerprint=strange)
+    world.publish(make_prefix(prefix.members, meta))
     assert refusal(world.cache.get(BOB, "default")).fields["code"] == "prefix_unusable"
 
 
 def test_a_missing_file_is_a_503_and_is_tried_again(world: World) -> None:
-    prefix = prefix_file(world.backbone, "alice")
-    path = Path(world.files.promote(prefix).uri)
+    prefix = world.promote("alice")
+    path = world.files.path(prefix)
     path.unlink()
     error = refusal(world.cache.get(ALICE, "default"))
     assert error.fields["status"] == 503
@@ -179,87 +199,10 @@ def test_a_missing_file_is_a_503_and_is_tried_again(world: World) -> None:
     assert run(world.cache.get(ALICE, "default")) is not None
 
 
-def test_while_the_registry_is_down_a_known_champion_answers_until_the_bound(world: World) -> None:
-    prefix = world.promote("alice")
-
-    async def digest() -> str:
-        held = await world.cache.get(ALICE, "default")
-        assert held is not None
-        return held.info.digest
-
-    async def story() -> None:
-        await digest()
-        world.registry.unreachable = True
-        world.now += 59
-        assert await digest() == prefix.digest
-        world.now += 2
-        with pytest.raises(Refused) as caught:
-            await digest()
-        assert caught.value.fields["status"] == 503
-        world.registry.unreachable = False
-        world.now += 5
-        assert await digest() == prefix.digest
-
-    run(story())
-    assert world.count("ptuning_registry_errors_total") >= 1
-
-
-def test_while_the_registry_is_down_nobody_silently_gets_the_base(world: World) -> None:
-    async def story() -> None:
-        assert await world.cache.get(ALICE, "default") is None  # known to have none, just now
-        world.registry.unreachable = True
-        for user in (ALICE, BOB):
-            world.now += 6
-            with pytest.raises(Refused) as caught:
-                await world.cache.get(user, "default")
-            assert caught.value.fields["code"] == "registry_unavailable"
-
-    run(story())
-
-
-def test_a_registry_that_hangs_costs_one_wait_and_no_more(
-    backbone: Backbone, tmp_path: Path
-) -> None:
-    world = World(backbone, tmp_path, registry_timeout_s=0.05)
-    world.promote("alice")
-    answer = threading.Event()
-    calls = []
-
-    async def story() -> None:
-        assert await world.cache.get(ALICE, "default") is not None
-        champion = world.registry.champion
-
-        def hang(user: str, name: str = "default") -> Version | None:
-            calls.append(user)
-            answer.wait(30)
-            return champion(user, name)
-
-        world.registry.champion = hang  # type: ignore[method-assign, assignment]
-        world.now += 6
-        for _ in range(3):
-            assert await world.cache.get(ALICE, "default") is not None
-        assert len(calls) == 1
-        assert world.count("ptuning_registry_errors_total") == 1
-        answer.set()
-
-    try:
-        run(story())
-    finally:
-        answer.set()
-
-
-def test_concurrent_requests_of_one_user_load_once_and_one_that_leaves_stops_nobody(
+def test_concurrent_requests_of_one_user_load_once_and_one_that_leaves_disturbs_nobody(
     world: World,
 ) -> None:
     world.promote("alice")
-    calls = []
-    champion = world.registry.champion
-
-    def counted(user: str, name: str = "default") -> Version | None:
-        calls.append(user)
-        return champion(user, name)
-
-    world.registry.champion = counted  # type: ignore[method-assign, assignment]
 
     async def story() -> list[Any]:
         tasks = [asyncio.create_task(world.cache.get(ALICE, "default")) for _ in range(8)]
@@ -270,7 +213,6 @@ def test_concurrent_requests_of_one_user_load_once_and_one_that_leaves_stops_nob
     results = run(story())
     assert isinstance(results[0], asyncio.CancelledError)
     assert len({id(result) for result in results[1:]}) == 1
-    assert len(calls) == 1
     assert len(world.reads) == 1
 
 
@@ -289,8 +231,7 @@ def test_the_least_recently_used_prefix_goes_first(backbone: Backbone, tmp_path:
             await world.cache.get(user_key(user), "default")
 
     run(story())
-    read = [Path(uri).parent.name for uri in world.reads]
-    assert read == [user_key(user) for user in (*fitting, last, second)]
+    assert world.reads == [user_key(user) for user in (*fitting, last, second)]
     assert world.cache.nbytes == room * size
 
 
@@ -301,11 +242,3 @@ def test_a_prefix_larger_than_the_cache_is_served_and_not_kept(
     world.promote("alice")
     assert run(world.cache.get(ALICE, "default")) is not None
     assert world.cache.nbytes == 0
-
-
-def test_an_unexpected_error_of_the_registry_is_no_answer_either(world: World) -> None:
-    def broken(user: str, name: str = "default") -> Version | None:
-        raise RegistryError("holds something unexpected")
-
-    world.registry.champion = broken  # type: ignore[method-assign, assignment]
-    assert refusal(world.cache.get(ALICE, "default")).fields["status"] == 503

@@ -26,8 +26,8 @@ from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
 from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import Prefix
-from ptuning.registry import RegistryConfig, open_registry
 from ptuning.store import Store
+from ptuning.store_identity import StoreIdentity, open_identity
 from ptuning.system.ports import free_port
 from serve.config import ServeConfig
 from serve.http.auth import is_loopback
@@ -49,6 +49,7 @@ class Served:
     address: str
     backbone: Backbone
     files: Files
+    identity: StoreIdentity
     output: Path
     clients: dict[str, Any] = field(default_factory=dict)
 
@@ -57,7 +58,8 @@ class Served:
         return httpx.post(self.address + path, json=values, timeout=60)
 
     def promote(self, user: str, **settings: Any) -> Prefix:
-        prefix = prefix_file(self.backbone, user, **settings)
+        key = self.identity.user_key(user)
+        prefix = prefix_file(self.backbone, user, key=key, **settings)
         self.files.promote(prefix)
         return prefix
 
@@ -107,14 +109,15 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         },
     }
     backbone = load_backbone(str(model), dtype="float32", attention="sdpa", device="cpu")
-    registry = open_registry(RegistryConfig(), f"sqlite:///{Store(str(store)).path('mlflow.db')}")
+    identity = open_identity(Store(store))
     output = directory / "output.txt"
     process = start(settings, output)
     service = Served(
         process=process,
         address=f"http://127.0.0.1:{port}",
         backbone=backbone,
-        files=Files(registry, store / "prefixes"),
+        files=Files(store),
+        identity=identity,
         output=output,
     )
     try:
@@ -328,7 +331,7 @@ def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Ser
 
 def test_what_is_counted_as_an_error_is_printed_in_a_line_without_texts(served: Served) -> None:
     prefix = served.promote("erin")
-    path = served.files.directory / prefix.meta.user_key / f"{prefix.digest}.safetensors"
+    path = served.files.path(prefix)
     path.write_bytes(b"damaged")
     response = served.post(user="erin", prompt="a secret")
     assert response.status_code == 500

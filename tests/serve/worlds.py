@@ -12,8 +12,10 @@ import httpx2
 import openai
 from serving import Files
 
+from ptuning.champions import ChampionRef
 from ptuning.model.backbone import Backbone
-from ptuning.registry import MemoryRegistry
+from ptuning.prefix.artifact import Prefix
+from ptuning.types import user_key
 from serve.config import ServeConfig
 from serve.http.api import make_app
 from serve.http.auth import Keys
@@ -33,18 +35,24 @@ class Local(Service):
 
 
 class World:
-    """One service: its registry, files and client."""
+    """One service: its store and client."""
 
     def __init__(self, backbone: Backbone, directory: Path, keys: Keys | None, **settings: Any):
         self.backbone = backbone
-        self.registry = MemoryRegistry()
-        self.files = Files(self.registry, directory)
-        self.config = ServeConfig(**{"max_length": 64, "max_tokens_limit": 100, **settings})
-        self.service = Local(self.config, backbone, self.registry)
-        self.app = app = make_app(self.config, MODEL, self.service, keys)
+        self.files = Files(directory)
+        defaults = {"max_length": 64, "max_tokens_limit": 100, "refresh_seconds": 0.05}
+        self.config = ServeConfig(**{**defaults, **settings})
+        self.service = Local(self.config, backbone, self.files.store)
+        self.app = app = make_app(self.config, MODEL, self.service, user_key, keys)
         self.client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app), base_url=ADDRESS, timeout=60
         )
+
+    def promote(self, prefix: Prefix, **lies: str) -> ChampionRef:
+        """Publish a prefix, and let the service look."""
+        ref = self.files.promote(prefix, **lies)
+        self.service.poller.poll()
+        return ref
 
     def openai(self) -> openai.AsyncOpenAI:
         """The official client, unmodified, of this service."""
