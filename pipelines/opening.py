@@ -14,12 +14,13 @@ from pipelines.rows.inputs import find_files
 from pipelines.rows.partition import Partition
 from pipelines.run_folder import Header, RunFolder, find_unfinished, new_run_id, opening
 from ptuning.errors import RunError
+from ptuning.identity import Recipe
 from ptuning.model.load import load_template, outline
 from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Registry
 from ptuning.store import Store
+from ptuning.train.words import check_init_text
 from ptuning.types import user_key
-from ptuning.users import Recipe, check_init_text
 
 _NOBODY = user_key("")  # no user has an empty id
 
@@ -136,6 +137,5 @@ def _recipe(config: RunConfig) -> Recipe:
         config.train,
         config.data.max_length,
         config.registry.prefix_name,
-        config.artifact.dtype,
-        config.gate.min_valid_tokens,
+        config.artifact,
     )

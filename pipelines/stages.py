@@ -20,9 +20,9 @@ from pipelines.gangs import cluster
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
 from pipelines.rows.partition import read_index
+from ptuning.identity import BackboneIdentity, digest_training
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.types import UserReport
-from ptuning.users import identity
 
 Progress = Callable[[int, int], None]  # users done, tokens trained
 _CHUNK = 1000  # users of one question to the registry
@@ -63,8 +63,10 @@ def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
 def _rules(run: Run) -> Rules:
     config = run.config
 
+    backbone = BackboneIdentity(run.fingerprint, config.backbone.dtype, run.template_digest)
+
     def training_digest(user_key: str, data_digest: str) -> str:
-        return identity(run.recipe, run.fingerprint, run.template_digest, user_key, data_digest)
+        return digest_training(run.recipe, backbone, user_key, data_digest)
 
     return Rules(
         identity=training_digest,
@@ -105,7 +107,6 @@ def train(run: Run, plan: Plan, progress: Progress) -> None:
         run_id=run.run_id,
         partition_id=run.part.partition_id,
         recipe=run.recipe,
-        artifact=run.config.artifact,
         backbone=run.config.backbone,
         template=run.config.data.template,
         threads=shape.threads,

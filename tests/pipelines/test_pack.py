@@ -20,6 +20,7 @@ from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.examples import arrange, data_digest
 from ptuning.data.layout import Arrangement
 from ptuning.gate import GateConfig
+from ptuning.identity import BackboneIdentity, Recipe, digest_training
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
@@ -27,12 +28,14 @@ from ptuning.model.backbone import Backbone
 from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import ArtifactConfig, Prefix
 from ptuning.store import Store, prefix_path
+from ptuning.store_identity import StoreIdentity
 from ptuning.train.config import TrainConfig
 from ptuning.train.step import LocalDriver, predicted
-from ptuning.types import Example, UserReport, user_key
-from ptuning.users import Recipe, identity
+from ptuning.types import Example, UserReport
 
 USERS = ("ann", "bob", "cy")
+KEYS = StoreIdentity("tests", b"the salt of a store")
+user_key = KEYS.user_key
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +80,7 @@ def _pack(
                 bucket=0,
                 tokens=1,
                 data_digest=data,
-                training_digest=identity(
-                    recipe, backbone.fingerprint, backbone.template.digest, key, data
-                ),
+                training_digest=digest_training(recipe, BackboneIdentity.of(backbone), key, data),
                 **(champion if user == "ann" else {}),
             )
         )
@@ -87,7 +88,7 @@ def _pack(
 
 
 def _work(backbone: Backbone, tmp_path: Path, recipe: Recipe, pack: Pack) -> dict[str, UserReport]:
-    job = PackJob(Store(tmp_path), "partition", recipe, ArtifactConfig())
+    job = PackJob(Store(tmp_path), KEYS, "partition", recipe)
     reports = LocalDriver(backbone).run(pack_machine(backbone, job, pack))
     names = {user_key(user): user for user in USERS}
     return {names[report.user_key]: report for report in reports}
@@ -151,9 +152,11 @@ def test_a_prefix_that_its_dtype_cannot_hold_is_not_written(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
     settings = TrainConfig(epochs=1, learning_rate=1e6)
-    recipe = Recipe(PrefixTuning(num_virtual_tokens=2), settings, artifact_dtype="float16")
+    recipe = Recipe(
+        PrefixTuning(num_virtual_tokens=2), settings, artifact=ArtifactConfig(dtype="float16")
+    )
     pack = _pack(backbone, recipe, rows)
-    job = PackJob(Store(tmp_path), "partition", recipe, ArtifactConfig(dtype="float16"))
+    job = PackJob(Store(tmp_path), KEYS, "partition", recipe)
     for report in LocalDriver(backbone).run(pack_machine(backbone, job, pack)):
         assert (report.status, report.stage, report.digest) == ("failed", "tune", None)
         assert "float16" in str(report.error)

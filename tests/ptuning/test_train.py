@@ -87,7 +87,9 @@ def users() -> list[UserRows]:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"epochs": 3, "batch_size": 3, "patience": None, **changes})
+    return TrainConfig(
+        **{"epochs": 3, "batch_size": 3, "patience": None, "min_valid_tokens": 0, **changes}
+    )
 
 
 def packed(
