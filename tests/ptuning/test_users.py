@@ -12,7 +12,7 @@ from tiny_backbones import FAMILIES, build, random_prefix
 from ptuning.data.encode import Template
 from ptuning.data.examples import arrange
 from ptuning.errors import ConfigError, DataError, MethodError, WrongMethod
-from ptuning.identity import BackboneIdentity, Recipe, digest_training
+from ptuning.identity import RULES, BackboneIdentity, Recipe, digest_training
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
@@ -29,7 +29,7 @@ BACKBONE = build(FAMILIES["llama"]())
 TEMPLATE = BACKBONE.template
 
 
-def rows(answers: list[str], **more: str) -> list[Example]:
+def rows(answers: list[str], **more: Any) -> list[Example]:
     examples = [
         Example(prompt=f"q {n}", completion=answers[n % len(answers)], **more) for n in range(10)
     ]
@@ -142,6 +142,65 @@ def test_a_template_may_be_said_in_another_way_by_what_starts_a_training() -> No
     prefix = random_prefix(BACKBONE, shorter, seed=1)
     (began,) = warm_start(longer, BACKBONE, prefix)
     assert torch.equal(began["embeddings"], prefix.tensors["embeddings"])
+
+
+def test_what_decides_a_prefix_is_in_its_training_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(backbone: Any = None, started_from: str = "", **train: Any) -> str:
+        recipe = Recipe(PrefixTuning(), TrainConfig(**train))
+        known = BackboneIdentity("f", "float32", "t")
+        return digest_training(recipe, replace(known, **(backbone or {})), "u", "d", started_from)
+
+    assert digest() == digest(pack_users=3, tokens_per_microbatch=99, keep_resume=True)
+    changed = [
+        digest(),
+        digest(adam_beta1=0.8),
+        digest(adam_beta2=0.95),
+        digest(adam_epsilon=1e-6),
+        digest(min_valid_tokens=63),
+        digest({"dtype": "bfloat16"}),
+        digest({"fingerprint": "g"}),
+        digest({"template_digest": "s"}),
+        digest(started_from="p"),
+    ]
+    monkeypatch.setattr("ptuning.identity.RULES", "next")
+    changed.append(digest())
+    assert len({*changed}) == len(changed)
+
+
+def test_the_dtype_of_an_identity_is_the_backbones_resolved_one() -> None:
+    assert BackboneIdentity.of(BACKBONE).dtype == "float32"
+
+
+# Validation losses of the epochs, and the mean size of the first member's values, by RULES.
+GOLDEN: dict[str, dict[str, list[float]]] = {
+    "1": {
+        "prefix": [5.937209, 5.862651, 5.836216, 0.602815],
+        "prompt": [5.403866, 5.262221, 5.222363, 0.0924],
+        "ptuning": [5.606543, 5.428187, 5.388116, 0.153606],
+    }
+}
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "ptuning"])
+def test_the_same_rows_and_settings_train_to_the_values_that_the_rules_say(name: str) -> None:
+    """Who has an unchanged training digest keeps their prefix: other rules must have another."""
+    method: Method = {
+        "prefix": PrefixTuning(num_virtual_tokens=3, dropout=0.1),
+        "prompt": PromptTuning(num_virtual_tokens=3, init="labels"),
+        "ptuning": PTuning(template="{p:3}{prompt}", encoder="mlp", encoder_hidden_size=8),
+    }[name]
+    users = {"ann": [row(f"say {n}", f"so {n % 3}", n) for n in range(11)]}
+    settings = TrainConfig(
+        epochs=3, batch_size=2, warmup_fraction=0.2, weight_decay=0.01, min_valid_tokens=0
+    )
+    result = tune(BACKBONE, users, method=method, train=settings)["ann"]
+    values = result.require().members[0].values()
+    sizes = sum(float(value.abs().double().sum()) for value in values)
+    count = sum(value.numel() for value in values)
+    found = [*(float(line["valid"] or 0) for line in result.history), sizes / count]
+    assert found == pytest.approx(GOLDEN[RULES][name], rel=1e-3), (
+        "raise RULES (ptuning/identity.py) if you meant it, and put the new values here"
+    )
 
 
 def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
