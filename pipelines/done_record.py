@@ -49,7 +49,17 @@ def _report_to_json(report: UserReport) -> dict[str, Any]:
     """Without the gate's decision: it is made anew from the losses whenever they are read."""
     value = {
         name: getattr(report, name)
-        for name in ("user_key", "status", "digest", "error", "stage", "steps", "tokens", "details")
+        for name in (
+            "user_key",
+            "status",
+            "digest",
+            "error",
+            "stage",
+            "steps",
+            "tokens",
+            "counts",
+            "details",
+        )
     }
     history = [
         {name: _finite(loss) for name, loss in dict(epoch).items()} for epoch in report.history

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 from pipelines.config import RunConfig
 from pipelines.gangs import cluster
-from pipelines.gangs.cluster import BackboneIdentity
+from pipelines.gangs.cluster import NamedBackbone
 from pipelines.rows.inputs import find_files
 from pipelines.rows.partition import Partition
 from pipelines.run_folder import Header, RunFolder, find_unfinished, new_run_id, opening
 from ptuning.errors import RunError
+from ptuning.identity import Recipe
 from ptuning.model.load import load_template, outline
 from ptuning.registry import open_registry, registry_uri
 from ptuning.registry.base import Registry
 from ptuning.store import Store
 from ptuning.store_identity import StoreIdentity
-from ptuning.users import Recipe, check_init_text
+from ptuning.train.words import check_init_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Run:
     part: Partition
     recipe: Recipe
     identity: StoreIdentity
-    backbone: BackboneIdentity
+    backbone: NamedBackbone
     config_digest: str
     resumed: bool
 
@@ -90,7 +91,7 @@ def open_run(
     config: RunConfig,
     part: Partition,
     identity: StoreIdentity,
-    backbone: BackboneIdentity,
+    backbone: NamedBackbone,
 ) -> Iterator[Run]:
     """The unfinished run with the same partition and configuration, else a new one; locked."""
     header = {
@@ -150,6 +151,5 @@ def _recipe(config: RunConfig) -> Recipe:
         config.train,
         config.data.max_length,
         config.registry.prefix_name,
-        config.artifact.dtype,
-        config.gate.min_valid_tokens,
+        config.artifact,
     )

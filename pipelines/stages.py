@@ -24,9 +24,9 @@ from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
 from pipelines.rows.partition import read_index
 from ptuning.champions import ChampionRef
+from ptuning.identity import BackboneIdentity, digest_training
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.types import UserReport
-from ptuning.users import identity
 
 Progress = Callable[[int, int], None]  # users done, tokens trained
 _CHUNK = 1000  # users of one question to the registry
@@ -68,14 +68,12 @@ def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
 def _rules(run: Run) -> Rules:
     config = run.config
 
+    backbone = BackboneIdentity(
+        run.backbone.fingerprint, config.backbone.dtype, run.backbone.template_digest
+    )
+
     def training_digest(user_key: str, data_digest: str) -> str:
-        return identity(
-            run.recipe,
-            run.backbone.fingerprint,
-            run.backbone.template_digest,
-            user_key,
-            data_digest,
-        )
+        return digest_training(run.recipe, backbone, user_key, data_digest)
 
     return Rules(
         identity=training_digest,
@@ -116,7 +114,6 @@ def train(run: Run, plan: Plan, progress: Progress) -> None:
         run_id=run.run_id,
         partition_id=run.part.partition_id,
         recipe=run.recipe,
-        artifact=run.config.artifact,
         backbone=run.config.backbone,
         template=run.config.data.template,
         threads=shape.threads,

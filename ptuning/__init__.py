@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ptuning.scoring import encode, nll
     from ptuning.train.config import TrainConfig
     from ptuning.train.resume import Resume
-    from ptuning.tuning import TuneResult, tune
+    from ptuning.tuning import TuneResult, iter_tune, tune
     from ptuning.types import Example, Message, user_key
 
 __version__ = "0.1.0"
@@ -57,6 +57,7 @@ _HOMES = {
     "TuneResult": "tuning",
     "encode": "scoring",
     "generate": "generation",
+    "iter_tune": "tuning",
     "load_backbone": "model.load",
     "load_peft": "prefix.peft_format",
     "nll": "scoring",

@@ -7,14 +7,16 @@ tokens of one row are not independent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from ptuning.types import Config, Gate, SplitLosses
+from ptuning.types import Config, Counts, Gate, Split, SplitLosses, UserReport, seed_of
 
 _Floats = npt.NDArray[np.float64]
 _CHUNK = 4_000_000  # elements of a matrix of resamples x rows: 32 MB
@@ -22,6 +24,8 @@ _CHUNK = 4_000_000  # elements of a matrix of resamples x rows: 32 MB
 
 class GateConfig(Config):
     """When a candidate becomes the champion."""
+
+    SECTION: ClassVar[str] = "gate"
 
     min_gain: float = Field(
         0.0,
@@ -54,36 +58,71 @@ class _Comparison:
     share: float | None
 
 
-def decide(
-    config: GateConfig,
-    *,
-    base: SplitLosses,
-    candidate: SplitLosses,
-    champion: SplitLosses | None,
-    seed: int,
-) -> Gate:
-    """Whether `candidate` becomes this user's champion: "promoted" or "rejected".
+@dataclass(frozen=True, kw_only=True)
+class GateInput:
+    """All that a decision is made of: one user's losses, and how much they were trained and judged
+    on.
 
-    The three are losses on the same validation rows; `champion` is None where the user has
-    none. Promoted if the gain, summed nats of the rival less the candidate's over summed
-    tokens, is above `min_gain` against the base and against the champion, and is so in
-    `confidence` of the resamples of rows (paired: all see the same resamples). A loss that is
-    not finite rejects. Raises ValueError if the rows are not the same.
+    The losses are on the same validation rows, None where they were not measured; `champion` is
+    None where the user has none. `counts` are the rows and tokens of each split; a rule that asks
+    for more of them reads them here. Test rows are counted, never decided on.
     """
-    rivals = [("base", base)] + ([("champion", champion)] if champion is not None else [])
-    tokens = _aligned(candidate, rivals)
+
+    seed: int  # of the resamples
+    base: SplitLosses | None
+    candidate: SplitLosses | None
+    champion: SplitLosses | None = None
+    counts: Mapping[Split, Counts] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, report: UserReport) -> GateInput:
+        """Of what a worker reported, just now or in a record of an earlier run."""
+
+        def valid(who: str) -> SplitLosses | None:
+            return report.losses.get(who, {}).get("valid")
+
+        return cls(
+            seed=seed_of(report.user_key, "gate"),
+            base=valid("base"),
+            candidate=valid("candidate"),
+            champion=valid("champion"),
+            counts=report.counts,
+        )
+
+
+def decide(config: GateConfig, given: GateInput) -> Gate:
+    """Whether the candidate becomes this user's champion: "promoted" or "rejected".
+
+    Promoted if the gain, summed nats of the rival less the candidate's over summed
+    tokens, is above `min_gain` against the base and against the champion, and is so in
+    `confidence` of the resamples of rows (paired: all see the same resamples). A loss of the base
+    or the candidate that is missing or not finite rejects; such a champion is no rival, or it would
+    stay for ever. Raises ValueError if the rows are not the same.
+
+        >>> base = SplitLosses(nats=(9.0,), tokens=(3,))
+        >>> better = SplitLosses(nats=(6.0,), tokens=(3,))
+        >>> decide(GateConfig(), GateInput(seed=0, base=base, candidate=better)).decision
+        'promoted'
+    """
+    base, candidate, champion = given.base, given.candidate, given.champion
+    if base is None or candidate is None:
+        return _reject("no validation loss was measured")
+    rivals = [("base", base)]
+    if champion is not None and math.isfinite(sum(champion.nats)):
+        rivals.append(("champion", champion))
+    tokens = _align(candidate, rivals)
     named = [("candidate", candidate), *rivals]
     broken = [who for who, losses in named if not np.isfinite(np.sum(losses.nats))]
     if broken:
-        return _rejected(f"the {' and the '.join(broken)} has a validation loss that isn't finite")
+        return _reject(f"the {' and the '.join(broken)} has a validation loss that isn't finite")
     if not tokens.sum():
-        return _rejected("there are no validation tokens to compare on")
+        return _reject("there are no validation tokens to compare on")
 
     weak = tokens.sum() < config.min_valid_tokens or np.count_nonzero(tokens) < 2
     # [rivals, R]: what the candidate saves on each row
     saved = np.array([np.subtract(losses.nats, candidate.nats) for _, losses in rivals])
     gains = saved.sum(axis=1) / tokens.sum()
-    shares = [None] * len(rivals) if weak else _shares(config, saved, tokens, seed)
+    shares = [None] * len(rivals) if weak else _shares(config, saved, tokens, given.seed)
     comparisons = [
         _Comparison(
             rival="base" if who == "base" else "champion",
@@ -96,7 +135,7 @@ def decide(
     return _gate(config, candidate, tokens, comparisons)
 
 
-def _aligned(candidate: SplitLosses, rivals: list[tuple[str, SplitLosses]]) -> _Floats:
+def _align(candidate: SplitLosses, rivals: list[tuple[str, SplitLosses]]) -> _Floats:
     """The rows' token counts [R], after checking that all losses are of the same rows."""
     for who, losses in [("candidate", candidate), *rivals]:
         if len(losses.nats) != len(losses.tokens) or losses.tokens != candidate.tokens:
@@ -142,7 +181,7 @@ def _gate(
     )
     needed = f"needed more than {config.min_gain:g}"
     needed += f" in {config.confidence:.0%} of resamples" if shares else ", means only: few tokens"
-    against = " and ".join(_told(c) for c in comparisons)
+    against = " and ".join(_describe(c) for c in comparisons)
     return Gate(
         decision="promoted" if promoted else "rejected",
         reason=f"{candidate.nll:.4f} nats per token on {tokens.sum():.0f} validation tokens in "
@@ -154,11 +193,11 @@ def _gate(
     )
 
 
-def _told(comparison: _Comparison) -> str:
+def _describe(comparison: _Comparison) -> str:
     side = "above" if comparison.gain < 0 else "below"
-    told = f"{abs(comparison.gain):.4f} {side} the {comparison.rival}'s {comparison.rival_nll:.4f}"
-    return told if comparison.share is None else f"{told} ({comparison.share:.1%} of resamples)"
+    text = f"{abs(comparison.gain):.4f} {side} the {comparison.rival}'s {comparison.rival_nll:.4f}"
+    return text if comparison.share is None else f"{text} ({comparison.share:.1%} of resamples)"
 
 
-def _rejected(reason: str) -> Gate:
+def _reject(reason: str) -> Gate:
     return Gate(decision="rejected", reason=reason)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ptuning.data.encode import Encoded
 from ptuning.data.examples import check_example
+from ptuning.data.layout import Arrangement
 from ptuning.errors import DataError
 from ptuning.model.batch import PackPrefix
 from ptuning.prefix.artifact import Prefix, pack_prefix
 from ptuning.train.start import positions_of
 from ptuning.train.step import LocalDriver, Machine, predicted, score_rows
-from ptuning.types import Example, SplitLosses
+from ptuning.types import Example, Split, SplitLosses, seed_of
 
 if TYPE_CHECKING:  # it brings in Transformers
     from ptuning.model.backbone import Backbone
@@ -83,3 +87,107 @@ def score_split(
         )
         for user in users
     ]
+
+
+@dataclass(kw_only=True)
+class ScoredUser:
+    """One user's rows and the prefixes that are judged on them, and what came of it.
+
+    `losses[who][split]` has "base", "candidate", "champion" where there is one that the rows fit,
+    and "other": the candidate of another user of the pack, to see what is personal.
+    """
+
+    user_key: str
+    valid: tuple[Encoded, ...]
+    test: tuple[Encoded, ...]
+    candidate: Prefix
+    champion: Prefix | None = None
+    champion_ignored: str = ""
+    test_rows_too_long: int = 0
+    losses: dict[str, dict[str, SplitLosses]] = field(default_factory=dict)
+
+
+def score_users(backbone: Backbone, users: Sequence[ScoredUser], budget: int) -> Machine[None]:
+    """Set each user's losses under the base, the champion, the candidate and another user's prefix.
+
+    All of them see the same rows: test rows that one has no positions for are left out.
+    """
+    others = _draw_others(users)
+    for user in users:
+        _leave_out_too_long(backbone, user, others.get(user.user_key))
+    judges: tuple[tuple[str, list[Prefix | None]], ...] = (
+        ("base", [None] * len(users)),
+        ("champion", [user.champion for user in users]),
+        ("candidate", [user.candidate for user in users]),
+        ("other", [others.get(user.user_key) for user in users]),
+    )
+    splits: tuple[Split, ...] = ("valid", "test")
+    for split in splits:
+        for who, prefixes in judges:
+            groups = [list(range(len(users)))] if who == "base" else _group_alike(prefixes)
+            for group in groups:
+                chosen = [prefix for n in group if (prefix := prefixes[n]) is not None]
+                losses = yield from score_split(
+                    backbone,
+                    [_arrange_rows(backbone, users[n], prefixes[n], split) for n in group],
+                    pack_prefix(chosen, backbone) if chosen else None,
+                    budget,
+                    chosen[0].method.members if chosen else 1,
+                )
+                for n, loss in zip(group, losses, strict=True):
+                    if loss.tokens:
+                        users[n].losses.setdefault(who, {})[split] = loss
+
+
+def _leave_out_too_long(backbone: Backbone, user: ScoredUser, other: Prefix | None) -> None:
+    """Leave out test rows that a judge has no positions for, and a champion that the validation
+    rows do not fit (the candidate's fit: it trained)."""
+    limit = backbone.facts.max_positions
+    if limit is None:
+        return
+
+    def fits(row: Encoded, prefix: Prefix | None) -> bool:
+        around = Arrangement() if prefix is None else prefix.arrangement(backbone.template)
+        shapes = {} if prefix is None else prefix.shapes
+        return positions_of(around.row(row), backbone.facts, shapes) <= limit
+
+    if user.champion and not all(fits(row, user.champion) for row in user.valid):
+        user.champion = None
+        reason = "the backbone has too few positions for it beside the validation rows"
+        user.champion_ignored = reason
+    judges = (user.candidate, user.champion, other)
+    test = tuple(row for row in user.test if all(fits(row, prefix) for prefix in judges))
+    user.test_rows_too_long = len(user.test) - len(test)
+    user.test = test
+
+
+def _arrange_rows(
+    backbone: Backbone, user: ScoredUser, prefix: Prefix | None, split: Split
+) -> list[Encoded]:
+    """A user's rows of a split, arranged as the prefix that is judged on them wants it."""
+    rows = user.valid if split == "valid" else user.test
+    if prefix is None:
+        return list(rows)
+    around = prefix.arrangement(backbone.template)
+    return [around.judged_row(row) for row in rows]
+
+
+def _draw_others(users: Sequence[ScoredUser]) -> Mapping[str, Prefix]:
+    """For each user the candidate of another, drawn by the user's own seed."""
+    drawn = {}
+    for user in users:
+        rest = [other.candidate for other in users if other is not user]
+        if rest:
+            picker = random.Random(seed_of(user.user_key, "other"))
+            drawn[user.user_key] = picker.choice(rest)
+    return drawn
+
+
+def _group_alike(prefixes: Sequence[Prefix | None]) -> list[list[int]]:
+    """Places of prefixes of one kind, which can be stacked: same tensors, the same visibility."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for n, prefix in enumerate(prefixes):
+        if prefix is not None:
+            shapes = tuple(sorted(prefix.shapes.items()))
+            groups[shapes, prefix.method.members, prefix.method.visibility].append(n)
+    return list(groups.values())

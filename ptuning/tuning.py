@@ -1,41 +1,41 @@
-"""Tune many users in this process: the library's own entry, without any cluster."""
+"""Tune users in this process: the library's own entry, without any cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
+from ptuning.data.columns import Columns
 from ptuning.data.examples import (
     DataConfig,
     arrange,
     check_example,
-    data_digest,
+    check_row,
     too_few,
     why_too_few,
 )
-from ptuning.errors import ConfigError, CorruptArtifact, PTuningError, WrongUser
+from ptuning.data.values import read_user_id
+from ptuning.errors import ConfigError, DataError, PTuningError
+from ptuning.identity import Recipe
 from ptuning.methods.base import Method
 from ptuning.methods.catalogue import default_method
 from ptuning.model.backbone import Backbone
-from ptuning.prefix.artifact import ArtifactConfig, Prefix, make_prefix
-from ptuning.train.config import TrainConfig, Trained, UserRows
-from ptuning.train.packed import train_pack
+from ptuning.pack import PackResult, PackUser, run_pack
+from ptuning.prefix.artifact import ArtifactConfig, Prefix
+from ptuning.train.config import TrainConfig
 from ptuning.train.resume import Resume
 from ptuning.train.step import LocalDriver
+from ptuning.train.words import check_init_text
 from ptuning.types import EpochLoss, Example, user_key
-from ptuning.users import (
-    Recipe,
-    belongs,
-    check_init_text,
-    check_resume,
-    meta_of,
-    prepare,
-    warm_start,
-)
+
+UserId = str | int  # a number is taken as its decimal text
+Row = Example | Mapping[str, object]  # a mapping is read as a row of a file: data.columns
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TuneResult:
     """One user's outcome. `prefix` is None unless `status` is "trained".
 
@@ -52,144 +52,235 @@ class TuneResult:
     error: str | None = None
     resume: Resume | None = None  # what continues the training, with train.keep_resume
 
+    def __repr__(self) -> str:
+        """One line, without tensors and without `error`, which may quote a row."""
+        facts = [self.status, f"epochs={len(self.history)}", f"steps={self.steps}"]
+        valid = [line["valid"] for line in self.history if line["valid"] is not None]
+        if valid:
+            facts.append(f"valid={min(valid):.4f}")
+        if self.prefix is not None:
+            facts.append(f"digest={self.prefix.digest[:12]}")
+        return f"TuneResult({', '.join(facts)})"
+
+    def require(self) -> Prefix:
+        """The prefix. Raises DataError where the user has too few rows, and PTuningError where
+        they failed, with the reason. Example: `result["alice"].require().save("alice")`."""
+        if self.prefix is not None:
+            return self.prefix
+        kind = DataError if self.status == "too_few" else PTuningError
+        raise kind(
+            "the user has no prefix",
+            seen=f"{self.status}: {self.error}",
+            expected="a user who was trained",
+            fix="mend what the reason names, or ask for `prefix`, which may be None",
+        )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one call of `iter_tune` was asked for."""
+
+    backbone: Backbone
+    recipe: Recipe
+    data: DataConfig
+    columns: Columns
+    salt: bytes
+    start: Mapping[str, Prefix]
+    resume: Mapping[str, Resume]
+
 
 def tune(
     backbone: Backbone,
-    users: Mapping[str, Sequence[Example]],
+    users: Mapping[UserId, Iterable[Row]] | Mapping[str, Iterable[Row]],
     *,
     method: Method | None = None,
     train: TrainConfig | None = None,
     data: DataConfig | None = None,
     artifact: ArtifactConfig | None = None,
     prefix_name: str = "default",
-    min_valid_tokens: int = 64,
+    salt: bytes = b"",
     start: Mapping[str, Prefix] | None = None,
     resume: Mapping[str, Resume] | None = None,
 ) -> dict[str, TuneResult]:
-    """Train one prefix per user, many users in one forward pass.
+    """Train one prefix per user, many users in one forward pass: all results of `iter_tune`, in
+    the order of `users`.
 
-    `users` maps user ids to their examples; rows without a split are split by time
-    (DataConfig). With fewer validation tokens than `min_valid_tokens` a user's last epoch is
-    kept, not the best: so few would choose by chance. Users in `start` begin from a trained
-    prefix of the same method and sizes, users in `resume` where an earlier training on the same
-    rows stopped (TuneResult.resume); each user's must be their own. The result has every user of
-    `users`; one whose rows cannot be used fails alone. Of `data`, `max_length`, `max_rows` and
-    `min_examples` count; the template is the backbone's. Raises MethodError where the backbone
-    cannot do the method, ConfigError where `start` or `resume` name nobody who is trained, and
-    BackboneChanged where the weights are not the same after as before.
+    Raises as `iter_tune` does, and then has no results; for many users, take them from there as
+    they finish.
+    """
+    ids = [_text_of(user_id) for user_id in users]
+    if doubled := [user_id for user_id, count in Counter(ids).items() if count > 1]:
+        raise ConfigError(
+            "two of the users have one id",
+            seen=", ".join(sorted(doubled)[:3]),
+            expected="ids that differ as text: a number is taken as its decimal text",
+            fix="put the user's rows together, or rename one of them",
+        )
+    found = dict(
+        iter_tune(
+            backbone,
+            users,
+            method=method,
+            train=train,
+            data=data,
+            artifact=artifact,
+            prefix_name=prefix_name,
+            salt=salt,
+            start=start,
+            resume=resume,
+        )
+    )
+    return {user_id: found[user_id] for user_id in ids}
+
+
+def iter_tune(
+    backbone: Backbone,
+    users: Mapping[UserId, Iterable[Row]]
+    | Mapping[str, Iterable[Row]]
+    | Iterable[tuple[UserId, Iterable[Row]]],
+    *,
+    method: Method | None = None,
+    train: TrainConfig | None = None,
+    data: DataConfig | None = None,
+    artifact: ArtifactConfig | None = None,
+    prefix_name: str = "default",
+    salt: bytes = b"",
+    start: Mapping[str, Prefix] | None = None,
+    resume: Mapping[str, Resume] | None = None,
+) -> Iterator[tuple[str, TuneResult]]:
+    """Train one prefix per user, and yield `(user_id, result)` whenever a pack is done.
+
+    `users` maps ids to rows, or is a stream of such pairs, each user once; it is read a pack
+    (`train.pack_users`) at a time, and no more than one pack is in memory. Rows are Examples or
+    mappings, read like rows of a file; without a split they are split by time (DataConfig). Every
+    user of `users` is yielded once; one whose rows cannot be used fails alone.
+
+    Users in `start` begin from a trained prefix of the same method and sizes, users in `resume`
+    where an earlier training on the same rows stopped (TuneResult.resume); each user's must be
+    their own. `salt` is of the store that prefixes go to, if they go to one: a user's key depends
+    on it. Of `data`, `columns`, `max_length`, `max_rows` and `min_examples` count; the template is
+    the backbone's.
+
+    Raises MethodError where the backbone cannot do the method, ConfigError where `start` or
+    `resume` name nobody who is trained, DataError on an id that is none, and BackboneChanged where
+    the weights are not the same after a pack as before. What was yielded until then is whole.
+
+        for user_id, result in ptuning.iter_tune(backbone, read_users()):
+            if result.prefix is not None:
+                result.prefix.save(f"{ptuning.user_key(user_id)}.safetensors")
     """
     data = data or DataConfig()
-    artifact = artifact or ArtifactConfig()
     recipe = Recipe(
         method or default_method(),
         train or TrainConfig(),
         data.max_length,
         prefix_name,
-        artifact.dtype,
-        min_valid_tokens,
+        artifact or ArtifactConfig(),
     )
     recipe.method.check(backbone.facts)
     check_init_text(backbone.template, recipe.method)
-    _check_beginnings(recipe, users, start or {}, resume or {})
-    before = backbone.checksum()
-    results: dict[str, TuneResult] = {}
-    ready: list[tuple[str, list[Example], UserRows]] = []
-    for user_id, examples in users.items():
-        begin = (start or {}).get(user_id), (resume or {}).get(user_id)
+    _check_beginnings(recipe, start or {}, resume or {})
+    columns = Columns(data.columns)
+    task = _Task(backbone, recipe, data, columns, salt, start or {}, resume or {})
+    if isinstance(users, Mapping):
+        _check_strangers(task, {_text_of(user_id) for user_id in users})
+        return _tune_stream(task, iter(users.items()))
+    return _check_stream(task, iter(users))
+
+
+def _check_stream(
+    task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]
+) -> Iterator[tuple[str, TuneResult]]:
+    """`_tune_stream`, which only at its end knows who was not there."""
+    wanted = {*task.start, *task.resume}
+    met = set()
+    for user_id, result in _tune_stream(task, users):
+        if user_id in wanted:
+            met.add(user_id)
+        yield user_id, result
+    _check_strangers(task, met)
+
+
+def _tune_stream(
+    task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]
+) -> Iterator[tuple[str, TuneResult]]:
+    size = task.recipe.train.pack_users
+    before = task.backbone.checksum()
+    ready = _read_users(task, users)
+    while chunk := list(islice(ready, size)):
+        pack = [(user_id, read) for user_id, read in chunk if isinstance(read, PackUser)]
+        yield from [(user_id, read) for user_id, read in chunk if isinstance(read, TuneResult)]
+        if not pack:
+            continue
+        machine = run_pack(task.backbone, task.recipe, [user for _, user in pack])
+        results = LocalDriver(task.backbone).run(machine)
+        task.backbone.verify_unchanged(before)
+        for (user_id, _), result in zip(pack, results, strict=True):
+            yield user_id, _describe(result)
+
+
+def _read_users(
+    task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]
+) -> Iterator[tuple[str, PackUser | TuneResult]]:
+    """Each user as they are trained, or why they are not."""
+    for given, rows in users:
+        user_id = _text_of(given)
         try:
-            read = _read(backbone, recipe, data, user_id, examples, *begin)
+            yield user_id, _read_user(task, read_user_id(user_id), rows)
         except (PTuningError, UnicodeError) as error:  # UnicodeError: text that is no Unicode
-            read = TuneResult(status="failed", error=str(error))
-        if isinstance(read, TuneResult):
-            results[user_id] = read
-        else:
-            ready.append((user_id, *read))
-    size = recipe.train.pack_users
-    for at in range(0, len(ready), size):
-        pack = ready[at : at + size]
-        machine = train_pack(
-            backbone,
-            recipe.method,
-            recipe.train,
-            [rows for _, _, rows in pack],
-            recipe.min_valid_tokens,
+            yield user_id, TuneResult(status="failed", error=str(error))
+
+
+def _text_of(user_id: UserId) -> str:
+    """An id as text. A text is left as it is: if it is none, its user fails, and nobody else."""
+    return user_id if isinstance(user_id, str) else read_user_id(user_id)
+
+
+def _read_user(task: _Task, user_id: str, rows: Iterable[Row]) -> PackUser | TuneResult:
+    examples = [
+        example for row in rows if (example := _read_row(task.columns, user_id, row)) is not None
+    ]
+    if too_few(arranged := arrange(examples), task.data.min_examples):
+        return TuneResult(status="too_few", error=why_too_few(arranged, task.data.min_examples))
+    return PackUser(
+        user_key=user_key(user_id, task.salt),
+        examples=arrange(examples, task.data.max_rows),
+        start=task.start.get(user_id),
+        resume=task.resume.get(user_id),
+    )
+
+
+def _read_row(columns: Columns, user_id: str, row: Row) -> Example | None:
+    """A row as an Example; None: its weight is 0, so it is not learned from. Raises DataError."""
+    if not isinstance(row, Mapping):
+        check_example(row)
+        return row
+    if "user_id" in row and read_user_id(row["user_id"]) != user_id:
+        raise DataError(
+            "a row names another user than the one it is given for",
+            seen=repr(row["user_id"]),
+            expected=repr(user_id),
+            fix="give each user their own rows only",
         )
-        for (user_id, rows, _), trained in zip(
-            pack, LocalDriver(backbone).run(machine), strict=True
-        ):
-            origin = _origin((start or {}).get(user_id), (resume or {}).get(user_id))
-            results[user_id] = _result(backbone, recipe, artifact, user_id, rows, trained, origin)
-    backbone.verify_unchanged(before)
-    return {user_id: results[user_id] for user_id in users}
+    read = check_row(row, columns, {"user_id": user_id})
+    return read.example if read.learned else None
 
 
-def _read(
-    backbone: Backbone,
-    recipe: Recipe,
-    data: DataConfig,
-    user_id: str,
-    examples: Sequence[Example],
-    start: Prefix | None,
-    resume: Resume | None,
-) -> tuple[list[Example], UserRows] | TuneResult:
-    """The user's rows as they are kept and as they are trained, or why they are too few."""
-    for example in examples:
-        check_example(example)
-    if too_few(arranged := arrange(examples), data.min_examples):
-        return TuneResult(status="too_few", error=why_too_few(arranged, data.min_examples))
-    rows = arrange(examples, data.max_rows)
-    own = prepare(backbone.template, recipe, user_key(user_id), rows)
-    return rows, _begun(backbone, recipe, own, rows, start, resume)
-
-
-def _result(
-    backbone: Backbone,
-    recipe: Recipe,
-    artifact: ArtifactConfig,
-    user_id: str,
-    rows: Sequence[Example],
-    trained: Trained,
-    started_from: str,
-) -> TuneResult:
-    def failed(error: str | None) -> TuneResult:
-        return TuneResult(
-            status="failed",
-            history=trained.history,
-            steps=trained.steps,
-            tokens=trained.tokens,
-            resets=trained.resets,
-            error=error,
-        )
-
-    if trained.members is None:
-        return failed(trained.error)
-    key = user_key(user_id)
-    meta = meta_of(backbone, recipe, key, rows, started_from)
-    prefix = make_prefix(trained.members, meta, artifact)
-    try:
-        prefix.check_finite()
-    except CorruptArtifact as error:
-        return failed(str(error))
+def _describe(result: PackResult) -> TuneResult:
     return TuneResult(
-        status="trained",
-        prefix=prefix,
-        history=trained.history,
-        steps=trained.steps,
-        tokens=trained.tokens,
-        resets=trained.resets,
-        resume=Resume(
-            trained.states, belongs(backbone, recipe, key, meta.data_digest, started_from)
-        )
-        if trained.states
-        else None,
+        status="failed" if result.prefix is None else "trained",
+        prefix=result.prefix,
+        history=result.history,
+        steps=result.steps,
+        tokens=result.tokens,
+        resets=result.resets,
+        error=result.error,
+        resume=result.resume,
     )
 
 
 def _check_beginnings(
-    recipe: Recipe,
-    users: Mapping[str, Sequence[Example]],
-    start: Mapping[str, Prefix],
-    resume: Mapping[str, Resume],
+    recipe: Recipe, start: Mapping[str, Prefix], resume: Mapping[str, Resume]
 ) -> None:
     """Raise ConfigError where a beginning that was asked for would be passed over."""
     if recipe.train.start != "init":
@@ -201,14 +292,7 @@ def _check_beginnings(
         )
     beginnings: dict[str, Mapping[str, object]] = {"start": start, "resume": resume}
     for name, given in beginnings.items():
-        if strangers := sorted({*given} - {*users}):
-            raise ConfigError(
-                f"{name} names users who are not trained",
-                seen=", ".join(strangers[:3]),
-                expected="user ids of `users`",
-                fix=f"correct the ids in {name}, or leave them out",
-            )
-        if nothing := sorted(user for user, own in given.items() if own is None):
+        if nothing := sorted(user for user, begin in given.items() if begin is None):
             raise ConfigError(
                 f"{name} has nothing to begin from",
                 seen=f"None for {', '.join(nothing[:3])}",
@@ -217,38 +301,14 @@ def _check_beginnings(
             )
 
 
-def _origin(start: Prefix | None, resume: Resume | None) -> str:
-    """The digest of the prefix that a training began as, however often it went on; "": none."""
-    if resume is not None:
-        return resume.belongs.started_from
-    return "" if start is None else start.digest
-
-
-def _begun(
-    backbone: Backbone,
-    recipe: Recipe,
-    rows: UserRows,
-    examples: Sequence[Example],
-    start: Prefix | None,
-    resume: Resume | None,
-) -> UserRows:
-    """The user's rows with what their training begins from."""
-    if start is not None and resume is not None:
-        raise ConfigError(
-            "a training begins from a prefix or goes on from a state, not both",
-            seen="the user in start and in resume",
-            fix="leave the user out of one of them",
-        )
-    if resume is not None:
-        check_resume(backbone, recipe, resume, rows.user_key, data_digest(examples))
-        return replace(rows, states=resume.states)
-    if start is None:
-        return rows
-    if start.meta.user_key != rows.user_key:
-        raise WrongUser(
-            "the prefix to start from belongs to another user",
-            seen=start.meta.user_key,
-            expected=rows.user_key,
-            fix="a start that users share must be made of public data and be saved as theirs",
-        )
-    return replace(rows, start=warm_start(recipe, backbone, start))
+def _check_strangers(task: _Task, known: set[str]) -> None:
+    """Raise ConfigError where `start` or `resume` names somebody who is not among the users."""
+    beginnings: dict[str, Mapping[str, object]] = {"start": task.start, "resume": task.resume}
+    for name, given in beginnings.items():
+        if strangers := sorted({*given} - known):
+            raise ConfigError(
+                f"{name} names users who are not trained",
+                seen=", ".join(strangers[:3]),
+                expected="user ids of `users`",
+                fix=f"correct the ids in {name}, or leave them out",
+            )

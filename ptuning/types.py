@@ -13,9 +13,18 @@ import base64
 import hashlib
 import hmac
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticUndefined
+
+from ptuning.errors import ConfigError
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -24,9 +33,57 @@ Decision = Literal["promoted", "rejected", "pending"]
 
 
 class Config(BaseModel):
-    """Base of every component's configuration: frozen, and unknown keys are errors."""
+    """Base of every component's configuration: frozen, and unknown keys are errors.
+
+    A value that cannot be used raises ConfigError, which names the setting as a run's configuration
+    does (`train.epochs`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    SECTION: ClassVar[str] = ""  # of a run's configuration; "": the whole of it
+    ERROR: ClassVar[type[ConfigError]] = ConfigError
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, settings: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(settings)
+        except ValidationError as error:
+            raise _explain_setting(error, cls) from error
+
+
+def _explain_setting(error: ValidationError, config: type[Config]) -> ConfigError:
+    """Pydantic's complaint about a setting as ours, which says what to change."""
+    first, *more = error.errors()
+    section = config.SECTION or "the configuration"
+    if not first["loc"]:
+        return config.ERROR(
+            f"the settings of {section} are no mapping",
+            seen=repr(first["input"])[:200],
+            expected="settings by name",
+            fix=f"give {config.__name__}(setting=value), or a mapping",
+        )
+    key = str(first["loc"][0])
+    name = f"{config.SECTION}.{key}" if config.SECTION else key
+    if key not in config.model_fields:
+        return config.ERROR(
+            f"{section} has no such setting",
+            seen=name,
+            expected=", ".join(sorted(config.model_fields)),
+            fix="use one of these, or leave it out",
+        )
+    # A setting of several types is complained about once for each.
+    same = [line for line in (first, *more) if line["loc"][0] == first["loc"][0]]
+    wanted = dict.fromkeys(line["msg"].removeprefix("Input should be ") for line in same)
+    default = config.model_fields[key].default
+    return config.ERROR(
+        f"a setting cannot be used: {name}",
+        seen=f"{name}={first['input']!r}"[:200],
+        expected=" or ".join(wanted),
+        fix=f"change {name}"
+        + ("" if default is PydanticUndefined else f", or leave it out for {default!r}"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +144,17 @@ class SplitLosses:
         return sum(self.nats) / total if total else None
 
 
+class Counts(TypedDict):
+    """How much one user has in one split; `tokens` are those that are predicted."""
+
+    rows: int
+    tokens: int
+
+
 @dataclass(kw_only=True)
 class UserReport:
-    """What a run says of one user. `losses[who][split]`, who in base/champion/candidate/other."""
+    """What a run says of one user. `losses[who][split]`, who in base/champion/candidate/other;
+    `counts[split]` is what the user was trained on and judged by."""
 
     user_key: str
     status: Status
@@ -101,6 +166,7 @@ class UserReport:
     tokens: int = 0
     history: list[EpochLoss] = field(default_factory=list)
     losses: dict[str, dict[str, SplitLosses]] = field(default_factory=dict)
+    counts: dict[Split, Counts] = field(default_factory=dict)
     gate: Gate | None = None
     details: dict[str, Any] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,8 @@ from ptuning.types import Config
 
 
 class ServeConfig(Config):
+    SECTION: ClassVar[str] = "serve"
+
     host: str = Field(
         "127.0.0.1",
         description="address to listen on; beyond loopback only with serve.api_keys_file",

@@ -157,7 +157,6 @@ def test_a_cell_says_what_the_library_says(
                 {user: examples},
                 method=cell.setting.method,
                 train=cell.train,
-                min_valid_tokens=0,
             ).values()
             prefixes[user] = alone.prefix
     assert record["parameters"] > 0 or name == "base"

@@ -48,7 +48,8 @@ TIERS = {
     "ptuning.scoring": 2,
     "ptuning.generation": 2,
     "ptuning.registry": 2,
-    "ptuning.users": 2,
+    "ptuning.identity": 2,
+    "ptuning.pack": 2,
     "ptuning.tuning": 2,
 }
 

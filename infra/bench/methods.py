@@ -32,17 +32,18 @@ from tqdm import tqdm
 import ptuning
 from infra.bench import products, records, tasks
 from infra.bench.records import Record, Results
-from ptuning.data.examples import arrange
+from ptuning.data.examples import arrange, data_digest
+from ptuning.identity import Recipe, describe_prefix
 from ptuning.methods.base import Method
 from ptuning.methods.catalogue import AnyMethod
 from ptuning.model.facts import Facts
+from ptuning.pack import encode_user
 from ptuning.prefix.artifact import make_prefix, pack_prefix, training_digest
 from ptuning.scoring import score_split
 from ptuning.train.config import SPEED_ONLY, Trained
 from ptuning.train.packed import train_pack
 from ptuning.train.step import LocalDriver
 from ptuning.types import Example, user_key
-from ptuning.users import Recipe, meta_of, prepare
 
 BACKBONE = "smollm2"
 VERSION = 1  # of what a cell measures: another one makes every cell new
@@ -149,6 +150,9 @@ SETTINGS = (
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
+# Settings of a training that are the same in all cells, or change no result.
+_NOT_COMPARED = {*SPEED_ONLY, "seed", "min_valid_tokens"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -179,6 +183,7 @@ class Cell:
             batch_size=8,
             learning_rate=self.learning_rate or tuned,
             patience=None,
+            min_valid_tokens=0,
             seed=self.seed,
             pack_users=len(tasks.RELATIONS),
         )
@@ -189,9 +194,7 @@ class Cell:
         method, train = self.setting.method, self.train
         return self._measured | {
             "method": method.model_dump(mode="json") if method else None,
-            "train": (
-                train.model_dump(mode="json", exclude={*SPEED_ONLY, "seed"}) if train else None
-            ),
+            "train": (train.model_dump(mode="json", exclude=_NOT_COMPARED) if train else None),
         }
 
     @property
@@ -218,9 +221,7 @@ class Cell:
             {} if one is None else one.model_dump(mode="json", exclude_unset=True)
             for one in (self.setting.method, self.train)
         ]
-        own[1] = {
-            name: value for name, value in own[1].items() if name not in {*SPEED_ONLY, "seed"}
-        }
+        own[1] = {name: value for name, value in own[1].items() if name not in _NOT_COMPARED}
         kind = self.setting.method.type if self.setting.method else None
         return training_digest(self._measured, kind, *own)
 
@@ -356,15 +357,16 @@ def train(
     method, config = cell.setting.method, cell.train
     if method is None or config is None:
         return [], dict.fromkeys(rows.examples)
-    recipe = Recipe(method, config, min_valid_tokens=0)
+    recipe = Recipe(method, config)
     examples = {user: arrange(own) for user, own in rows.examples.items()}
     ready = [
-        prepare(backbone.template, recipe, user_key(user), own) for user, own in examples.items()
+        encode_user(backbone.template, recipe, user_key(user), own)
+        for user, own in examples.items()
     ]
     trained = LocalDriver(backbone).run(train_pack(backbone, method, config, ready))
     prefixes: Prefixes = {}
     for (user, own), one in zip(examples.items(), trained, strict=True):
-        meta = meta_of(backbone, recipe, user_key(user), own)
+        meta = describe_prefix(backbone, recipe, user_key(user), data_digest(own))
         prefixes[user] = make_prefix(one.members, meta) if one.members else None
     return trained, prefixes
 

@@ -156,7 +156,7 @@ def _fastest(device: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneIdentity:
+class NamedBackbone:
     """Which backbone a run trains on, as prefixes name it."""
 
     backbone_name: str
@@ -164,11 +164,11 @@ class BackboneIdentity:
     template_digest: str
 
 
-def identify_backbone(config: RunConfig) -> BackboneIdentity:
+def identify_backbone(config: RunConfig) -> NamedBackbone:
     """The backbone's name, fingerprint and template digest, without loading its weights."""
     source = locate(config.backbone.name)
     template = load_template(config.backbone.name, config.data.template)
-    return BackboneIdentity(
+    return NamedBackbone(
         backbone_name=source.name,
         fingerprint=fingerprint_of(source, read_config(source)),
         template_digest=template.digest,

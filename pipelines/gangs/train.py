@@ -28,14 +28,13 @@ from pipelines.plan import Pack, Plan, assign
 from pipelines.run_folder import RunFolder
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import RunError
+from ptuning.identity import Recipe
 from ptuning.model.backbone import Backbone
 from ptuning.model.devices import choose_device
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.load import load_backbone
-from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.store import Store
 from ptuning.train.step import Driver, LocalDriver, Machine, Train
-from ptuning.users import Recipe
 
 TICK_S = 0.5  # how often a worker reports tokens, and the driver looks
 
@@ -50,7 +49,6 @@ class GangTask:
     run_id: str
     partition_id: str
     recipe: Recipe
-    artifact: ArtifactConfig
     backbone: BackboneConfig  # dtype and attention resolved
     template: TemplateKind
     threads: int
@@ -171,7 +169,7 @@ def _worker(config: dict[str, Any]) -> None:
         join_peers(config["backend"], config["timeout_s"])
     try:
         backbone, driver = _load(task)
-        job = PackJob(store, task.partition_id, task.recipe, task.artifact)
+        job = PackJob(store, task.partition_id, task.recipe)
         attempt = f"{rank}-{os.getpid()}"
         board = config["board"]
         driver.run(_counted(_all_packs(backbone, job, task, share, attempt, board), board))

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -46,6 +47,8 @@ _MOST_LAYOUTS = 256  # JSONL rows may each have other keys
 
 class ColumnNames(Config):
     """Names of the input's columns, where they are not those of the fields."""
+
+    SECTION: ClassVar[str] = "data.columns"
 
     user_id: str | None = Field(None, description="input column that names the user")
     prompt: str | None = Field(None, description="input column of the prompt")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,8 @@ NOT_OF_ROWS = ("on_shrink", "max_shrink")
 
 class DataConfig(Config):
     """Which rows are learned from, and how they are laid out on disk."""
+
+    SECTION: ClassVar[str] = "data"
 
     columns: ColumnNames = ColumnNames()
     delivery: Literal["snapshot"] = Field(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from ptuning.data.layout import Layout, front
-from ptuning.errors import MethodError, WrongMethod
+from ptuning.errors import ConfigError, MethodError, WrongMethod
 from ptuning.model.batch import EMBEDDINGS, Visibility
 from ptuning.model.facts import DECODER, Facts, stack_of
 from ptuning.types import Config
@@ -127,6 +127,9 @@ class Method(Protocol):
 class Tuning(Config):
     """Settings and answers that methods share."""
 
+    SECTION: ClassVar[str] = "method"
+    ERROR: ClassVar[type[ConfigError]] = MethodError
+
     if TYPE_CHECKING:  # each method's own, fields or properties
 
         @property
@@ -165,14 +168,6 @@ class Tuning(Config):
         "none: words of the user's own train rows",
     )
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _explained(cls, settings: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(settings)
-        except ValidationError as error:
-            raise _unfit(error, cls) from error
-
     @property
     def layout(self) -> Layout | None:
         return None
@@ -196,35 +191,6 @@ class Tuning(Config):
     def from_peft(cls, peft_type: str, num_virtual_tokens: int, facts: Facts) -> Self | None:
         """The method of an adapter that PEFT made of this kind; None: another one's."""
         return None
-
-
-def _unfit(error: ValidationError, method: type[BaseModel]) -> MethodError:
-    """Pydantic's complaint about a setting as ours, which says what to change."""
-    first, *more = error.errors()
-    if not first["loc"]:
-        return MethodError(
-            "a tuning method's settings are no mapping",
-            seen=repr(first["input"]),
-            expected="settings by name",
-            fix="see the method's fields",
-        )
-    key = str(first["loc"][0])
-    if key not in method.model_fields:
-        return MethodError(
-            "this tuning method has no such setting",
-            seen=f"method.{key}",
-            expected=", ".join(sorted(method.model_fields)),
-            fix="use one of these, or leave it out",
-        )
-    # A setting of several types is complained about once for each.
-    same = [one for one in (first, *more) if one["loc"][0] == first["loc"][0]]
-    wanted = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in same)
-    return MethodError(
-        f"a setting of the tuning method cannot be used: {key}",
-        seen=f"method.{key}={first['input']!r}",
-        expected=" or ".join(wanted),
-        fix=f"change method.{key}, or leave it out for {method.model_fields[key].default!r}",
-    )
 
 
 class InputTuning(Tuning):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
 
 
 class BackboneConfig(Config):
+    SECTION: ClassVar[str] = "backbone"
+
     name: str = Field(
         "smollm2",
         description="alias (`smollm2`, `gemma3-270m`), a directory, a hub id or a .gguf file",

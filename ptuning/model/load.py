@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -144,16 +143,7 @@ def _settings(
     values = {} if config is None else config.model_dump()
     if config is None:
         values["name"] = name
-    try:
-        return BackboneConfig.model_validate({**values, **settings})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"a setting of the backbone cannot be used: {first['loc'][0]}",
-            seen=repr(first["input"]),
-            expected=first["msg"].removeprefix("Input should be "),
-            fix="leave it out for the default",
-        ) from error
+    return BackboneConfig.model_validate({**values, **settings})
 
 
 def _adopt(

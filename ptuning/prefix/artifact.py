@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -61,6 +61,8 @@ _TEXT_FIELDS = (
 
 
 class ArtifactConfig(Config):
+    SECTION: ClassVar[str] = "artifact"
+
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="dtype of the values in a prefix file"
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import Field
 
@@ -29,6 +29,8 @@ from ptuning.types import Config, Decision
 
 
 class RegistryConfig(Config):
+    SECTION: ClassVar[str] = "registry"
+
     uri: str | None = Field(
         None,
         description="MLflow tracking and registry URI (http://…, postgresql://…, sqlite:///…); "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -14,6 +14,8 @@ from ptuning.types import Config, EpochLoss
 
 
 class TrainConfig(Config):
+    SECTION: ClassVar[str] = "train"
+
     epochs: int = Field(3, ge=1, description="passes over a user's train rows, at most")
     batch_size: int = Field(8, ge=1, description="rows of one user per optimiser step")
     learning_rate: float | None = Field(
@@ -29,8 +31,23 @@ class TrainConfig(Config):
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="clip each user's gradient to this norm; none: no clipping"
     )
+    adam_beta1: float = Field(
+        0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients, per step"
+    )
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients, per step"
+    )
+    adam_epsilon: float = Field(
+        1e-8, gt=0, description="what AdamW adds to the root of the mean of squared gradients"
+    )
     patience: int | None = Field(
         2, ge=1, description="stop a user after this many epochs without a better validation loss"
+    )
+    min_valid_tokens: int = Field(
+        64,
+        ge=0,
+        description="with fewer validation tokens than this a user trains all epochs and keeps the "
+        "last: so few would choose an epoch by chance",
     )
     seed: int = Field(0, description="base seed; every user's own seed is made from it and the id")
     tokens_per_microbatch: int = Field(
@@ -57,8 +74,6 @@ class TrainConfig(Config):
 SPEED_ONLY = frozenset({"tokens_per_microbatch", "pack_users", "keep_resume"})
 # A training whose loss is no longer finite begins again, once, at this share of its rate.
 RESET_SCALE, MAX_RESETS = 0.1, 1
-
-BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as torch's defaults
 
 
 @dataclass(frozen=True, kw_only=True)

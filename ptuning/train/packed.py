@@ -75,17 +75,16 @@ def train_pack(
     method: Method,
     config: TrainConfig,
     users: Sequence[UserRows],
-    min_valid_tokens: int = 0,
 ) -> Machine[list[Trained]]:
     """Train every user of a pack; results in the order of `users`.
 
-    A user with fewer than `min_valid_tokens` validation tokens trains all epochs and keeps
+    A user with fewer than `config.min_valid_tokens` validation tokens trains all epochs and keeps
     the last: so few tokens would choose an epoch by chance.
     """
     method.check(backbone.facts)
     by_user = [members_of(method, backbone.template, user) for user in users]
     members = [member for own in by_user for member in own]
-    results = yield from _train_members(backbone, method, config, members, min_valid_tokens)
+    results = yield from _train_members(backbone, method, config, members)
     at, trained = 0, []
     for user, own in zip(users, by_user, strict=True):
         trained.append(merge_members(user, results[at : at + len(own)]))
@@ -98,7 +97,6 @@ def _train_members(
     method: Method,
     config: TrainConfig,
     members: Sequence[UserRows],
-    min_valid_tokens: int,
 ) -> Machine[list[Trained]]:
     slots = yield from _initial_slots(backbone, method, members, config.tokens_per_microbatch)
     progress = [
@@ -124,7 +122,7 @@ def _train_members(
             progress[slot].result.steps += 1
         ended = [slot for slot in active if not progress[slot].pending]
         if ended:
-            yield from _end_epoch(backbone, config, slots, progress, ended, min_valid_tokens)
+            yield from _end_epoch(backbone, config, slots, progress, ended)
     return [_result(one, slots, slot, config) for slot, one in enumerate(progress)]
 
 
@@ -281,7 +279,6 @@ def _end_epoch(
     slots: Slots,
     progress: Sequence[_Progress],
     ended: Sequence[int],
-    min_valid_tokens: int,
 ) -> Machine[None]:
     """Validate the users whose epoch ended; keep, stop or go on, each for itself."""
     compiled = slots.compiled()
@@ -299,7 +296,7 @@ def _end_epoch(
             _begin_again(slots, slot, one, config, "the validation loss is not finite")
             continue
         one.result.history.append(EpochLoss(epoch=one.epoch, train=train, valid=valid))
-        is_best, stop = one.best.see(valid if labels >= min_valid_tokens else None)
+        is_best, stop = one.best.see(valid if labels >= config.min_valid_tokens else None)
         if is_best:
             slots.keep_best(slot, compiled)
         one.done = stop or one.epoch == config.epochs

@@ -18,8 +18,6 @@ from ptuning.methods.base import Method, Parameters
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, Dropout, PackPrefix
 from ptuning.train.config import (
-    BETAS,
-    EPS,
     MAX_RESETS,
     RESET_SCALE,
     BestEpoch,
@@ -33,20 +31,14 @@ from ptuning.train.step import collate, predicted, real_tokens
 from ptuning.types import EpochLoss, seed_of
 
 
-def train_user(
-    backbone: Backbone,
-    method: Method,
-    config: TrainConfig,
-    user: UserRows,
-    min_valid_tokens: int = 0,
-) -> Trained:
+def train_user(backbone: Backbone, method: Method, config: TrainConfig, user: UserRows) -> Trained:
     """Train one user's prefix; the best epoch by validation loss is kept (the last, where there
-    are fewer than `min_valid_tokens` validation tokens)."""
+    are fewer than `config.min_valid_tokens` validation tokens)."""
     method.check(backbone.facts)
     trained = []
     for member in members_of(method, backbone.template, user):
         for resets in range(MAX_RESETS + 1):
-            one = _train(backbone, method, config, member, min_valid_tokens, resets)
+            one = _train(backbone, method, config, member, resets)
             if one.error is None:
                 break
         trained.append(one)
@@ -58,7 +50,6 @@ def _train(
     method: Method,
     config: TrainConfig,
     user: UserRows,
-    min_valid_tokens: int,
     resets: int,
 ) -> Trained:
     result = Trained(
@@ -73,7 +64,11 @@ def _train(
     fixed = {name: p.unsqueeze(0) for name, p in parameters.fixed.items()}
     peak = (config.learning_rate or method.default_learning_rate) * RESET_SCALE**resets
     optimizer = torch.optim.AdamW(
-        trained.values(), lr=peak, betas=BETAS, eps=EPS, weight_decay=config.weight_decay
+        trained.values(),
+        lr=peak,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
     )
     total = config.epochs * -(-len(user.train) // config.batch_size)
     best = BestEpoch(config.patience)
@@ -113,7 +108,7 @@ def _train(
         result.history.append(
             EpochLoss(epoch=epoch, train=nats / tokens if tokens else None, valid=valid)
         )
-        enough = sum(predicted(row) for row in user.valid) >= min_valid_tokens
+        enough = sum(predicted(row) for row in user.valid) >= config.min_valid_tokens
         is_best, stop = best.see(valid if enough else None)
         if is_best:
             kept = {name: tensor[0].detach().clone() for name, tensor in prefix.tensors.items()}

@@ -54,12 +54,17 @@ class Belongs:
     started_from: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Resume:
     """One user's training state, one part per member."""
 
     states: tuple[TrainState, ...]
     belongs: Belongs
+
+    def __repr__(self) -> str:
+        """One line, without tensors."""
+        epochs = max((state.epoch for state in self.states), default=0)
+        return f"Resume(user={self.belongs.user_key[:8]}, epochs={epochs})"
 
     def to_bytes(self) -> bytes:
         tensors: dict[str, Tensor] = {}
@@ -152,7 +157,7 @@ class Resume:
         if len(self.states) != method.members:
             raise _incomplete(f"{len(self.states)} states, of {method.members} members")
         for state in self.states:
-            _check_state(state, method, facts, bool(own.started_from))
+            _check_state(state, method, facts, from_prefix=bool(own.started_from))
 
 
 def _checked(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -165,11 +170,11 @@ def _checked(numbers: dict[str, Any]) -> dict[str, Any]:
     return {name: numbers[name] for name in _NUMBERS}
 
 
-def _check_state(state: TrainState, method: Method, facts: Facts, begun: bool) -> None:
+def _check_state(state: TrainState, method: Method, facts: Facts, *, from_prefix: bool) -> None:
     """Raise CorruptArtifact unless the state's tensors are those that the method trains, and
-    finite. `begun`: from a prefix, where the method itself starts at random."""
+    finite. `from_prefix`: it began as one, where the method itself starts at random."""
     shapes = method.shapes(facts)
-    given = begun or method.start_ids != "none"
+    given = from_prefix or method.start_ids != "none"
     start = {name: torch.zeros(shape) for name, shape in shapes.items()} if given else None
     initial = method.initial(facts, start, seed=0)
     for group, wanted in (

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptuning.methods.base import Method, Parameters
 from ptuning.model.batch import PackPrefix
 from ptuning.model.facts import Facts
-from ptuning.train.config import BETAS, EPS, TrainConfig
+from ptuning.train.config import TrainConfig
 from ptuning.train.state import TrainState
 
 
@@ -110,7 +110,7 @@ class Slots:
         step = torch.tensor([float(self.updates[slot]) for slot in slots], device=index.device)
         rate = torch.tensor(list(rates), device=index.device)
         for name, gradient in taken.items():
-            self._adamw(name, gradient, index, rate, step, config.weight_decay)
+            self._adamw(name, gradient, index, rate, step, config)
 
     def _gradients(self, leaves: PackPrefix) -> dict[str, Tensor]:
         inputs = {name: p.detach().requires_grad_() for name, p in self.trained.items()}
@@ -129,16 +129,23 @@ class Slots:
         }
 
     def _adamw(
-        self, name: str, gradient: Tensor, index: Tensor, rate: Tensor, step: Tensor, decay: float
+        self,
+        name: str,
+        gradient: Tensor,
+        index: Tensor,
+        rate: Tensor,
+        step: Tensor,
+        config: TrainConfig,
     ) -> None:
+        beta1, beta2 = config.adam_beta1, config.adam_beta2
         shape = (-1, *([1] * (gradient.ndim - 1)))
         rate, step = rate.view(shape), step.view(shape)
-        first = self._first[name].index_select(0, index).lerp_(gradient, 1 - BETAS[0])
+        first = self._first[name].index_select(0, index).lerp_(gradient, 1 - beta1)
         second = self._second[name].index_select(0, index)
-        second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        parameter = self.trained[name].index_select(0, index).mul_(1 - rate * decay)
-        denominator = (second.sqrt() / (1 - BETAS[1] ** step).sqrt()).add_(EPS)
-        parameter -= rate / (1 - BETAS[0] ** step) * first / denominator
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        parameter = self.trained[name].index_select(0, index).mul_(1 - rate * config.weight_decay)
+        denominator = (second.sqrt() / (1 - beta2**step).sqrt()).add_(config.adam_epsilon)
+        parameter -= rate / (1 - beta1**step) * first / denominator
         self._first[name].index_copy_(0, index, first)
         self._second[name].index_copy_(0, index, second)
         self.trained[name].index_copy_(0, index, parameter)

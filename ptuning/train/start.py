@@ -1,4 +1,5 @@
-"""Where a training begins: a user's members, their rows around virtual tokens, their first words.
+"""Where a training begins: a user's members, their rows around virtual tokens, their first words,
+or a trained prefix.
 
 Shared by the plain and the packed trainer.
 """
@@ -7,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ptuning.data.encode import Encoded, Template
+from ptuning.data.layout import Layout
 from ptuning.data.packing import fill_words
+from ptuning.errors import WrongMethod
 from ptuning.methods.base import Method
 from ptuning.model.batch import EMBEDDINGS
 from ptuning.model.facts import Facts, tokens_inside
+from ptuning.prefix.artifact import Prefix
 from ptuning.train.config import Trained, UserRows
 from ptuning.types import EpochLoss, seed_of
+
+if TYPE_CHECKING:  # it brings in Transformers
+    from ptuning.model.backbone import Backbone
 
 
 def members_of(method: Method, template: Template, user: UserRows) -> list[UserRows]:
@@ -58,6 +66,35 @@ def _words(method: Method, user: UserRows, member: int) -> tuple[tuple[int, ...]
     first, last = member * count, (member + 1) * count
     at, end = sum(user.spans[:first]), sum(user.spans[:last])
     return user.words[at:end], user.spans[first:last]
+
+
+def warm_start(method: Method, backbone: Backbone, prefix: Prefix) -> tuple[dict[str, Tensor], ...]:
+    """A trained prefix as what a training starts from. Raises MethodError where the backbone
+    cannot do the method, WrongMethod where its prefixes have other shapes, or an ArtifactError
+    where the prefix is not of this backbone."""
+    prefix.check(backbone)
+    method.check(backbone.facts)
+    wanted = _kind_of(method, method.shapes(backbone.facts))
+    seen = _kind_of(prefix.method, prefix.shapes)
+    if seen != wanted:
+        raise WrongMethod(
+            "the prefix to start from is not of the kind that is trained",
+            seen=seen,
+            expected=wanted,
+            fix="train with the method and settings that the prefix was made with (keys and values "
+            "of PEFT's: method.sliding_window=respect)",
+        )
+    return tuple({name: t.float() for name, t in own.items()} for own in prefix.members)
+
+
+def _kind_of(method: Method, shapes: dict[str, tuple[int, ...]]) -> tuple[object, ...]:
+    """What prefixes must have in common for one to be the start of another's training."""
+    return shapes, method.members, _places_of(method.layout), method.visibility
+
+
+def _places_of(layout: Layout | None) -> tuple[tuple[int | str, ...], ...]:
+    """Where virtual tokens stand, however the template says it."""
+    return () if layout is None else (layout.before, layout.after)
 
 
 def mean_of_spans(embedded: Tensor, spans: Sequence[int]) -> dict[str, Tensor]:

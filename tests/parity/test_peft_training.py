@@ -272,7 +272,7 @@ def test_every_step_has_pefts_loss_and_gradients(name: str, family: str, first: 
         ours = of_peft(case, parameters, backbone)
     model.train()
     trained = {key: p.clone().unsqueeze(0).requires_grad_() for key, p in ours.items()}
-    settings = TrainConfig(warmup_fraction=0.4, weight_decay=0.05)
+    settings = TrainConfig(min_valid_tokens=0, warmup_fraction=0.4, weight_decay=0.05)
     steps = 5
     optimizers = [
         torch.optim.AdamW(params, weight_decay=settings.weight_decay)
@@ -432,6 +432,7 @@ def test_a_pack_and_the_plain_trainer_give_every_user_what_peft_gives(
 ) -> None:
     case, backbone = CASES[name], build(config_of(family))
     settings = TrainConfig(
+        min_valid_tokens=0,
         epochs=5,
         batch_size=2,
         patience=1,
@@ -467,7 +468,9 @@ def test_a_batch_without_labels_moves_pefts_prefix_and_leaves_ours_alone() -> No
     assert not parameter.grad.any()
     assert (parameter - before).abs().max() > 0.01
     user = UserRows(user_key="mute", seed=1, train=mute)
-    settings = TrainConfig(epochs=2, batch_size=2, learning_rate=0.1, weight_decay=0.1)
+    settings = TrainConfig(
+        min_valid_tokens=0, epochs=2, batch_size=2, learning_rate=0.1, weight_decay=0.1
+    )
     initial = case.method.initial(backbone.facts, None, user.seed).trained
     (packed,) = LocalDriver(backbone).run(train_pack(backbone, case.method, settings, [user]))
     for trained in (packed, train_user(backbone, case.method, settings, user)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from tiny_backbones import FAMILIES, build
 
 import pipelines.gangs.worker
 from pipelines.candidates.judge import gate_all
+from pipelines.done_record import DoneRecord
 from pipelines.gangs.worker import PackJob, pack_machine
 from pipelines.plan import Pack, PlannedUser
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.examples import arrange, data_digest
 from ptuning.data.layout import Arrangement
-from ptuning.gate import GateConfig
+from ptuning.gate import GateConfig, GateInput
+from ptuning.identity import BackboneIdentity, Recipe, digest_training
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
@@ -27,12 +31,15 @@ from ptuning.model.backbone import Backbone
 from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import ArtifactConfig, Prefix
 from ptuning.store import Store, prefix_path
+from ptuning.store_identity import StoreIdentity
 from ptuning.train.config import TrainConfig
 from ptuning.train.step import LocalDriver, predicted
-from ptuning.types import Example, UserReport, user_key
-from ptuning.users import Recipe, identity
+from ptuning.tuning import tune
+from ptuning.types import Example, UserReport
 
 USERS = ("ann", "bob", "cy")
+KEYS = StoreIdentity("tests", b"the salt of a store")
+user_key = KEYS.user_key
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +84,7 @@ def _pack(
                 bucket=0,
                 tokens=1,
                 data_digest=data,
-                training_digest=identity(
-                    recipe, backbone.fingerprint, backbone.template.digest, key, data
-                ),
+                training_digest=digest_training(recipe, BackboneIdentity.of(backbone), key, data),
                 **(champion if user == "ann" else {}),
             )
         )
@@ -87,7 +92,7 @@ def _pack(
 
 
 def _work(backbone: Backbone, tmp_path: Path, recipe: Recipe, pack: Pack) -> dict[str, UserReport]:
-    job = PackJob(Store(tmp_path), "partition", recipe, ArtifactConfig())
+    job = PackJob(Store(tmp_path), KEYS, "partition", recipe)
     reports = LocalDriver(backbone).run(pack_machine(backbone, job, pack))
     names = {user_key(user): user for user in USERS}
     return {names[report.user_key]: report for report in reports}
@@ -151,9 +156,11 @@ def test_a_prefix_that_its_dtype_cannot_hold_is_not_written(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
     settings = TrainConfig(epochs=1, learning_rate=1e6)
-    recipe = Recipe(PrefixTuning(num_virtual_tokens=2), settings, artifact_dtype="float16")
+    recipe = Recipe(
+        PrefixTuning(num_virtual_tokens=2), settings, artifact=ArtifactConfig(dtype="float16")
+    )
     pack = _pack(backbone, recipe, rows)
-    job = PackJob(Store(tmp_path), "partition", recipe, ArtifactConfig(dtype="float16"))
+    job = PackJob(Store(tmp_path), KEYS, "partition", recipe)
     for report in LocalDriver(backbone).run(pack_machine(backbone, job, pack)):
         assert (report.status, report.stage, report.digest) == ("failed", "tune", None)
         assert "float16" in str(report.error)
@@ -270,3 +277,69 @@ def test_a_start_that_cannot_be_had_is_said_in_the_gates_reason(
     gate_all([report], GateConfig())
     assert report.gate is not None
     assert "trained from the start" in report.gate.reason
+
+
+@pytest.mark.parametrize("start", ["init", "champion"])
+def test_a_worker_trains_and_saves_what_the_library_does(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path, start: Any
+) -> None:
+    """Its file says what it began as too, which the run's plan cannot know beforehand."""
+    first = _recipe(epochs=1)
+    before = _work(backbone, tmp_path, first, _pack(backbone, first, rows))["ann"]
+    recipe = Recipe(first.method, TrainConfig(epochs=2, start=start))
+    pack = _pack(backbone, recipe, rows, champion_digest=before.digest)
+    after = _work(backbone, tmp_path, recipe, pack)["ann"]
+    assert after.details.get("started_from") == (before.digest if start == "champion" else None)
+    store = Store(tmp_path)
+    champion, saved = (
+        Prefix.from_bytes(store.read(prefix_path(user_key("ann"), str(report.digest))), backbone)
+        for report in (before, after)
+    )
+    expected = tune(
+        backbone,
+        rows,
+        method=recipe.method,
+        train=TrainConfig(epochs=2),
+        start={"ann": champion} if start == "champion" else {},
+        salt=KEYS.salt,
+    )["ann"].require()
+    torch.testing.assert_close({**saved.tensors}, {**expected.tensors}, atol=1e-5, rtol=0)
+    planned = pack.users[0].training_digest
+    assert (saved.meta.training_digest == planned) == (start == "init")
+    if start == "init":
+        assert saved.meta == expected.meta
+
+
+def test_a_worker_whose_backbone_has_another_dtype_than_was_planned_trains_nobody(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = _recipe()
+    pack = _pack(backbone, recipe, rows)
+    wrong = replace(BackboneIdentity.of(backbone), dtype="bfloat16")
+    users = [
+        replace(
+            user, training_digest=digest_training(recipe, wrong, user.user_key, user.data_digest)
+        )
+        for user in pack.users
+    ]
+    reports = _work(backbone, tmp_path, recipe, replace(pack, users=tuple(users)))
+    assert {report.status for report in reports.values()} == {"failed"}
+    assert "than was planned" in str(reports["ann"].error)
+
+
+def test_the_gate_decides_the_same_from_a_stored_record(
+    backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    recipe = _recipe()
+    reports = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))
+    fresh = list(reports.values())
+    record = DoneRecord(pack_id="p", attempt="a", seconds=0.0, champions={}, reports=tuple(fresh))
+    stored = DoneRecord.from_json(json.loads(json.dumps(record.to_json()))).reports
+    for one, again in zip(fresh, stored, strict=True):
+        assert GateInput.of(again) == GateInput.of(one)
+        assert one.counts["valid"]["rows"] == len(one.losses["base"]["valid"].tokens)
+        assert one.counts["train"]["rows"] > 0
+        assert one.counts["train"]["tokens"] > 0
+    gate_all(fresh, GateConfig())
+    gate_all(stored, GateConfig())
+    assert [one.gate for one in stored] == [one.gate for one in fresh]

@@ -6,7 +6,9 @@ import importlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +29,7 @@ from ptuning.errors import (
     DataError,
     ModelNotFound,
     OutOfMemory,
+    PTuningError,
     TemplateError,
     UnsupportedModel,
     WrongBackbone,
@@ -34,6 +37,7 @@ from ptuning.errors import (
 from ptuning.model import load as load_module
 from ptuning.model.backbone import Backbone
 from ptuning.model.devices import choose_device
+from ptuning.train.step import LocalDriver
 
 
 def examples(word: str, count: int = 10) -> list[ptuning.Example]:
@@ -330,6 +334,162 @@ def test_what_began_again_is_said_in_the_result(
     assert [(own.resets, own.status) for own in blown.values()] == [(0, "trained"), (1, "trained")]
     for line, wanted in zip(blown["alice"].history, plain["alice"].history, strict=True):
         assert line == pytest.approx(wanted, abs=1e-5)
+
+
+# Streams of users
+
+QUICK: dict[str, Any] = {
+    "method": ptuning.PrefixTuning(num_virtual_tokens=2),
+    "train": ptuning.TrainConfig(epochs=1, pack_users=2),
+}
+
+
+def collect(
+    results: Iterable[tuple[str, ptuning.TuneResult]], into: dict[str, ptuning.TuneResult]
+) -> None:
+    """Keep what is yielded before something raises."""
+    for user_id, result in results:
+        into[user_id] = result
+
+
+def test_users_are_read_a_pack_at_a_time_and_yielded_as_packs_finish(backbone: Backbone) -> None:
+    """A stream without an end gives results, and is read no further than they need."""
+    read = 0
+
+    def forever() -> Iterator[tuple[str, list[ptuning.Example]]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield f"user {read}", examples("tea") if read % 3 else []
+
+    results = ptuning.iter_tune(backbone, forever(), **QUICK)
+    for position, (user_id, result) in enumerate(islice(results, 6), 1):
+        assert read - position < 2 * 2
+        number = int(user_id.removeprefix("user "))
+        assert result.status == ("trained" if number % 3 else "too_few")
+    results.close()
+
+
+def test_a_pack_that_raises_loses_no_result_that_was_yielded(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = {name: examples(name) for name in ("ann", "bob", "cy", "dan", "eve")}
+    whole = ptuning.tune(backbone, users, **QUICK)
+    found: dict[str, ptuning.TuneResult] = {}
+    packs = 0
+    run = LocalDriver.run
+
+    def run_two(self: Any, machine: Any) -> Any:
+        nonlocal packs
+        packs += 1
+        if packs == 2:
+            raise OutOfMemory("no memory")
+        return run(self, machine)
+
+    monkeypatch.setattr(LocalDriver, "run", run_two)
+    with pytest.raises(OutOfMemory):
+        collect(ptuning.iter_tune(backbone, users, **QUICK), found)
+    assert {user: one.require() for user, one in found.items()} == {
+        user: whole[user].require() for user in ("ann", "bob")
+    }
+
+
+def test_rows_may_be_mappings_and_ids_numbers(backbone: Backbone) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": row.prompt, "completion": row.completion, "timestamp": row.timestamp}
+        for row in examples("tea")
+    ]
+    asked = {"user_id": 7, "instruction": "never", "output": "learned", "weight": 0}
+    given = ptuning.tune(backbone, {7: [*rows, asked]}, **QUICK)
+    same = ptuning.tune(backbone, {"7": examples("tea")}, **QUICK)
+    assert list(given) == ["7"]
+    stamped = given["7"].require().meta
+    assert stamped.user_key == ptuning.user_key("7")
+    assert stamped.data_digest == same["7"].require().meta.data_digest
+    bad = ptuning.tune(
+        backbone,
+        {"7": [*rows, {"prompt": "a"}], "8": [{**row, "user_id": 7} for row in rows]},
+        **QUICK,
+    )
+    assert "completion is missing" in str(bad["7"].error)
+    assert "another user" in str(bad["8"].error), "a row of 7 must not train 8"
+    with pytest.raises(ConfigError, match="one id"):
+        ptuning.tune(backbone, {7: rows, "7": rows}, **QUICK)
+
+
+def test_the_salt_of_a_store_decides_whose_prefix_it_is(backbone: Backbone) -> None:
+    users = {"ann": examples("tea")}
+    salted = ptuning.tune(backbone, users, salt=b"a store's", **QUICK)["ann"].require()
+    unsalted = ptuning.tune(backbone, users, **QUICK)["ann"].require()
+    assert salted.meta.user_key == ptuning.user_key("ann", b"a store's")
+    assert unsalted.meta.user_key == ptuning.user_key("ann") != salted.meta.user_key
+
+
+def test_a_stream_says_at_its_end_who_was_to_begin_from_something_and_never_came(
+    backbone: Backbone,
+) -> None:
+    prefix = ptuning.tune(backbone, {"ann": examples("tea")}, **QUICK)["ann"].require()
+    stream = iter([("ann", examples("tea"))])
+    found: dict[str, ptuning.TuneResult] = {}
+    begins = {"ann": prefix, "eve": prefix}
+    with pytest.raises(ConfigError, match="not trained"):
+        collect(ptuning.iter_tune(backbone, stream, start=begins, **QUICK), found)
+    assert [*found] == ["ann"]
+
+
+def test_a_result_is_printed_in_one_line_without_rows_or_tensors(backbone: Backbone) -> None:
+    users = {
+        "ann": examples("secret"),
+        "bob": examples("secret", 2),
+        "cy": [replace(row, init_words="") for row in examples("x" * 4000)],
+    }
+    results = ptuning.tune(
+        backbone,
+        users,
+        method=QUICK["method"],
+        train=ptuning.TrainConfig(epochs=1, keep_resume=True),
+    )
+    assert [one.status for one in results.values()] == ["trained", "too_few", "failed"]
+    for one in results.values():
+        assert "\n" not in repr(one)
+        assert len(repr(one)) < 120
+        assert "secret" not in repr(one)
+    assert len(repr(results["ann"].resume)) < 80
+
+
+def test_a_prefix_that_is_required_and_not_there_is_an_error_with_the_reason(
+    backbone: Backbone,
+) -> None:
+    users = {"ann": examples("tea"), "bob": examples("tea", 2), "cy": examples("x" * 4000)}
+    results = ptuning.tune(backbone, users, **QUICK)
+    assert results["ann"].require() is results["ann"].prefix
+    with pytest.raises(DataError, match="no prefix"):
+        results["bob"].require()
+    with pytest.raises(PTuningError) as caught:
+        results["cy"].require()
+    assert str(results["cy"].error) in str(caught.value.seen)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: ptuning.TrainConfig(epochs=0), "train.epochs"),
+        (lambda: ptuning.DataConfig(max_rows=1), "data.max_rows"),
+        (lambda: ptuning.GateConfig(confidence=2.0), "gate.confidence"),
+        (lambda: ptuning.BackboneConfig.model_validate({"dtype": "float12"}), "backbone.dtype"),
+        (lambda: ptuning.ArtifactConfig.model_validate({"dtype": "int1"}), "artifact.dtype"),
+        (lambda: ptuning.TrainConfig.model_validate({"epoch": 3}), "train.epoch"),
+        (lambda: ptuning.PrefixTuning(num_virtual_tokens=0), "method.num_virtual_tokens"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named_with_what_it_may_be(
+    make: Callable[[], object], named: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value.seen).startswith(named)
+    assert caught.value.expected
+    assert caught.value.fix
 
 
 # Loading

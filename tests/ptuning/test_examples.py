@@ -16,7 +16,6 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from tiny_model import make_tokenizer
 
 from ptuning.data.columns import ALIASES, FIELDS, INPUT, ROW_RULES, ColumnNames, Columns
@@ -36,7 +35,7 @@ from ptuning.data.examples import (
 from ptuning.data.messages import ROLE_NAMES
 from ptuning.data.times import EpochMs
 from ptuning.data.values import SPLIT_NAMES, Notes
-from ptuning.errors import DataError
+from ptuning.errors import ConfigError, DataError
 from ptuning.types import Example, Message
 
 GOOD = {"user_id": "alice", "prompt": "a question", "completion": "an answer"}
@@ -521,7 +520,7 @@ def test_too_few_counts_train_and_valid_and_wants_a_valid_row(
     [{"max_rows": 1}, {"max_bad_fraction": 1.5}, {"buckets": 0}, {"template": "x"}, {"oops": 1}],
 )
 def test_impossible_settings_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         DataConfig(**bad)
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from ptuning.gate import GateConfig, decide
-from ptuning.types import Gate, SplitLosses
+from ptuning.errors import ConfigError
+from ptuning.gate import GateConfig, GateInput, decide
+from ptuning.types import Counts, Gate, Split, SplitLosses, UserReport
 
 TOKENS = (20, 30, 10, 25, 40, 15, 20, 30)
 
@@ -31,10 +31,7 @@ def gate(
 ) -> Gate:
     return decide(
         GateConfig.model_validate(config),
-        base=base,
-        candidate=candidate,
-        champion=champion,
-        seed=seed,
+        GateInput(seed=seed, base=base, candidate=candidate, champion=champion),
     )
 
 
@@ -139,7 +136,7 @@ def test_no_validation_tokens_is_rejected_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("who", ["base", "candidate", "champion"])
+@pytest.mark.parametrize("who", ["base", "candidate"])
 def test_a_loss_that_is_not_finite_is_rejected_and_named(bad: float, who: str) -> None:
     three = {"base": losses(4.9), "candidate": losses(4.2), "champion": losses(4.5)}
     three[who] = replace(three[who], nats=(bad, *three[who].nats[1:]))
@@ -147,6 +144,33 @@ def test_a_loss_that_is_not_finite_is_rejected_and_named(bad: float, who: str) -
     assert made.decision == "rejected"
     assert who in made.reason
     assert "finite" in made.reason
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_champion_without_a_finite_loss_is_no_rival(bad: float) -> None:
+    """It would stay for ever."""
+    champion = replace(losses(1.0), nats=(bad, *losses(1.0).nats[1:]))
+    assert gate(losses(4.9), losses(4.2), champion) == gate(losses(4.9), losses(4.2))
+
+
+def test_a_loss_that_was_not_measured_promotes_nothing() -> None:
+    for base, candidate in ((None, losses(4.2)), (losses(4.9), None)):
+        given = GateInput(seed=1, base=base, candidate=candidate)
+        assert decide(GateConfig(), given).decision == "rejected"
+
+
+def test_a_report_says_the_gate_its_validation_losses_and_counts_and_no_test_loss() -> None:
+    counts: dict[Split, Counts] = {"train": {"rows": 9, "tokens": 70}}
+    report = UserReport(user_key="u", status="trained", counts=counts)
+    report.losses = {
+        "base": {"valid": losses(4.9), "test": losses(1.0)},
+        "candidate": {"valid": losses(4.2), "test": losses(9.0)},
+    }
+    given = GateInput.of(report)
+    assert (given.base, given.candidate, given.champion) == (losses(4.9), losses(4.2), None)
+    assert given.counts == counts
+    report.user_key = "v"
+    assert GateInput.of(report).seed != given.seed, "each user's resamples are their own"
 
 
 def test_losses_of_other_rows_are_an_error() -> None:
@@ -168,7 +192,7 @@ def test_losses_of_other_rows_are_an_error() -> None:
     [{"confidence": 1.1}, {"confidence": -0.1}, {"resamples": 0}, {"min_gain": math.nan}, {"x": 1}],
 )
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError):
         GateConfig.model_validate(wrong)
 
 

@@ -41,6 +41,7 @@ from ptuning.errors import (
     WrongMethod,
     WrongShape,
 )
+from ptuning.identity import Recipe
 from ptuning.methods import catalogue
 from ptuning.methods.base import KeysAndValuesTuning, Method, Parameters
 from ptuning.methods.catalogue import METHODS
@@ -53,6 +54,7 @@ from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, Visibility
 from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, stack_of
 from ptuning.model.load import outline
+from ptuning.pack import encode_user
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.ready import make_ready
 from ptuning.scoring import nll
@@ -62,7 +64,6 @@ from ptuning.train.plain import train_user
 from ptuning.train.step import LocalDriver
 from ptuning.tuning import tune
 from ptuning.types import Example
-from ptuning.users import Recipe, prepare
 
 TEMPLATE = Template.of(make_tokenizer())
 
@@ -519,7 +520,7 @@ def test_a_model_that_takes_no_embeddings_takes_keys_and_values(
 def test_words_without_tokens_are_refused(method: Method) -> None:
     rows = [Example(prompt="one", completion="two", split="train")]
     with pytest.raises(DataError, match="no tokens") as caught:
-        prepare(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows)
+        encode_user(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows)
     explained(caught.value, "''", "init_text")
     assert caught.value.fix is not None
 
@@ -542,7 +543,7 @@ def test_a_start_from_words_without_any_is_refused(causal: Backbone, method: Met
 def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
     rows = [Example(prompt="one", completion="two", split="train", init_words="the fox")]
     method = PromptTuning(num_virtual_tokens=5, ensemble=2)
-    words = prepare(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows).words
+    words = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows).words
     ids = TEMPLATE.ids("the fox")
     assert len(ids) < 10
     assert list(words) == (ids * 10)[:10]

@@ -30,6 +30,7 @@ from tiny_backbones import (
 )
 from tiny_model import make_tokenizer
 from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
 
 from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import epoch_batches, fill_words, microbatches
@@ -53,7 +54,7 @@ from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
 from ptuning.train.resume import Belongs, Resume
 from ptuning.train.slots import Slots
-from ptuning.train.step import LocalDriver
+from ptuning.train.step import LocalDriver, collate
 from ptuning.types import seed_of
 
 
@@ -87,7 +88,9 @@ def users() -> list[UserRows]:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"epochs": 3, "batch_size": 3, "patience": None, **changes})
+    return TrainConfig(
+        **{"epochs": 3, "batch_size": 3, "patience": None, "min_valid_tokens": 0, **changes}
+    )
 
 
 def packed(
@@ -124,8 +127,9 @@ def assert_same(ours: Trained, expected: Trained, atol: float = 1e-4) -> None:
         {"weight_decay": 0.1, "max_grad_norm": None, "schedule": "constant"},
         {"max_grad_norm": 0.05, "warmup_fraction": 0.4, "batch_size": 2, "epochs": 4},
         {"batch_size": 100, "tokens_per_microbatch": 1},
+        {"adam_beta1": 0.5, "adam_beta2": 0.9, "adam_epsilon": 0.1},
     ],
-    ids=["defaults", "decay", "clipped-warmup", "one-row-microbatches"],
+    ids=["defaults", "decay", "clipped-warmup", "one-row-microbatches", "adam"],
 )
 def test_a_pack_gives_what_each_user_alone_gives_in_the_plain_trainer(
     backbone: Backbone, method: PrefixTuning, changes: dict[str, Any]
@@ -309,6 +313,78 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
     assert kept is not None
     assert last.kv is not None
     torch.testing.assert_close(kept, last.kv, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trainer", ["packed", "plain"])
+def test_an_epoch_is_chosen_only_where_there_are_validation_tokens_enough(
+    backbone: Backbone, trainer: str
+) -> None:
+    """With fewer than train.min_valid_tokens it is as without any: all epochs, the last is kept."""
+
+    def rows(answer: int, count: int) -> tuple[Encoded, ...]:
+        return tuple(
+            Encoded([*random_ids(4, n), answer, answer], [IGNORE] * 4 + [answer] * 2)
+            for n in range(count)
+        )
+
+    user = UserRows(
+        user_key="contrary", seed=1, train=rows(50, 4), valid=rows(120, 2), words=(9, 8, 7)
+    )
+    method = METHODS["direct-words"]
+
+    def trained(user: UserRows, enough: int) -> Trained:
+        settings = config(
+            epochs=6, patience=1, learning_rate=0.2, batch_size=2, min_valid_tokens=enough
+        )
+        if trainer == "plain":
+            return train_user(backbone, method, settings, user)
+        return packed(backbone, method, settings, [user, *users()[:1]])[user.user_key]
+
+    chosen, last, blind = trained(user, 4), trained(user, 5), trained(replace(user, valid=()), 0)
+    assert (len(chosen.history), len(last.history)) != (6, 6)
+    assert len(last.history) == len(blind.history) == 6
+    assert last.kv is not None
+    assert blind.kv is not None
+    assert chosen.kv is not None
+    torch.testing.assert_close(last.kv, blind.kv, atol=1e-5, rtol=0)
+    assert not torch.allclose(as_layers(chosen.kv), as_layers(last.kv), atol=1e-3)
+
+
+@pytest.mark.parametrize("budget", [20, 10_000])
+def test_a_packs_gradient_is_that_of_each_users_mean_loss(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """AdamW forgets a constant factor of a gradient, so the trained prefixes do not show it."""
+    method, pack = METHODS["direct-words"], users()
+    steps: list[dict[str, Tensor]] = []
+    starts: list[dict[str, Tensor]] = []
+    update = Slots.update
+
+    def watch(slots: Slots, leaves: PackPrefix, *args: Any) -> None:
+        starts.append({name: leaf.detach().clone() for name, leaf in leaves.tensors.items()})
+        steps.append(
+            {
+                name: leaf.grad.clone()
+                for name, leaf in leaves.tensors.items()
+                if leaf.grad is not None
+            }
+        )
+        update(slots, leaves, *args)
+
+    monkeypatch.setattr(Slots, "update", watch)
+    packed(backbone, method, config(epochs=1, batch_size=100, tokens_per_microbatch=budget), pack)
+    (gradients,), (start,) = steps, starts
+    for slot, user in enumerate(pack):
+        alone = {
+            name: values[slot : slot + 1].clone().requires_grad_() for name, values in start.items()
+        }
+        batch = collate(user.train, backbone.device)
+        slots = torch.zeros(len(user.train), dtype=torch.long)
+        prefix = PackPrefix(alone, backbone.facts, method.visibility)
+        backbone.token_nll(batch, prefix.of_rows(slots, backbone.dtype, None)).mean().backward()
+        for name, leaf in alone.items():
+            assert leaf.grad is not None
+            torch.testing.assert_close(gradients[name][slot], leaf.grad[0], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan, 1e30])
@@ -652,7 +728,9 @@ def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
     backbone: Backbone, method: PrefixTuning
 ) -> None:
     """Each slot has a step count, a rate and a norm of its own, whoever else is updated."""
-    settings = TrainConfig(weight_decay=0.05, max_grad_norm=0.5)
+    settings = TrainConfig(
+        weight_decay=0.05, max_grad_norm=0.5, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3
+    )
     initial = [method.initial(backbone.facts, None, seed) for seed in range(3)]
     slots = Slots(method, backbone.facts, initial, backbone.device)
     twins = [
@@ -660,7 +738,10 @@ def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
         for one in initial
     ]
     optimizers = [
-        torch.optim.AdamW(twin.values(), weight_decay=settings.weight_decay) for twin in twins
+        torch.optim.AdamW(
+            twin.values(), betas=(0.8, 0.95), eps=1e-3, weight_decay=settings.weight_decay
+        )
+        for twin in twins
     ]
     generator = torch.Generator().manual_seed(1)
     for turn, named in enumerate([[0, 2], [2], [1, 2], [2, 0]]):
@@ -778,6 +859,23 @@ def test_the_learning_rate_rises_to_its_peak_and_never_leaves_its_range(
     else:
         assert rates[top:] == sorted(rates[top:], reverse=True)
         assert rates[-1] == pytest.approx(peak / (total - top))
+
+
+@given(total=st.integers(1, 60), warmup=st.floats(0, 0.99))
+def test_the_linear_schedule_is_that_of_transformers(total: int, warmup: float) -> None:
+    """But for the warm-up, which is a step ahead: theirs begins with a step at a rate of zero."""
+    rising = int(warmup * total)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedule = get_linear_schedule_with_warmup(optimizer, rising, total)
+    theirs = []
+    for _ in range(total + 1):
+        theirs.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    settings = TrainConfig(warmup_fraction=warmup)
+    for step in range(total):
+        expected = theirs[step + 1] if step < rising else theirs[step]
+        assert learning_rate_at(settings, 0.3, step, total) == pytest.approx(expected)
 
 
 @given(

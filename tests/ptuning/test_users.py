@@ -12,22 +12,24 @@ from tiny_backbones import FAMILIES, build, random_prefix
 from ptuning.data.encode import Template
 from ptuning.data.examples import arrange
 from ptuning.errors import ConfigError, DataError, MethodError, WrongMethod
+from ptuning.identity import RULES, BackboneIdentity, Recipe, digest_training
 from ptuning.methods.base import Method
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.methods.ptuning import PTuning
+from ptuning.pack import encode_user
 from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.scoring import nll
 from ptuning.train.config import TrainConfig
+from ptuning.train.start import warm_start
 from ptuning.tuning import TuneResult, tune
 from ptuning.types import Example, Message
-from ptuning.users import Recipe, identity, prepare, warm_start
 
 BACKBONE = build(FAMILIES["llama"]())
 TEMPLATE = BACKBONE.template
 
 
-def rows(answers: list[str], **more: str) -> list[Example]:
+def rows(answers: list[str], **more: Any) -> list[Example]:
     examples = [
         Example(prompt=f"q {n}", completion=answers[n % len(answers)], **more) for n in range(10)
     ]
@@ -35,7 +37,7 @@ def rows(answers: list[str], **more: str) -> list[Example]:
 
 
 def words_of(method: Method, examples: list[Example]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    ready = prepare(TEMPLATE, Recipe(method, TrainConfig()), "u", examples)
+    ready = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "u", examples)
     return ready.words, ready.spans
 
 
@@ -75,7 +77,7 @@ def test_drawn_tokens_are_no_special_ones_and_depend_on_the_user_alone() -> None
     first, _ = words_of(method, rows(["yes"]))
     assert first == words_of(method, rows(["no"]))[0], "rows do not matter"
     assert not set(first) & set(TEMPLATE.tokenizer.all_special_ids)
-    other = prepare(TEMPLATE, Recipe(method, TrainConfig()), "v", rows(["yes"]))
+    other = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "v", rows(["yes"]))
     assert other.words != first
 
 
@@ -128,27 +130,86 @@ def test_words_without_tokens_fail_whoever_they_belong_to(monkeypatch: pytest.Mo
     ids=["template", "placement", "layers", "members"],
 )
 def test_only_a_prefix_of_the_same_kind_starts_a_training(method: Method, other: Method) -> None:
-    recipe = Recipe(method, TrainConfig())
     own = random_prefix(BACKBONE, method, seed=1)
-    assert len(warm_start(recipe, BACKBONE, own)) == method.members
+    assert len(warm_start(method, BACKBONE, own)) == method.members
     with pytest.raises(WrongMethod, match="not of the kind"):
-        warm_start(recipe, BACKBONE, random_prefix(BACKBONE, other, seed=1))
+        warm_start(method, BACKBONE, random_prefix(BACKBONE, other, seed=1))
 
 
 def test_a_template_may_be_said_in_another_way_by_what_starts_a_training() -> None:
     shorter = PTuning(template="{p:3}{prompt} so", encoder="none")
     longer = PTuning(template="{p:3}{prompt} so{completion}", encoder="none")
     prefix = random_prefix(BACKBONE, shorter, seed=1)
-    (began,) = warm_start(Recipe(longer, TrainConfig()), BACKBONE, prefix)
+    (began,) = warm_start(longer, BACKBONE, prefix)
     assert torch.equal(began["embeddings"], prefix.tensors["embeddings"])
 
 
+def test_what_decides_a_prefix_is_in_its_training_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(backbone: Any = None, started_from: str = "", **train: Any) -> str:
+        recipe = Recipe(PrefixTuning(), TrainConfig(**train))
+        known = BackboneIdentity("f", "float32", "t")
+        return digest_training(recipe, replace(known, **(backbone or {})), "u", "d", started_from)
+
+    assert digest() == digest(pack_users=3, tokens_per_microbatch=99, keep_resume=True)
+    changed = [
+        digest(),
+        digest(adam_beta1=0.8),
+        digest(adam_beta2=0.95),
+        digest(adam_epsilon=1e-6),
+        digest(min_valid_tokens=63),
+        digest({"dtype": "bfloat16"}),
+        digest({"fingerprint": "g"}),
+        digest({"template_digest": "s"}),
+        digest(started_from="p"),
+    ]
+    monkeypatch.setattr("ptuning.identity.RULES", "next")
+    changed.append(digest())
+    assert len({*changed}) == len(changed)
+
+
+def test_the_dtype_of_an_identity_is_the_backbones_resolved_one() -> None:
+    assert BackboneIdentity.of(BACKBONE).dtype == "float32"
+
+
+# Validation losses of the epochs, and the mean size of the first member's values, by RULES.
+GOLDEN: dict[str, dict[str, list[float]]] = {
+    "1": {
+        "prefix": [5.937209, 5.862651, 5.836216, 0.602815],
+        "prompt": [5.403866, 5.262221, 5.222363, 0.0924],
+        "ptuning": [5.606543, 5.428187, 5.388116, 0.153606],
+    }
+}
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "ptuning"])
+def test_the_same_rows_and_settings_train_to_the_values_that_the_rules_say(name: str) -> None:
+    """Who has an unchanged training digest keeps their prefix: other rules must have another."""
+    method: Method = {
+        "prefix": PrefixTuning(num_virtual_tokens=3, dropout=0.1),
+        "prompt": PromptTuning(num_virtual_tokens=3, init="labels"),
+        "ptuning": PTuning(template="{p:3}{prompt}", encoder="mlp", encoder_hidden_size=8),
+    }[name]
+    users = {"ann": [row(f"say {n}", f"so {n % 3}", n) for n in range(11)]}
+    settings = TrainConfig(
+        epochs=3, batch_size=2, warmup_fraction=0.2, weight_decay=0.01, min_valid_tokens=0
+    )
+    result = tune(BACKBONE, users, method=method, train=settings)["ann"]
+    values = result.require().members[0].values()
+    sizes = sum(float(value.abs().double().sum()) for value in values)
+    count = sum(value.numel() for value in values)
+    found = [*(float(line["valid"] or 0) for line in result.history), sizes / count]
+    assert found == pytest.approx(GOLDEN[RULES][name], rel=1e-3), (
+        "raise RULES (ptuning/identity.py) if you meant it, and put the new values here"
+    )
+
+
 def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = BackboneIdentity("f", "float32", "t")
     recipe = Recipe(PromptTuning(), TrainConfig())
-    before = identity(recipe, "f", "t", "u", "d")
-    assert before == identity(recipe, "f", "t", "u", "d")
+    before = digest_training(recipe, known, "u", "d")
+    assert before == digest_training(recipe, known, "u", "d")
     monkeypatch.setattr(PromptTuning, "default_learning_rate", 0.123)
-    assert identity(recipe, "f", "t", "u", "d") != before
+    assert digest_training(recipe, known, "u", "d") != before
 
 
 def test_tune_begins_from_a_prefix_and_goes_on_and_says_so_in_the_digest() -> None:
@@ -158,9 +219,14 @@ def test_tune_begins_from_a_prefix_and_goes_on_and_says_so_in_the_digest() -> No
 
     def tuned(epochs: int, users: dict[str, list[Example]], **begun: Any) -> dict[str, TuneResult]:
         settings = TrainConfig(
-            epochs=epochs, batch_size=2, schedule="constant", patience=None, keep_resume=True
+            epochs=epochs,
+            batch_size=2,
+            schedule="constant",
+            patience=None,
+            keep_resume=True,
+            min_valid_tokens=10**6,
         )
-        return tune(BACKBONE, users, method=method, train=settings, min_valid_tokens=10**6, **begun)
+        return tune(BACKBONE, users, method=method, train=settings, **begun)
 
     first = tuned(1, users)
     prefixes = {name: one.prefix for name, one in first.items()}
@@ -210,7 +276,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         Example(prompt="a", completion="b", messages=(Message(role="assistant", content="c"),)),
         "both messages and a prompt",
     ),
-    "row": ({"prompt": "a", "completion": "b"}, "not an Example but an object"),
+    "row": (("a", "b"), "not an Example but"),
     "time": (Example(prompt="a", completion="b", timestamp="2024-01-01"), "not an int but str"),  # type: ignore[arg-type]
     "float": (Example(prompt="a", completion="b", timestamp=2.0), "not an int but float"),  # type: ignore[arg-type]
 }
@@ -259,7 +325,7 @@ def test_what_would_be_passed_over_is_refused() -> None:
         with pytest.raises(MethodError, match="no such stack"):
             tune(BACKBONE, given, method=PrefixTuning(stacks=stacks))
     with pytest.raises(MethodError, match="no such stack"):
-        warm_start(Recipe(PrefixTuning(stacks=stacks), TrainConfig()), BACKBONE, prefix)
+        warm_start(PrefixTuning(stacks=stacks), BACKBONE, prefix)
 
 
 def test_a_prefix_that_its_dtype_cannot_hold_is_no_prefix() -> None:
