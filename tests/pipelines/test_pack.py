@@ -61,7 +61,9 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Example]]:
     def read(
         _store: Any, _partition: str, _bucket: int, keys: Sequence[str]
     ) -> dict[str, list[Example]]:
-        return {user: found for user, found in held.items() if user_key(user) in set(keys)}
+        return {
+            user_key(user): found for user, found in held.items() if user_key(user) in set(keys)
+        }
 
     monkeypatch.setattr(pipelines.gangs.worker, "read_users", read)
     return held
@@ -92,7 +94,7 @@ def _pack(
 
 
 def _work(backbone: Backbone, tmp_path: Path, recipe: Recipe, pack: Pack) -> dict[str, UserReport]:
-    job = PackJob(Store(tmp_path), KEYS, "partition", recipe)
+    job = PackJob(Store(tmp_path), "partition", recipe)
     reports = LocalDriver(backbone).run(pack_machine(backbone, job, pack))
     names = {user_key(user): user for user in USERS}
     return {names[report.user_key]: report for report in reports}
@@ -160,7 +162,7 @@ def test_a_prefix_that_its_dtype_cannot_hold_is_not_written(
         PrefixTuning(num_virtual_tokens=2), settings, artifact=ArtifactConfig(dtype="float16")
     )
     pack = _pack(backbone, recipe, rows)
-    job = PackJob(Store(tmp_path), KEYS, "partition", recipe)
+    job = PackJob(Store(tmp_path), "partition", recipe)
     for report in LocalDriver(backbone).run(pack_machine(backbone, job, pack)):
         assert (report.status, report.stage, report.digest) == ("failed", "tune", None)
         assert "float16" in str(report.error)
