@@ -219,8 +219,7 @@ def _begin(backbone: Backbone, recipe: Recipe, work: _Work, rows: UserRows) -> U
         if user.start is not None:
             return _start(backbone, recipe, work, user.start, rows)
     except ArtifactError as error:
-        # Whose it is decides before what fits: nobody begins from another user's prefix in silence.
-        if user.otherwise == "fail" or isinstance(error, WrongUser):
+        if user.otherwise == "fail":
             raise
         work.result.start_ignored = str(error)
     return rows

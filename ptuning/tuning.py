@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from ptuning.data.columns import Columns
 from ptuning.data.examples import (
@@ -33,6 +33,7 @@ from ptuning.types import EpochLoss, Example, user_key
 
 UserId = str | int  # a number is taken as its decimal text
 Row = Example | Mapping[str, object]  # a mapping is read as a row of a file: data.columns
+Users = Mapping[Any, Iterable[Row]]  # by UserId; keys of mappings are invariant, so Any
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -76,6 +77,9 @@ class TuneResult:
         )
 
 
+Results = Generator[tuple[str, TuneResult], None, None]
+
+
 @dataclass(frozen=True)
 class _Task:
     """What one call of `iter_tune` was asked for."""
@@ -91,7 +95,7 @@ class _Task:
 
 def tune(
     backbone: Backbone,
-    users: Mapping[UserId, Iterable[Row]] | Mapping[str, Iterable[Row]],
+    users: Users,
     *,
     method: Method | None = None,
     train: TrainConfig | None = None,
@@ -135,9 +139,7 @@ def tune(
 
 def iter_tune(
     backbone: Backbone,
-    users: Mapping[UserId, Iterable[Row]]
-    | Mapping[str, Iterable[Row]]
-    | Iterable[tuple[UserId, Iterable[Row]]],
+    users: Users | Iterable[tuple[UserId, Iterable[Row]]],
     *,
     method: Method | None = None,
     train: TrainConfig | None = None,
@@ -147,7 +149,7 @@ def iter_tune(
     salt: bytes = b"",
     start: Mapping[str, Prefix] | None = None,
     resume: Mapping[str, Resume] | None = None,
-) -> Iterator[tuple[str, TuneResult]]:
+) -> Results:
     """Train one prefix per user, and yield `(user_id, result)` whenever a pack is done.
 
     `users` maps ids to rows, or is a stream of such pairs, each user once; it is read a pack
@@ -188,9 +190,7 @@ def iter_tune(
     return _check_stream(task, iter(users))
 
 
-def _check_stream(
-    task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]
-) -> Iterator[tuple[str, TuneResult]]:
+def _check_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]) -> Results:
     """`_tune_stream`, which only at its end knows who was not there."""
     wanted = {*task.start, *task.resume}
     met = set()
@@ -201,9 +201,7 @@ def _check_stream(
     _check_strangers(task, met)
 
 
-def _tune_stream(
-    task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]
-) -> Iterator[tuple[str, TuneResult]]:
+def _tune_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]) -> Results:
     size = task.recipe.train.pack_users
     before = task.backbone.checksum()
     ready = _read_users(task, users)

@@ -193,7 +193,7 @@ def _initial_slots(
         member.start[0] if member.start else None for member in members
     ]
     if method.layout is not None:
-        yield from _embedded_words(backbone, members, start, budget)
+        yield from _embed_words(backbone, members, start, budget)
     wanting = [slot for slot, member in enumerate(members) if member.words and not start[slot]]
     for group in microbatches([len(members[slot].words) for slot in wanting], budget):
         slots = [wanting[n] for n in group]
@@ -211,7 +211,7 @@ def _initial_slots(
     return Slots(method, backbone.facts, initial, backbone.device)
 
 
-def _embedded_words(
+def _embed_words(
     backbone: Backbone,
     members: Sequence[UserRows],
     start: list[dict[str, Tensor] | None],

@@ -108,7 +108,7 @@ class Resume:
                 member, group, name = key.split(".", 2)
                 groups[int(member)][group][name] = values
             states = [
-                TrainState(**own, **_checked(value))
+                TrainState(**own, **_check_numbers(value))
                 for own, value in zip(groups, numbers, strict=True)
             ]
             return cls(tuple(states), Belongs(**json.loads(texts["belongs"])))
@@ -160,7 +160,7 @@ class Resume:
             _check_state(state, method, facts, from_prefix=bool(own.started_from))
 
 
-def _checked(numbers: dict[str, Any]) -> dict[str, Any]:
+def _check_numbers(numbers: dict[str, Any]) -> dict[str, Any]:
     """A state's numbers; raises KeyError, TypeError."""
     for name, kind in _NUMBERS.items():
         if not isinstance(numbers[name], kind):

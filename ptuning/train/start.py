@@ -34,10 +34,10 @@ def members_of(method: Method, template: Template, user: UserRows) -> list[UserR
     layout = method.layout
     around = None if layout is None else layout.bind(template)
 
-    def arranged(rows: Sequence[Encoded]) -> tuple[Encoded, ...]:
+    def arrange(rows: Sequence[Encoded]) -> tuple[Encoded, ...]:
         return tuple(rows) if around is None else tuple(around.row(row) for row in rows)
 
-    rows = replace(user, train=arranged(user.train), valid=arranged(user.valid), test=())
+    rows = replace(user, train=arrange(user.train), valid=arrange(user.valid), test=())
     members = []
     for member in range(method.members):
         words, spans = _words(method, user, member)

@@ -406,11 +406,11 @@ def test_rows_may_be_mappings_and_ids_numbers(backbone: Backbone) -> None:
     stamped = given["7"].require().meta
     assert stamped.user_key == ptuning.user_key("7")
     assert stamped.data_digest == same["7"].require().meta.data_digest
-    bad = ptuning.tune(
-        backbone,
-        {"7": [*rows, {"prompt": "a"}], "8": [{**row, "user_id": 7} for row in rows]},
-        **QUICK,
-    )
+    wrong: dict[str, list[dict[str, object]]] = {
+        "7": [*rows, {"prompt": "a"}],
+        "8": [{**row, "user_id": 7} for row in rows],
+    }
+    bad = ptuning.tune(backbone, wrong, **QUICK)
     assert "completion is missing" in str(bad["7"].error)
     assert "another user" in str(bad["8"].error), "a row of 7 must not train 8"
     with pytest.raises(ConfigError, match="one id"):
