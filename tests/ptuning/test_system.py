@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipelines.config import load_config
 from ptuning.system import environment
 from ptuning.system.files import write_atomic, write_new
 from ptuning.system.redaction import hide_passwords, hide_user
@@ -126,3 +128,17 @@ def test_the_module_command_leaves_the_working_directory_off_the_path(tmp_path: 
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "train.epochs" in done.stdout
+
+
+def test_every_variable_of_ours_that_the_code_reads_is_known() -> None:
+    """`ptuning run` refuses any other as a mistyped setting."""
+    root = Path(__file__).resolve().parents[2]
+    named = {
+        name
+        for package in ("ptuning", "pipelines", "serve", "infra")
+        for file in (root / package).rglob("*.py")
+        for name in re.findall(r"\bPTUNING_[A-Z_]*[A-Z]\b", file.read_text(encoding="utf-8"))
+        if "__" not in name
+    }
+    assert named == environment.VARIABLES
+    assert load_config(None, [], dict.fromkeys(environment.VARIABLES, "x"))
