@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.config import RunConfig, known_keys
-from ptuning.methods import METHODS
+from ptuning.methods.catalogue import METHODS
 
 PAGE = "configuration.md"
 MARK = "<!-- settings -->"
