@@ -106,7 +106,8 @@ def cli() -> None:
     multiple=True,
     required=True,
     metavar="PATH",
-    help="Parquet, JSONL(.gz) or CSV: a file, directory, glob, s3:// or gs://; may be repeated.",
+    help="Parquet, JSONL, JSON, CSV or TSV, compressed or not: a file, folder, glob or URI; "
+    "may be repeated.",
 )
 @_configured
 def run(

@@ -94,6 +94,7 @@ class RunFolder:
             },
             "kept": plan.kept,
             "notes": list(plan.notes),
+            "planned_at": plan.planned_at,
         }
         self.store.write_json(self._name("plan", "plan.json"), header)
 
@@ -114,6 +115,7 @@ class RunFolder:
             skipped={row["user_key"]: row["action"] for row in rows if row["pack"] is None},
             kept=header["kept"],
             notes=tuple(header["notes"]),
+            planned_at=header["planned_at"],
         )
 
     # What is committed.

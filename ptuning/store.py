@@ -23,7 +23,7 @@ from ptuning.system.files import write_atomic
 
 
 class Store:
-    """Paths below one root (local path, `s3://…`, `gs://…`), read and written whole."""
+    """Paths below one root (a local path, `s3://…`), read and written whole."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = str(root).rstrip("/") or "/"

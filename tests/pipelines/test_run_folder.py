@@ -48,6 +48,7 @@ def _users(count: int, **more: str) -> list[PlannedUser]:
             judged=make_packs(_users(2, run_id="r", pack_id="p"), 1, 1),
             skipped={"x": "too_few", "y": "retired"},
             kept=4,
+            planned_at=123,
             notes=("something to say",),
         ),
     ],
