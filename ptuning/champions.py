@@ -31,6 +31,7 @@ FORMAT = 1
 _MIN_FULL = 1000  # changes that never make a full list by themselves
 _MAX_DELTAS = 100  # files of changes; a new reader reads each
 _TRIES = 50
+_FORGOTTEN_S = 24 * 3600  # a replica that has said nothing for so long is named no more
 
 Name = tuple[str, str]  # user key, prefix name
 
@@ -50,16 +51,22 @@ Changes = Mapping[Name, ChampionRef | None]  # None: no champion any more
 class _Latest:
     """What `latest` says. `rows` are those of the full list and of all deltas."""
 
+    fingerprint: str
     generation: int = 0
     full: str | None = None
     deltas: tuple[str, ...] = ()
     rows: tuple[int, int] = (0, 0)
 
+    @property
+    def files(self) -> set[str]:
+        return {*self.deltas, *([self.full] if self.full is not None else [])}
+
     @classmethod
-    def parse(cls, data: bytes) -> _Latest:
+    def parse(cls, data: bytes, fingerprint: str) -> _Latest:
         try:
             value = json.loads(data)
-            return cls(
+            found = cls(
+                fingerprint=value["fingerprint"],
                 generation=int(value["generation"]),
                 full=value["full"],
                 deltas=tuple(value["deltas"]),
@@ -67,10 +74,14 @@ class _Latest:
             )
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged("latest", error) from error
+        if found.fingerprint != fingerprint:  # the folder's name has only its beginning
+            raise _damaged("latest", ValueError(f"it is of backbone {found.fingerprint}"))
+        return found
 
     def to_bytes(self) -> bytes:
         value = {
             "format": FORMAT,
+            "fingerprint": self.fingerprint,
             "generation": self.generation,
             "full": self.full,
             "deltas": list(self.deltas),
@@ -88,11 +99,16 @@ def publish(store: Store, fingerprint: str, changes: Changes) -> int:
     `publish(store, backbone.fingerprint, {(user_key, "default"): ChampionRef(digest, "3")})`.
     """
     folder = _folder(fingerprint)
+    mine: set[str] = set()  # files of tries that were refused
     for _ in range(_TRIES):
         found = store.read_versioned(f"{folder}/latest")
-        now = _Latest() if found is None else _Latest.parse(found[0])
+        now = _read_latest(found, fingerprint)
         if not changes:
             return now.generation
+        if mine & now.files:  # it was done after all, and the answer was lost
+            return now.generation
+        for name in mine:
+            store.remove(name)
         new = _next(store, folder, now, changes)
         data = new.to_bytes()
         done = (
@@ -102,8 +118,7 @@ def publish(store: Store, fingerprint: str, changes: Changes) -> int:
         )
         if done:
             return new.generation
-        for name in {new.full, *new.deltas} - {now.full, *now.deltas, None}:
-            store.remove(str(name))  # of this attempt alone
+        mine = new.files - now.files
     raise RunError(
         "champions could not be published",
         seen=f"others published {_TRIES} times meanwhile",
@@ -132,7 +147,13 @@ def _next(store: Store, folder: str, now: _Latest, changes: Changes) -> _Latest:
     columns = state.full.merge(merged)
     name = f"{place}-full.npz"
     store.write(name, columns.to_bytes())
-    return _Latest(generation=generation, full=name, rows=(len(columns.ids), 0))
+    return replace(now, generation=generation, full=name, deltas=(), rows=(len(columns.ids), 0))
+
+
+def _read_latest(found: tuple[bytes, str] | None, fingerprint: str) -> _Latest:
+    if found is None:
+        return _Latest(fingerprint=fingerprint)
+    return _Latest.parse(found[0], fingerprint)
 
 
 @dataclass(frozen=True)
@@ -214,7 +235,7 @@ _EMPTY = _Columns.of(())
 class _State:
     """One generation in memory."""
 
-    latest: _Latest = field(default_factory=_Latest)
+    latest: _Latest
     full: _Columns = _EMPTY
     changes: Changes = field(default_factory=dict)
 
@@ -241,7 +262,8 @@ class ChampionList:
 
     def __init__(self, store: Store, fingerprint: str) -> None:
         self._store, self._folder = store, _folder(fingerprint)
-        self._state = _State()
+        self._fingerprint = fingerprint
+        self._state = _State(_Latest(fingerprint=fingerprint))
 
     @property
     def generation(self) -> int:
@@ -254,7 +276,7 @@ class ChampionList:
         Raises RunError or OSError where that cannot be read: what was known stays.
         """
         found = self._store.read_versioned(f"{self._folder}/latest")
-        latest = _Latest() if found is None else _Latest.parse(found[0])
+        latest = _read_latest(found, self._fingerprint)
         if latest != self._state.latest:
             self._state = _State.read(self._store, latest, self._state)
         return self.generation
@@ -280,7 +302,7 @@ class ChampionList:
 
 def acknowledge(store: Store, fingerprint: str, replica: str, generation: int, beat: int) -> None:
     """Say that a replica answers from a generation; `beat` counts up while it lives."""
-    value = {"generation": generation, "beat": beat}
+    value = {"generation": generation, "beat": beat, "at": round(time.time())}
     store.write(f"{_folder(fingerprint)}/acks/{replica}", json.dumps(value).encode())
 
 
@@ -293,7 +315,8 @@ def wait_acknowledged(
     store: Store, fingerprint: str, generation: int, timeout_s: float, every_s: float = 0.2
 ) -> list[str]:
     """Wait until every known replica answers from `generation` or a later one; returns the names
-    of those that do not after `timeout_s`: replicas that hang, or died without saying so."""
+    of those that do not after `timeout_s`: replicas that hang, or died without saying so (these are
+    named until a day has passed, since they may still answer from an old list)."""
     deadline = time.monotonic() + timeout_s
     while True:
         late = [
@@ -309,6 +332,8 @@ def wait_acknowledged(
 def _acknowledged(store: Store, fingerprint: str, replica: str) -> int:
     try:
         value: Any = json.loads(store.read(f"{_folder(fingerprint)}/acks/{replica}"))
+        if time.time() - int(value["at"]) > _FORGOTTEN_S:
+            withdraw(store, fingerprint, replica)
         return int(value["generation"])
     except FileNotFoundError:  # it has just withdrawn
         return 1 << 62

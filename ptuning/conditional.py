@@ -4,6 +4,9 @@ Put a file if its name is free; replace a file if nobody has changed it. Local d
 first as a hard link, and no library offers the second: contents are compared and the file is
 renamed under a lock, which the kernel drops when its holder dies. S3 has both as headers of a put
 (If-None-Match, If-Match). Other object stores are refused rather than trusted.
+
+A put that was refused may have been done all the same: a client whose answer was lost puts again,
+and meets its own object. Whoever must know reads what is there and looks for something of its own.
 """
 
 from __future__ import annotations

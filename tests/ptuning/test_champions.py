@@ -72,6 +72,16 @@ def test_one_backbone_never_sees_anothers_champions(store: Store) -> None:
     assert fresh(store, OTHER).get(*name("ann")) == ref(2)
 
 
+def test_backbones_that_begin_alike_are_told_apart(store: Store) -> None:
+    """The folder has the first eight digits only."""
+    publish(store, BACKBONE, {name("ann"): ref(1)})
+    alike = BACKBONE[:8] + "c" * 56
+    with pytest.raises(RunError, match="backbone"):
+        fresh(store, alike)
+    with pytest.raises(RunError, match="backbone"):
+        publish(store, alike, {name("ann"): ref(2)})
+
+
 def test_publishing_nothing_makes_no_generation(store: Store) -> None:
     assert publish(store, BACKBONE, {}) == 0
     publish(store, BACKBONE, {name("ann"): ref(1)})

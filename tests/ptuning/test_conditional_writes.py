@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_backends import make_bucket
 from waiting import eventually
 
 from ptuning.champions import ChampionList, ChampionRef, publish
@@ -148,3 +149,25 @@ def test_a_bucket_that_is_not_there_is_not_made(s3_server: str) -> None:
     import s3fs
 
     assert not s3fs.S3FileSystem(use_listings_cache=False).exists("nobody-made-this-bucket")
+
+
+@pytest.mark.slow
+def test_a_put_whose_answer_was_lost_is_known_as_done(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client puts again, and is refused by its own object."""
+    store = Store(f"s3://{make_bucket()}/store")
+    call = store.fs.call_s3
+
+    def twice(method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "put_object" and ("IfMatch" in options or "IfNoneMatch" in options):
+            call(method, *arguments, **options)
+        return call(method, *arguments, **options)
+
+    monkeypatch.setattr(store.fs, "call_s3", twice)
+    for number in range(3):
+        name = ("a" * 52, "default")
+        assert publish(store, "f" * 64, {name: ChampionRef("ab" * 32, str(number))}) == number + 1
+        reader = ChampionList(store, "f" * 64)
+        reader.refresh()
+        assert reader.get(*name) == ChampionRef("ab" * 32, str(number))

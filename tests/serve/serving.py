@@ -177,6 +177,7 @@ class Files:
     def __init__(self, directory: Path) -> None:
         self.store = Store(directory)
         self._versions: Counter[str] = Counter()
+        self.generation = 0  # the last one that was published here
 
     def path(self, prefix: Prefix, user: str | None = None) -> Path:
         return Path(self.store.path(prefix_path(user or prefix.meta.user_key, prefix.digest)))
@@ -190,7 +191,8 @@ class Files:
         self._versions[user] += 1
         ref = ChampionRef(prefix.digest, str(self._versions[user]))
         name = (user, as_name or prefix.meta.prefix_name)
-        publish(self.store, prefix.meta.backbone_fingerprint, {name: ref})
+        changes = {name: ref}
+        self.generation = publish(self.store, prefix.meta.backbone_fingerprint, changes)
         return ref
 
 

@@ -14,7 +14,7 @@ import torch
 from serving import Files, kv_of, prefix_file
 from tiny_backbones import as_layers
 
-from ptuning.champions import ChampionList, ChampionRef, Name
+from ptuning.champions import ChampionList, ChampionRef, Name, publish
 from ptuning.model.backbone import Backbone
 from ptuning.prefix.artifact import Prefix, make_prefix
 from ptuning.types import user_key
@@ -182,10 +182,11 @@ def test_a_file_of_another_name_or_backbone_is_refused(world: World) -> None:
     world.publish(prefix_file(world.backbone, "alice", name="work"), as_name="default")
     assert refusal(world.cache.get(ALICE, "default")).fields["code"] == "prefix_unusable"
     prefix = prefix_file(world.backbone, "bob")
-    # A list that names it all the same: its first digits are those of this backbone.
-    strange = world.backbone.fingerprint[:8] + "0" * 56
-    meta = replace(prefix.meta, backbone_fingerprint=strange)
-    world.publish(make_prefix(prefix.members, meta))
+    stranger = make_prefix(prefix.members, replace(prefix.meta, backbone_fingerprint="f" * 64))
+    stranger.save(world.files.path(stranger))
+    changes = {(BOB, "default"): ChampionRef(stranger.digest, "1")}  # the list errs
+    publish(world.files.store, world.backbone.fingerprint, changes)
+    world.champions.refresh()
     assert refusal(world.cache.get(BOB, "default")).fields["code"] == "prefix_unusable"
 
 

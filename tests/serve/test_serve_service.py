@@ -22,12 +22,13 @@ import pytest
 from serving import Files, prefix_file, save_llama
 from waiting import eventually
 
+from ptuning.champions import wait_acknowledged
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
 from ptuning.model.load import load_backbone
 from ptuning.prefix.artifact import Prefix
 from ptuning.store import Store
-from ptuning.store_identity import StoreIdentity, open_identity
+from ptuning.store_identity import StoreIdentity, open_identity, read_identity
 from ptuning.system.ports import free_port
 from serve.config import ServeConfig
 from serve.http.auth import is_loopback
@@ -60,8 +61,20 @@ class Served:
     def promote(self, user: str, **settings: Any) -> Prefix:
         key = self.identity.user_key(user)
         prefix = prefix_file(self.backbone, user, key=key, **settings)
-        self.files.promote(prefix)
+        self.publish(prefix)
         return prefix
+
+    def publish(self, prefix: Prefix) -> None:
+        """And wait until both replicas answer from it; one that a test killed never will."""
+        self.files.promote(prefix)
+        store, fingerprint = self.files.store, self.backbone.fingerprint
+        folder = f"champions/{fingerprint[:8]}/acks"
+
+        def both() -> bool:
+            late = wait_acknowledged(store, fingerprint, self.files.generation, 0)
+            return len(store.list(folder)) - len(late) >= 2
+
+        eventually(both, 60)
 
     def metric(self, name: str) -> float:
         """A family's sum over all replicas and labels."""
@@ -74,6 +87,7 @@ class Served:
 
 
 def start(settings: dict[str, Any], output: Path) -> subprocess.Popen[str]:
+    open_identity(Store(settings["store"]))  # as the first run in a store does
     with output.open("w") as sink:
         return subprocess.Popen(
             [sys.executable, str(LAUNCH), json.dumps(settings)],
@@ -109,9 +123,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         },
     }
     backbone = load_backbone(str(model), dtype="float32", attention="sdpa", device="cpu")
-    identity = open_identity(Store(store))
     output = directory / "output.txt"
     process = start(settings, output)
+    identity = read_identity(Store(store))
     service = Served(
         process=process,
         address=f"http://127.0.0.1:{port}",
@@ -243,7 +257,7 @@ def test_a_new_champion_answers_without_a_restart_and_a_running_request_keeps_it
         chunks = [line for line in running.iter_lines() if line]
     assert chunks[-1] == "data: [DONE]"
     streamed = "".join(json.loads(c[6:])["choices"][0]["text"] for c in chunks[:-1])
-    served.files.promote(old)
+    served.publish(old)
     eventually(lambda: served.post(user="carol").headers["x-prefix-digest"] == old.digest, 20)
     again = served.post(user="carol", max_tokens=1500).json()["choices"][0]["text"]
     assert streamed == again
