@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -245,6 +246,8 @@ def status(store: str, as_json: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors become one readable line and the right exit code."""
     environment.silence_libraries(terminal=sys.stderr.isatty())
+    # An outage is the error that the command ends with: it needs no line beside it.
+    logging.getLogger("ptuning.registry").setLevel(logging.ERROR)
     from ptuning.errors import ConfigError, PTuningError
 
     try:

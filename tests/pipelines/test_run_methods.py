@@ -72,6 +72,7 @@ def answers(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, 
     async def ask() -> dict[str, Answer]:
         asks = {
             user: Ask(
+                id=user or "nobody",
                 prompt="say it",
                 user_key=user_key(user) if user else None,
                 prefix_name=name,
