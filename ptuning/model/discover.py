@@ -77,7 +77,7 @@ class Recorder:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         kwargs.pop(PLAN)
-        sees = next((sees for mask, sees in self._masks if mask is attention_mask), None)
+        sees = next((sees for mask, sees in self._masks if _is_same(mask, attention_mask)), None)
         self.calls.append(
             AttentionCall(
                 module,
@@ -90,6 +90,14 @@ class Recorder:
             )
         )
         return BASES[self.kind](module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _is_same(mask: Tensor, given: Tensor | None) -> bool:
+    """Whether a layer was given this mask. DeepSpeed's hooks hand a module's positional arguments
+    on as other tensors of the same memory. (On `meta` there is no memory: its pointer is 0.)"""
+    if given is None or mask is given:
+        return mask is given
+    return mask.data_ptr() == given.data_ptr() != 0 and mask.shape == given.shape
 
 
 @contextmanager

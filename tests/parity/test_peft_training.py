@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import peft
 import pytest
 import torch
+from serving import Files
 from tiny_backbones import (
     FAMILIES,
     as_groups,
@@ -54,8 +55,6 @@ from ptuning.model.batch import EMBEDDINGS, PackPrefix
 from ptuning.model.facts import DECODER, keys_name, values_name
 from ptuning.prefix.artifact import Prefix
 from ptuning.prefix.peft_format import flattened, load_peft, unflattened
-from ptuning.registry import MemoryRegistry
-from ptuning.registry.base import PackRecord, Registration
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
@@ -545,23 +544,15 @@ def test_what_transformers_trainer_trained_in_peft_answers_the_same_here(
 
 def served(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
     """What the service answers to the prompts, once the prefix is its owner's champion."""
-    registry, owner = MemoryRegistry(), prefix.meta.user_key
-    entry = Registration(
-        user_key=owner,
-        prefix_name=prefix.meta.prefix_name,
-        digest=prefix.digest,
-        uri=str(prefix.save(directory / "prefix.safetensors")),
-        training_digest="",
-        data_digest="",
-        promote=True,
-    )
-    registry.register(PackRecord(run_id="peft", pack_id="one"), [entry])
-    service = Service(ServeConfig(max_rows=4), backbone, registry)
+    files = Files(directory / "store")
+    files.promote(prefix)
+    service = Service(ServeConfig(max_rows=4), backbone, files.store)
 
     async def ask() -> list[Any]:
         asks = [
             Ask(
-                user_key=owner,
+                id=str(number),
+                user_key=prefix.meta.user_key,
                 prefix_name=prefix.meta.prefix_name,
                 prompt=prompt,
                 max_tokens=12,
@@ -570,7 +561,7 @@ def served(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
                 seed=None,
                 stop=(),
             )
-            for prompt in PROMPTS
+            for number, prompt in enumerate(PROMPTS)
         ]
         return await asyncio.gather(*(service.answer(one) for one in asks))
 
