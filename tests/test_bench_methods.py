@@ -254,7 +254,7 @@ def test_a_changed_default_makes_a_cell_new_and_a_new_field_does_not() -> None:
 def test_a_task_has_its_own_rate_where_a_sweep_found_one() -> None:
     def rate(name: str, task: str, **changes: Any) -> float | None:
         train = cell_of(name, task, **changes).train
-        return train and train.learning_rate
+        return None if train is None else train.learning_rate
 
     tuned = {
         name: rate(name, "lama")

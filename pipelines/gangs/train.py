@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -69,15 +70,18 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
     board = _Board.remote()  # type: ignore[attr-defined]
     # Without a process group: replicated workers have nothing to say to each other, and nothing
     # that listens is opened for it. Sharded ones join one themselves (meeting.py).
+    # What a worker is told is bound to its function, not given as `train_loop_config`: Ray's
+    # controller reads that too, and would import torch and Transformers for it (4 CPU seconds).
+    work = partial(
+        _work,
+        task=task,
+        plan=plan,
+        board=board,
+        backend="nccl" if shape.gpus else "gloo",
+        timeout_s=config.timeout_s,
+    )
     trainer = DataParallelTrainer(
-        _worker,
-        train_loop_config={
-            "task": task,
-            "plan": plan,
-            "board": board,
-            "backend": "nccl" if shape.gpus else "gloo",
-            "timeout_s": config.timeout_s,
-        },
+        work,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=bool(shape.gpus),
@@ -151,14 +155,12 @@ class _Watch:
         self._thread.join(timeout=15)
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _work(*, task: GangTask, plan: Plan, board: Any, backend: str, timeout_s: float) -> None:
     """A gang member: load the backbone, then train its share of what is not done yet."""
-    task: GangTask = config["task"]
     torch.set_num_threads(max(1, task.threads))
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     store = Store(task.store)
-    plan: Plan = config["plan"]
     done = RunFolder(store, task.run_id).done_packs()
     # Shares are of the whole plan: ranks that list `done` at different moments must agree.
     share = [pack for pack in assign(plan.packs, size)[rank] if pack.pack_id not in done]
@@ -166,12 +168,11 @@ def _worker(config: dict[str, Any]) -> None:
     if not sharded and not share:
         return
     if sharded:
-        join_peers(config["backend"], config["timeout_s"])
+        join_peers(backend, timeout_s)
     try:
         backbone, driver = _load(task)
         job = PackJob(store, task.partition_id, task.recipe)
         attempt = f"{rank}-{os.getpid()}"
-        board = config["board"]
         driver.run(_counted(_all_packs(backbone, job, task, share, attempt, board), board))
     finally:
         leave_peers()

@@ -22,6 +22,9 @@ DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray: the training library's second version, and a driver without GPUs leaves them visible.
     "RAY_TRAIN_V2_ENABLED": "1",
+    # One actor less per gang: nothing here listens to its warnings, since a node that goes is
+    # met as any other death of a worker.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Threads that wait by spinning stop a busy machine (infra/decisions.md).
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -342,6 +342,7 @@ def test_an_encoder_decoder_models_prefix_stands_in_each_of_its_stacks(
     backbone = build(SEQ2SEQ[family](), kind)
     pack = random_pack(backbone, PrefixTuning(num_virtual_tokens=P, stacks=stacks))
     start = backbone.facts.decoder_start_id
+    assert start is not None
 
     def by_hand(row: Encoded, slot: int) -> Tensor:
         at = row.prompt_length
@@ -400,6 +401,7 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
     torch.manual_seed(5)
     virtual = torch.randn(2, P, backbone.facts.hidden_size, requires_grad=True)
     start = backbone.facts.decoder_start_id
+    assert start is not None
     around = Layout.parse(template).bind(backbone.template)
 
     def by_hand(row: Encoded, slot: int) -> Tensor:

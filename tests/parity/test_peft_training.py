@@ -19,6 +19,7 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,9 @@ def start_of(case: Case, model: Any, words: Sequence[int]) -> dict[str, Tensor] 
     """What the words are inside a plain model, where the method starts from words."""
     if case.method.start_ids == "none":
         return None
-    ids, cache = torch.tensor([words]), DynamicCache()
-    base = model.get_base_model().eval()
+    ids = torch.tensor([words])
+    cache: Any = DynamicCache()
+    base: Any = model.get_base_model().eval()
     with torch.no_grad():
         base(input_ids=ids, past_key_values=cache, use_cache=True)
         embeddings = base.get_input_embeddings()(ids)[0]
@@ -296,13 +298,15 @@ def test_every_step_has_pefts_loss_and_gradients(name: str, family: str, first: 
         assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
         gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None}
         for key, expected in of_peft(case, gradients, backbone).items():
+            gradient = trained[key].grad
+            assert gradient is not None
             assert expected.abs().max() > 0
             torch.testing.assert_close(
-                trained[key].grad[0],
+                gradient[0],
                 expected,
                 atol=1e-5 * float(expected.abs().max()),
                 rtol=1e-4,
-                msg=lambda text, key=key: f"{key}: {text}",
+                msg=partial("{}: {}".format, key),
             )
         for optimizer in optimizers:
             optimizer.step()

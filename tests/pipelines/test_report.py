@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -43,7 +44,7 @@ def losses(
 
 
 def trained(user_id: str, base: float, own: float, **extra: float) -> tuple[str, UserReport]:
-    decision = "promoted" if own < base else "rejected"
+    decision: Decision = "promoted" if own < base else "rejected"
     report = UserReport(
         user_key=user_key(user_id),
         status="trained",
@@ -261,7 +262,7 @@ def test_users_table_has_one_row_per_user_with_losses(facts: RunFacts) -> None:
     assert table.to_pylist()[4]["reason"] == "tune: loss of 'eve' is not finite"
 
 
-def test_users_table_of_an_empty_run_has_the_same_schema_on_disk(tmp_path) -> None:
+def test_users_table_of_an_empty_run_has_the_same_schema_on_disk(tmp_path: Path) -> None:
     pq.write_table(users_table(facts_of()), tmp_path / "users.parquet")
     assert pq.read_table(tmp_path / "users.parquet").schema.equals(USERS_SCHEMA)
 

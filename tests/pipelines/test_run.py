@@ -127,7 +127,8 @@ def test_ids_of_users_stand_only_in_partitions_and_users_tables(
 ) -> None:
     """In no form: plain, escaped, quoted, encoded or compressed; in Ray's logs neither."""
     _, store, _ = finished
-    logs = Path(ray._private.worker._global_node.get_session_dir_path())
+    node: Any = ray._private.worker._global_node
+    logs = Path(node.get_session_dir_path())
     files = [path for root in (store, logs) for path in root.rglob("*") if path.is_file()]
     holders = [
         path for path in files if any(form in text for text in _texts(path) for form in FORMS)

@@ -166,7 +166,7 @@ def test_three_processes_give_the_same_digest() -> None:
 
 def test_every_part_of_a_prefix_is_in_its_digest(backbone: Backbone) -> None:
     prefixes = [prefix_for(backbone), prefix_for(backbone, seed=2)]
-    others = {
+    others: dict[str, Any] = {
         "method": PrefixTuning(num_virtual_tokens=P, dropout=0.1),
         "layers": (("decoder.0", (0,)),),
     }
@@ -192,7 +192,7 @@ def test_a_prefix_cannot_be_changed(backbone: Backbone) -> None:
     with pytest.raises(AttributeError):
         prefix.meta = meta_for(backbone)  # type: ignore[misc]
     with pytest.raises(AttributeError):
-        prefix.digest = "0" * 64  # type: ignore[misc]
+        prefix.digest = "0" * 64
     assert torch.equal(as_layers(prefix.tensors), values)
     assert prefix.digest == digest == hashlib.sha256(prefix.to_bytes()).hexdigest()
     assert generate(backbone, rows, [prefix, prefix], max_new_tokens=6) == answers

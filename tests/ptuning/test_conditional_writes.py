@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def _count(root: str, _me: int, times: int) -> None:
             data, etag = found
             if store.replace_if_unchanged("counter", str(int(data) + 1).encode(), etag):
                 break
+
+
+def _is_replaced(store: Store, known: bytes) -> bool:
+    return store.read("x") != known
 
 
 def test_a_free_name_is_taken_once(place: Store) -> None:
@@ -111,7 +116,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file_and_no_lock(tmp_path: Path)
         worker = _SPAWN.Process(target=_replace_for_ever, args=(store.root,))
         worker.start()
         before = store.read("x")
-        eventually(lambda known=before: store.read("x") != known, 60)
+        eventually(partial(_is_replaced, store, before), 60)
         os.kill(worker.pid, signal.SIGKILL)
         worker.join(30)
         found = store.read_versioned("x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -464,7 +465,7 @@ def test_windows_are_kept_while_text_is_generated(family: str, kind: str) -> Non
 # Families as they are, and with windows that virtual tokens in front fall out of.
 PLACES: dict[str, Callable[[], PreTrainedConfig]] = {
     **FAMILIES,
-    **{f"{name}, window": lambda name=name: with_window(name, 4) for name in WINDOWED},
+    **{f"{name}, window": partial(with_window, name, 4) for name in WINDOWED},
 }
 
 

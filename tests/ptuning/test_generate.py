@@ -262,7 +262,9 @@ def one_member(prefix: Prefix, member: int) -> Prefix:
 def spoken(backbone: Backbone, prompt: str, prefix: Prefix, stops: set[int]) -> tuple[str, float]:
     """The greedy answer of at most 8 tokens, and its mean log-probability, from whole passes."""
     (member,) = make_ready(prefix, backbone).members
-    ids, answer, log_p = backbone.template.encode_prompt(prompt), [], []
+    ids = backbone.template.encode_prompt(prompt)
+    answer: list[int] = []
+    log_p: list[float] = []
     rows = rows_of(backbone, [member])
     while len(log_p) < 8:
         with torch.no_grad():

@@ -171,13 +171,15 @@ def test_encoders_begin_as_torchs_modules_do() -> None:
     """Uniform, with torch's bounds: 1/sqrt(fan in) for Linear, 1/sqrt(hidden) for LSTM."""
     generator = torch.Generator().manual_seed(1)
     drawn = initial_linear("1", 400, 300, generator)
-    for values, module in ((drawn["w1"], nn.Linear(400, 300).weight),
-                           (initial_lstm(30, 100, 1, generator)["lstm0.forward.w_ih"],
-                            nn.LSTM(30, 100).weight_ih_l0)):  # fmt: skip
+    weights: list[tuple[Tensor, Any]] = [
+        (drawn["w1"], nn.Linear(400, 300).weight),
+        (initial_lstm(30, 100, 1, generator)["lstm0.forward.w_ih"], nn.LSTM(30, 100).weight_ih_l0),
+    ]
+    for values, weight in weights:
         assert float(values.abs().max()) == pytest.approx(
-            float(module.detach().abs().max()), rel=1e-2
+            float(weight.detach().abs().max()), rel=1e-2
         )
-        assert float(values.std()) == pytest.approx(float(module.detach().std()), rel=2e-2)
+        assert float(values.std()) == pytest.approx(float(weight.detach().std()), rel=2e-2)
     assert float(drawn["b1"].abs().max()) <= 1 / math.sqrt(400)
 
 
@@ -448,7 +450,7 @@ def test_an_infix_on_an_encoder_decoder_model_is_refused(pair: Backbone, layers:
 class WithoutEmbeddings(transformers.LlamaForCausalLM):
     """A model whose forward takes ids and nothing in their place."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         attention_mask: Any = None,
@@ -734,6 +736,7 @@ def test_a_methods_own_rule_of_visibility_holds_wherever_its_prefix_goes(
     assert isinstance(loaded.method, Whispering)
     valid = [row for row in arrange(examples) if row.split == "valid"]
     (line,) = trained.history
+    assert line["valid"] is not None
     assert nll(causal, valid, loaded) == pytest.approx(line["valid"], abs=1e-5)
     (member,) = make_ready(loaded, causal).members
     assert member.visibility == Visibility(infix=True)

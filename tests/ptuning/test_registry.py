@@ -332,8 +332,12 @@ def test_the_service_of_one_backbone_never_sees_anothers_champion(open_scope: Op
 
 # A version that is judged again.
 
-MILD = {"gate_digest": "mild", "reason": "0.4 better than base", "metrics": {"nll_base_valid": 4.9}}
-STRICT = {"gate_digest": "strict", "reason": "needed more than 99"}
+MILD: dict[str, Any] = {
+    "gate_digest": "mild",
+    "reason": "0.4 better than base",
+    "metrics": {"nll_base_valid": 4.9},
+}
+STRICT: dict[str, Any] = {"gate_digest": "strict", "reason": "needed more than 99"}
 
 
 def test_a_version_judged_again_tells_its_new_story(registry: Registry) -> None:

@@ -42,7 +42,7 @@ from ptuning.errors import (
     WrongMethod,
     WrongUser,
 )
-from ptuning.methods.base import Parameters
+from ptuning.methods.base import Method, Parameters
 from ptuning.methods.prefix import PrefixTuning
 from ptuning.methods.prompt import PromptTuning
 from ptuning.model.attention import implementation
@@ -94,7 +94,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def packed(
-    backbone: Backbone, method: PrefixTuning, settings: TrainConfig, pack: Sequence[UserRows]
+    backbone: Backbone, method: Method, settings: TrainConfig, pack: Sequence[UserRows]
 ) -> dict[str, Trained]:
     results = LocalDriver(backbone).run(train_pack(backbone, method, settings, pack))
     assert [one.user_key for one in results] == [user.user_key for user in pack]
@@ -183,8 +183,13 @@ def test_the_same_rows_and_seed_in_two_slots_of_a_pack_give_the_same_prefix(
 
 def test_gradient_checkpointing_trains_the_same_prefix() -> None:
     results = [
-        packed(build(FAMILIES["llama"](), **options), METHODS["mlp-words"], config(), users()[:2])
-        for options in ({}, {"gradient_checkpointing": True})
+        packed(
+            build(FAMILIES["llama"](), gradient_checkpointing=checkpointed),
+            METHODS["mlp-words"],
+            config(),
+            users()[:2],
+        )
+        for checkpointed in (False, True)
     ]
     for key in results[0]:
         assert_same(results[1][key], results[0][key], atol=1e-5)
@@ -636,7 +641,8 @@ def test_an_incomplete_training_state_is_refused(
     name, values = tensors.popitem()
     if how == "other shape":
         tensors[name] = values[..., :-1]
-    bad = Resume((replace(state, **{group: tensors}),), kept.belongs)
+    changed: dict[str, Any] = {group: tensors}
+    bad = Resume((replace(state, **changed),), kept.belongs)
     read = Resume.from_bytes(bad.to_bytes())
     with pytest.raises(CorruptArtifact, match="not complete"):
         read.check(kept.belongs, METHODS["mlp-words"], backbone.facts, epochs=1)

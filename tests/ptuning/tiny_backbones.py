@@ -34,6 +34,13 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 128,
     **_SPECIAL,
 }
+
+
+def _more(**settings: Any) -> dict[str, Any]:
+    """Settings that a configuration takes without naming them."""
+    return settings
+
+
 _GQA: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2}
 _GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -73,7 +80,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         **_GQA, head_dim=8, num_local_experts=4, num_experts_per_tok=2
     ),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **_GQA, head_dim=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+        **_GQA,
+        **_more(head_dim=16),
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
     ),
 }
 _T5: dict[str, Any] = {
@@ -94,7 +105,7 @@ _T5: dict[str, Any] = {
 SEQ2SEQ: dict[str, Callable[[], PreTrainedConfig]] = {
     "t5": lambda: transformers.T5Config(**_T5),
     "t5_gated": lambda: transformers.T5Config(
-        **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+        **_T5, **_more(tie_word_embeddings=False), feed_forward_proj="gated-gelu"
     ),
     "bart": lambda: transformers.BartConfig(
         vocab_size=VOCAB,
@@ -125,8 +136,8 @@ EAGER_ONLY: dict[str, Callable[[], PreTrainedConfig]] = {
         encoder=dict(_T5GEMMA),
         decoder=dict(_T5GEMMA),
         vocab_size=VOCAB,
-        decoder_start_token_id=1,
         tie_word_embeddings=False,
+        **_more(decoder_start_token_id=1),
         **_SPECIAL,
     ),
 }

@@ -99,7 +99,7 @@ def train_and_score(kind: str, directory: str) -> dict[str, torch.Tensor]:
 
     methods, champions = KINDS[kind]
     backbone = load_sharded(BackboneConfig(name=directory, dtype="float32"))
-    trained = {}
+    trained: dict[str, torch.Tensor] = {}
     for name, method in methods.items():
         users = share(dist.get_rank())
         for one in LockstepDriver(backbone, method).run(

@@ -331,7 +331,7 @@ def test_a_dead_engine_answers_503_at_once_and_is_not_ready(play: Play) -> None:
             raise RuntimeError("CUDA error")
 
         runner = world.service.engine.runner
-        runner.leave = runner.move = lost  # type: ignore[method-assign]
+        runner.leave = runner.move = lost  # type: ignore[assignment,method-assign]
         answers = await asyncio.gather(*(world.post(max_tokens=n) for n in (2, 90, 90, 90)))
         assert [answer.status_code for answer in answers] == [200, 503, 503, 503]
         for answer in answers[1:]:
@@ -354,7 +354,7 @@ def test_what_nobody_foresaw_is_an_event_too(
         async def broken(*_name: str) -> None:
             raise KeyError("a secret")
 
-        world.service.prefixes.get = broken  # type: ignore[method-assign]
+        world.service.prefixes.get = broken  # type: ignore[assignment,method-assign]
         response = await world.post(user="alice", stream=stream)
         check_error(response, 500, None, None)
         assert "secret" not in response.text

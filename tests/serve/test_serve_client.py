@@ -27,7 +27,7 @@ from serve.http.fields import COMPLETION as COMPLETION_FIELDS
 from serve.http.fields import MESSAGE, Anything, Table
 from serve.http.messages import ChatBody, CompletionBody, Turn, parse
 
-USER = {"role": "user", "content": "hi"}
+USER: Any = {"role": "user", "content": "hi"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 # A value of each field that asks for something else than the answer without it.
@@ -228,7 +228,12 @@ def test_a_history_with_reasoning_and_caching_marks_is_taken_and_a_tool_call_nam
 
         turn = {"role": "assistant", "content": "yes"}
         wanted = await ask(USER, turn, USER)
-        marks = {"reasoning_content": None, "reasoning": "", "annotations": [], "tool_calls": []}
+        marks: dict[str, Any] = {
+            "reasoning_content": None,
+            "reasoning": "",
+            "annotations": [],
+            "tool_calls": [],
+        }
         assert await ask(USER, {**turn, **marks}, USER) == wanted
         part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
         assert await ask({"role": "user", "content": [part]}, turn, USER) == wanted

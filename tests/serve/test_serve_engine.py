@@ -33,6 +33,7 @@ from ptuning.model.load import load_backbone
 from ptuning.prefix.ready import ReadyPrefix
 from serve.engine.batcher import QueueFull
 from serve.engine.engine import CANCELLED, Engine, HeldPrefix, Request
+from serve.engine.runner import SlotRunner
 from serve.events import Delta, Failed, Finished
 from serve.metrics import render
 
@@ -106,6 +107,7 @@ def test_a_freed_slot_shows_nothing_to_the_next_request(
         engine.submit(before)
         listener.wait()
         eventually(lambda: engine.rows_in_use == 0)
+        assert isinstance(engine.runner, SlotRunner)
         for layer in engine.runner.cache.slots:
             assert not layer.keys.any()
             assert not layer.values.any()
@@ -289,7 +291,7 @@ def test_the_end_token_ends_the_answer_and_has_no_text(
 ) -> None:
     request, heard = make_request("hello", None, max_tokens=20)
     whole = oracle(backbone, request.prompt, None, 20)
-    engine._ends = frozenset({whole[4]})
+    engine._ends = {whole[4]}
     engine.submit(request)
     events = heard.wait()
     cut = whole.index(whole[4])

@@ -196,7 +196,7 @@ def test_a_failed_answer_is_one_log_line_with_its_id_and_digest_and_no_text(
         def broken(*_arguments: object) -> torch.Tensor:
             raise RuntimeError("my secret")
 
-        engine.runner.decode = broken  # type: ignore[method-assign]
+        engine.runner.decode = broken  # type: ignore[assignment,method-assign]
         engine.submit(request)
         assert isinstance(last_event(heard), Failed)
     finally:

@@ -109,7 +109,7 @@ def test_errors_are_counted_and_said_in_one_line_each(
         def broken(*_arguments: object) -> torch.Tensor:
             raise RuntimeError("a secret")
 
-        world.service.engine.runner.decode = broken  # type: ignore[method-assign]
+        world.service.engine.runner.decode = broken  # type: ignore[assignment,method-assign]
         failed = await world.post(user="alice", prompt="a secret")
         check_error(failed, 500, "engine_error", None)
         world.service.engine.runner.decode = decode  # type: ignore[method-assign]

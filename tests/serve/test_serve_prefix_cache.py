@@ -81,8 +81,9 @@ def test_a_user_gets_the_champion_and_who_it_is(world: World) -> None:
     assert held is not None
     assert (held.info.name, held.info.version, held.info.digest) == ("default", "1", prefix.digest)
     assert held.ready.length == 7
-    assert kv_of(held) is not None
-    assert torch.equal(kv_of(held), as_layers(prefix.tensors))
+    held_kv = kv_of(held)
+    assert held_kv is not None
+    assert torch.equal(held_kv, as_layers(prefix.tensors))
 
 
 def test_a_user_without_champion_has_none(world: World) -> None:

@@ -112,7 +112,7 @@ def test_a_stream_that_breaks_off_says_so_in_its_last_event(
             elif how == "exception":
                 raise RuntimeError("half a secret")
 
-        world.service.stream = broken  # type: ignore[method-assign]
+        world.service.stream = broken  # type: ignore[assignment,method-assign]
         chunks = events(await world.post(path, stream=True))
         error = chunks[-1]["error"]
         if how == "event":
@@ -131,14 +131,15 @@ def test_a_stream_that_breaks_off_says_so_in_its_last_event(
 def test_an_answer_without_a_first_event_is_a_500(play: Play) -> None:
     async def story(world: World) -> None:
         async def silent(_ask: object) -> Any:
-            for event in ():
+            nothing: tuple[Event, ...] = ()
+            for event in nothing:
                 yield event
 
         async def headless(_ask: object) -> Any:
             yield Finished(reason="stop", completion_tokens=1)
 
         for stream in (silent, headless):
-            world.service.stream = stream  # type: ignore[method-assign]
+            world.service.stream = stream  # type: ignore[assignment,method-assign]
             assert (await world.post(stream=True)).status_code == 500
             assert (await world.post()).status_code == 500
 
