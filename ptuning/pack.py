@@ -8,7 +8,7 @@ training cannot be used fails alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -116,8 +116,10 @@ def run_pack(
     keeper: Keeper | None = None,
     *,
     score: bool = False,
+    on_trained: Callable[[str], None] | None = None,
 ) -> Machine[list[PackResult]]:
     """Train, save and, with `score`, judge every user of a pack; results in the order of `users`.
+    `on_trained` is told the key of each user whose training ends, before the prefix is saved.
 
     Raises MethodError where the backbone cannot do the method, and what `keeper` raises. Example:
     `LocalDriver(backbone).run(run_pack(backbone, Recipe(method, train), users))`.
@@ -126,7 +128,7 @@ def run_pack(
     ready = [(work, work.rows) for work in works if work.rows is not None]
     if ready:
         rows = [rows for _, rows in ready]
-        trained = yield from train_pack(backbone, recipe.method, recipe.train, rows)
+        trained = yield from train_pack(backbone, recipe.method, recipe.train, rows, on_trained)
         for (work, _), outcome in zip(ready, trained, strict=True):
             _finish(backbone, recipe, work, outcome, keeper)
         if score:

@@ -7,14 +7,11 @@ the packs that have no done-record. Outputs are committed by writing that record
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, ScalingConfig
@@ -22,6 +19,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from pipelines.config import RayConfig
 from pipelines.done_record import DoneRecord
+from pipelines.gangs.board import TICK_S, PackPost, Progress, Watch, start_board
 from pipelines.gangs.cluster import Gang
 from pipelines.gangs.meeting import join_peers, leave_peers
 from pipelines.gangs.worker import PackJob, pack_machine
@@ -36,10 +34,6 @@ from ptuning.model.facts import BackboneConfig
 from ptuning.model.load import load_backbone
 from ptuning.store import Store
 from ptuning.train.step import Driver, LocalDriver, Machine, Train
-
-TICK_S = 0.5  # how often a worker reports tokens, and the driver looks
-
-Progress = Callable[[int, int], None]  # users done, tokens trained
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
     # A sharded gang keeps all its workers, since each holds a part of the weights.
     whole = task.backbone.sharding == "replicate"
     workers = min(shape.workers, len(remaining)) if whole else shape.workers
-    board = _Board.remote()  # type: ignore[attr-defined]
+    board = start_board()
     # Without a process group: replicated workers have nothing to say to each other, and nothing
     # that listens is opened for it. Sharded ones join one themselves (meeting.py).
     # What a worker is told is bound to its function, not given as `train_loop_config`: Ray's
@@ -96,7 +90,7 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
-    with _Watch(board, progress, before):
+    with Watch(board, progress, before):
         try:
             trainer.fit()
         except Exception as error:
@@ -115,44 +109,6 @@ def _root_cause(error: BaseException) -> str:
     causes = [f"worker {rank}: {failure}" for rank, failure in sorted(failures.items())]
     lines = [line for line in "\n".join(causes or [str(error)]).splitlines() if line.strip()]
     return " | ".join(lines[:1] + lines[-2:]) if len(lines) > 3 else " | ".join(lines)
-
-
-@ray.remote(num_cpus=0)
-class _Board:
-    """Counts of the gang in progress, for the driver's progress bar."""
-
-    def __init__(self) -> None:
-        self._users = self._tokens = 0
-
-    def add(self, users: int, tokens: int) -> None:
-        self._users, self._tokens = self._users + users, self._tokens + tokens
-
-    def read(self) -> tuple[int, int]:
-        return self._users, self._tokens
-
-
-class _Watch:
-    """Feeds the progress bar from the board while the gang runs."""
-
-    def __init__(self, board: Any, progress: Progress, before: int) -> None:
-        self._board, self._progress, self._before = board, progress, before
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(TICK_S):
-            try:
-                users, tokens = ray.get(self._board.read.remote(), timeout=10)
-            except ray.exceptions.RayError:
-                continue  # the bar can wait; the gang's own errors are raised by fit()
-            self._progress(self._before + users, tokens)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=15)
 
 
 def _work(*, task: GangTask, plan: Plan, board: Any, backend: str, timeout_s: float) -> None:
@@ -199,7 +155,8 @@ def _all_packs(
     before = backbone.checksum()
     for pack in share:
         start = time.monotonic()
-        reports = yield from pack_machine(backbone, job, pack)
+        post = PackPost(board, pack.pack_id)
+        reports = yield from pack_machine(backbone, job, pack, post.add_user)
         backbone.verify_unchanged(before)
         record = DoneRecord(
             pack_id=pack.pack_id,
@@ -208,8 +165,8 @@ def _all_packs(
             champions={user.user_key: user.champion_digest for user in pack.users},
             reports=tuple(reports),
         )
-        if RunFolder(job.store, task.run_id).commit(record):
-            board.add.remote(len(reports), 0)
+        RunFolder(job.store, task.run_id).commit(record)
+        post.close(len(reports))
 
 
 def _counted(machine: Machine[None], board: Any) -> Machine[None]:
@@ -219,12 +176,12 @@ def _counted(machine: Machine[None], board: Any) -> Machine[None]:
         try:
             work = machine.send(result)  # type: ignore[arg-type]
         except StopIteration:
-            board.add.remote(0, tokens)
+            board.add_tokens.remote(tokens)
             return
         if isinstance(work, Train):
             batch = work.batch
             tokens += int((batch.attention_mask * (batch.input_ids >= 0)).sum())
         if time.monotonic() - told > TICK_S:
-            board.add.remote(0, tokens)
+            board.add_tokens.remote(tokens)
             tokens, told = 0, time.monotonic()
         result = yield work

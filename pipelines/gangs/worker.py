@@ -5,7 +5,7 @@ what `ptuning.pack` makes of them into it, and a report of each user. Nothing is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.plan import Pack, PlannedUser
@@ -44,13 +44,21 @@ class StoreKeeper:
         self.store.write(resume_path(user_key, digest), data)
 
 
-def pack_machine(backbone: Backbone, job: PackJob, pack: Pack) -> Machine[list[UserReport]]:
-    """Train and score every user of a pack; prefix files are written, nothing is committed."""
+def pack_machine(
+    backbone: Backbone,
+    job: PackJob,
+    pack: Pack,
+    on_trained: Callable[[str], None] | None = None,
+) -> Machine[list[UserReport]]:
+    """Train and score every user of a pack; prefix files are written, nothing is committed.
+    `on_trained` is told each user's key when that user's training ends."""
     reports = {
         user.user_key: UserReport(user_key=user.user_key, status="trained") for user in pack.users
     }
     users = _read_pack(backbone, job, pack.users, reports)
-    results = yield from run_pack(backbone, job.recipe, users, StoreKeeper(job.store), score=True)
+    results = yield from run_pack(
+        backbone, job.recipe, users, StoreKeeper(job.store), score=True, on_trained=on_trained
+    )
     planned = {user.user_key: user for user in pack.users}
     for result in results:
         _fill_report(reports[result.user_key], result, planned[result.user_key])

@@ -10,7 +10,8 @@ paper.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,13 +71,36 @@ class _Progress:
         )
 
 
+class _Ends:
+    """Tells when all members of a user are done."""
+
+    def __init__(
+        self, members: Sequence[UserRows], on_trained: Callable[[str], None] | None
+    ) -> None:
+        self._left = Counter(member.user_key for member in members)
+        self._told: set[int] = set()
+        self._on_trained = on_trained
+
+    def still_active(self, progress: Sequence[_Progress]) -> list[int]:
+        """The slots that are not done; users of whom none is left are told."""
+        for slot, one in enumerate(progress):
+            if one.done and slot not in self._told:
+                self._told.add(slot)
+                self._left[one.user.user_key] -= 1
+                if not self._left[one.user.user_key] and self._on_trained is not None:
+                    self._on_trained(one.user.user_key)
+        return [slot for slot, one in enumerate(progress) if not one.done]
+
+
 def train_pack(
     backbone: Backbone,
     method: Method,
     config: TrainConfig,
     users: Sequence[UserRows],
+    on_trained: Callable[[str], None] | None = None,
 ) -> Machine[list[Trained]]:
-    """Train every user of a pack; results in the order of `users`.
+    """Train every user of a pack; results in the order of `users`. `on_trained` is told each
+    user's key when that user's training ends.
 
     A user with fewer than `config.min_valid_tokens` validation tokens trains all epochs and keeps
     the last: so few tokens would choose an epoch by chance.
@@ -84,7 +108,8 @@ def train_pack(
     method.check(backbone.facts)
     by_user = [members_of(method, backbone.template, user) for user in users]
     members = [member for own in by_user for member in own]
-    results = yield from _train_members(backbone, method, config, members)
+    ends = _Ends(members, on_trained)
+    results = yield from _train_members(backbone, method, config, members, ends)
     at, trained = 0, []
     for user, own in zip(users, by_user, strict=True):
         trained.append(merge_members(user, results[at : at + len(own)]))
@@ -97,6 +122,7 @@ def _train_members(
     method: Method,
     config: TrainConfig,
     members: Sequence[UserRows],
+    ends: _Ends,
 ) -> Machine[list[Trained]]:
     slots = yield from _initial_slots(backbone, method, members, config.tokens_per_microbatch)
     progress = [
@@ -107,7 +133,7 @@ def _train_members(
             slots.load(slot, state)
             _continue(progress[slot], state, config)
     peak = config.learning_rate or method.default_learning_rate
-    while active := [slot for slot, one in enumerate(progress) if not one.done]:
+    while active := ends.still_active(progress):
         leaves = slots.leaves()
         yield from _one_step(backbone, method, config, progress, active, leaves)
         lost = [slot for slot in active if not math.isfinite(progress[slot].nats)]

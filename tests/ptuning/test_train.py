@@ -54,7 +54,7 @@ from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
 from ptuning.train.resume import Belongs, Resume
 from ptuning.train.slots import Slots
-from ptuning.train.step import LocalDriver, collate
+from ptuning.train.step import LocalDriver, Machine, Train, collate
 from ptuning.types import seed_of
 
 
@@ -672,6 +672,39 @@ def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
         assert results["empty"].kv is None
         assert results["empty"].error is not None
         assert_same(results["alice"], packed(backbone, method, config(), [alice])["alice"])
+
+
+def test_a_users_end_is_told_once_and_as_soon_as_it_comes(backbone: Backbone) -> None:
+    """An ensemble's members end together with the last of them; who cannot train has ended too."""
+    few, many = (
+        user_rows(user, rows, valid=1, words=P) for user, rows in (("few", 2), ("many", 9))
+    )
+    empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
+    told: list[tuple[str, int]] = []
+    steps = 0
+
+    def counted(machine: Machine[list[Trained]]) -> Machine[list[Trained]]:
+        nonlocal steps
+        result: Any = None
+        while True:
+            try:
+                work = machine.send(result)
+            except StopIteration as end:
+                return end.value
+            steps += isinstance(work, Train)
+            result = yield work
+
+    machine = train_pack(
+        backbone,
+        METHODS["prompt-ensemble"],
+        config(epochs=2),
+        [many, empty, few],
+        lambda user: told.append((user, steps)),
+    )
+    LocalDriver(backbone).run(counted(machine))
+    assert [user for user, _ in told] == ["empty", "few", "many"]
+    nothing, early, last = [at for _, at in told]
+    assert nothing == 0 < early < last == steps
 
 
 def test_training_leaves_the_frozen_weights_as_they_were(backbone: Backbone) -> None:
