@@ -17,6 +17,7 @@ from ptuning.data.examples import (
     too_few,
     why_too_few,
 )
+from ptuning.data.frames import Frame, frame_rows, frame_users, is_frame
 from ptuning.data.values import read_user_id
 from ptuning.errors import ConfigError, DataError, PTuningError
 from ptuning.identity import Recipe
@@ -33,7 +34,9 @@ from ptuning.types import EpochLoss, Example, user_key
 
 UserId = str | int  # a number is taken as its decimal text
 Row = Example | Mapping[str, object]  # a mapping is read as a row of a file: data.columns
-Users = Mapping[Any, Iterable[Row]]  # by UserId; keys of mappings are invariant, so Any
+# By UserId (keys of mappings are invariant, so Any); or a table of everybody's rows, as its rows
+# are: a DataFrame of pandas or polars, a Table of pyarrow.
+Users = Mapping[Any, Iterable[Row] | Frame] | Frame
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -112,6 +115,8 @@ def tune(
     Raises as `iter_tune` does, and then has no results; for many users, take them from there as
     they finish.
     """
+    if is_frame(users):
+        users = frame_users(users, Columns((data or DataConfig()).columns))
     ids = [_text_of(user_id) for user_id in users]
     if doubled := [user_id for user_id, count in Counter(ids).items() if count > 1]:
         raise ConfigError(
@@ -139,7 +144,7 @@ def tune(
 
 def iter_tune(
     backbone: Backbone,
-    users: Users | Iterable[tuple[UserId, Iterable[Row]]],
+    users: Users | Iterable[tuple[UserId, Iterable[Row] | Frame]],
     *,
     method: Method | None = None,
     train: TrainConfig | None = None,
@@ -153,9 +158,11 @@ def iter_tune(
     """Train one prefix per user, and yield `(user_id, result)` whenever a pack is done.
 
     `users` maps ids to rows, or is a stream of such pairs, each user once; it is read a pack
-    (`train.pack_users`) at a time, and no more than one pack is in memory. Rows are Examples or
-    mappings, read like rows of a file; without a split they are split by time (DataConfig). Every
-    user of `users` is yielded once; one whose rows cannot be used fails alone.
+    (`train.pack_users`) at a time, and no more than one pack is in memory. It may also be a table
+    of everybody's rows with a column `user_id` (a DataFrame, a pyarrow Table). A user's rows are
+    Examples, mappings, read like rows of a file, or a table of them; without a split they are
+    split by time (DataConfig). Every user of `users` is yielded once; one whose rows cannot be
+    used fails alone.
 
     Users in `start` begin from a trained prefix of the same method and sizes, users in `resume`
     where an earlier training on the same rows stopped (TuneResult.resume); each user's must be
@@ -184,13 +191,15 @@ def iter_tune(
     _check_beginnings(recipe, start or {}, resume or {})
     columns = Columns(data.columns)
     task = _Task(backbone, recipe, data, columns, salt, start or {}, resume or {})
+    if is_frame(users):
+        users = frame_users(users, columns)
     if isinstance(users, Mapping):
         _check_strangers(task, {_text_of(user_id) for user_id in users})
         return _tune_stream(task, iter(users.items()))
     return _check_stream(task, iter(users))
 
 
-def _check_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]) -> Results:
+def _check_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Frame]]) -> Results:
     """`_tune_stream`, which only at its end knows who was not there."""
     wanted = {*task.start, *task.resume}
     met = set()
@@ -201,7 +210,7 @@ def _check_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]) ->
     _check_strangers(task, met)
 
 
-def _tune_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]) -> Results:
+def _tune_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Frame]]) -> Results:
     size = task.recipe.train.pack_users
     before = task.backbone.checksum()
     ready = _read_users(task, users)
@@ -218,7 +227,7 @@ def _tune_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]) -> 
 
 
 def _read_users(
-    task: _Task, users: Iterator[tuple[UserId, Iterable[Row]]]
+    task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Frame]]
 ) -> Iterator[tuple[str, PackUser | TuneResult]]:
     """Each user as they are trained, or why they are not."""
     for given, rows in users:
@@ -234,7 +243,9 @@ def _text_of(user_id: UserId) -> str:
     return user_id if isinstance(user_id, str) else read_user_id(user_id)
 
 
-def _read_user(task: _Task, user_id: str, rows: Iterable[Row]) -> PackUser | TuneResult:
+def _read_user(task: _Task, user_id: str, rows: Iterable[Row] | Frame) -> PackUser | TuneResult:
+    if is_frame(rows):
+        rows = frame_rows(rows)
     examples = [
         example for row in rows if (example := _read_row(task.columns, user_id, row)) is not None
     ]

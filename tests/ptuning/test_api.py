@@ -22,6 +22,8 @@ from tiny_model import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import ptuning
+from ptuning.data.columns import ColumnNames
+from ptuning.data.examples import DataConfig
 from ptuning.errors import (
     BackboneChanged,
     BackboneError,
@@ -415,6 +417,34 @@ def test_rows_may_be_mappings_and_ids_numbers(backbone: Backbone) -> None:
     assert "another user" in str(bad["8"].error), "a row of 7 must not train 8"
     with pytest.raises(ConfigError, match="one id"):
         ptuning.tune(backbone, {7: rows, "7": rows}, **QUICK)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_users_may_be_a_table(backbone: Backbone, library: str) -> None:
+    made = pytest.importorskip(library)
+    make = made.table if library == "pyarrow" else made.DataFrame
+    rows = [
+        {"author": user, "prompt": row.prompt, "completion": row.completion, "split": row.split}
+        for user in ("ann", "bob")
+        for row in examples("tea" if user == "ann" else "rum")
+    ]
+    rows[0], rows[-1] = rows[-1], rows[0]  # users' rows need not stand together
+    table = make({name: [row[name] for row in rows] for name in rows[0]})  # absent splits: None
+    named = DataConfig(columns=ColumnNames(user_id="author"))
+    found = ptuning.tune(backbone, table, data=named, **QUICK)
+    assert list(found) == ["bob", "ann"]
+    for user, said in (("ann", "tea"), ("bob", "rum")):
+        mine = [row for row in rows if row["author"] == user]
+        same = ptuning.tune(backbone, {user: mine}, **QUICK)[user].require()
+        assert found[user].require().meta.data_digest == same.meta.data_digest, said
+    some = make({"prompt": ["hi"] * 9, "completion": [f"so {n}" for n in range(9)]})
+    (result,) = ptuning.tune(backbone, {"ann": some}, **QUICK).values()
+    assert result.status == "trained"
+    with pytest.raises(DataError, match=r"names the user.*prompt, completion"):
+        ptuning.tune(backbone, some, **QUICK)
+    ownerless = make({"user_id": ["ann", None], "prompt": ["a", "b"], "completion": ["c", "d"]})
+    with pytest.raises(DataError, match=r"names no user.*row 1"):
+        dict(ptuning.iter_tune(backbone, ownerless, **QUICK))
 
 
 def test_the_salt_of_a_store_decides_whose_prefix_it_is(backbone: Backbone) -> None:
