@@ -21,6 +21,7 @@ import ray  # noqa: E402
 import ray._private.ray_constants as ray_constants  # noqa: E402
 
 from ptuning.errors import ServeError  # noqa: E402
+from ptuning.system.private import private, set_private  # noqa: E402
 
 _STORE_BYTES = 128 << 20  # requests and tokens are small
 _LOOPBACK = ("127.0.0.1", "::1")
@@ -29,7 +30,7 @@ _LOOPBACK = ("127.0.0.1", "::1")
 def start_ray(num_cpus: float) -> bool:
     """Start Ray on this machine unless this process has one; True where it was started.
 
-    Raises ServeError where this Ray cannot be kept on loopback.
+    Raises PTuningError where this Ray cannot be kept on loopback.
 
     The name of the environment variable speaks of Windows; what it does is to make the node's
     address 127.0.0.1, as Ray does there.
@@ -38,8 +39,8 @@ def start_ray(num_cpus: float) -> bool:
         return False
     loopback = os.environ.get(_LOOPBACK_NODE) == "0"
     if loopback:
-        _need(ray_constants, "ENABLE_RAY_CLUSTER")
-        ray_constants.ENABLE_RAY_CLUSTER = False  # if ray was imported before this module
+        # If ray was imported before this module.
+        set_private(ray_constants, "ENABLE_RAY_CLUSTER", False)
     environment.silence_loggers()
     with environment.neutral_directory():
         ray.init(
@@ -53,7 +54,10 @@ def start_ray(num_cpus: float) -> bool:
     if loopback and (address := ray.util.get_node_ip_address()) not in _LOOPBACK:
         ray.shutdown()
         raise ServeError(
-            "Ray's node does not keep to loopback", seen=address, expected="127.0.0.1", fix=_FIX
+            "Ray's node does not keep to loopback",
+            seen=address,
+            expected="127.0.0.1",
+            fix=f"use the release of Ray that ptuning was tested with, not {ray.__version__}",
         )
     return True
 
@@ -62,13 +66,13 @@ def keep_replica_on_loopback() -> None:
     """In a Serve replica, before it is ready: its gRPC server listens on loopback only.
 
     Does nothing where Ray's node has another address (a cluster: its network policy decides).
-    Raises ServeError where Ray has no such function to replace.
+    Raises PTuningError where Ray has no such function to replace.
     """
     import ray.serve._private.replica as replica
 
     if ray.util.get_node_ip_address() not in _LOOPBACK:
         return
-    add = _need(replica, "add_port_to_grpc_server")
+    add = private(replica, "add_port_to_grpc_server")
     if getattr(add, "_ptuning", False):
         return
 
@@ -77,19 +81,4 @@ def keep_replica_on_loopback() -> None:
         return int(add(server, f"127.0.0.1:{port}"))
 
     add_on_loopback._ptuning = True  # type: ignore[attr-defined]
-    replica.add_port_to_grpc_server = add_on_loopback
-
-
-_FIX = f"use the release of Ray that ptuning was tested with, not {ray.__version__}"
-
-
-def _need(module: Any, name: str) -> Any:
-    """A private name of Ray's that keeps a port closed. Raises ServeError where it has gone."""
-    try:
-        return getattr(module, name)
-    except AttributeError as error:
-        raise ServeError(
-            "this release of Ray cannot be kept on loopback",
-            seen=f"{module.__name__} has no {name}",
-            fix=_FIX,
-        ) from error
+    set_private(replica, "add_port_to_grpc_server", add_on_loopback)
