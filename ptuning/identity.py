@@ -17,7 +17,7 @@ from ptuning.train.resume import Belongs
 
 # The version of the code's rules: raise it where the same rows and settings train to other values
 # than before (a test holds a small training to known ones). Everybody trains again then.
-RULES = "1"
+RULES = "2"
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,14 @@ def learning_rate_at(config: TrainConfig, peak: float, step: int, total: int) ->
     return peak * (total - step) / max(1, total - warmup)
 
 
+EQUAL_LOSS = 1e-5  # nats per token; far above fp32's rounding, far below what anybody notices
+
+
 class BestEpoch:
     """Early stopping as a value: feed it validation losses, it says what to do.
 
+    An epoch is better only if its loss is lower by more than EQUAL_LOSS. Late epochs often differ
+    by rounding alone, and rounding, which depends on a user's neighbours, must not choose.
     Without a validation loss (no validation rows) every epoch counts as the best so far.
     """
 
@@ -145,7 +150,7 @@ class BestEpoch:
         """(is this the best so far, should the user stop now)."""
         if valid is None:
             return True, False
-        if self.best is None or valid < self.best:
+        if self.best is None or valid < self.best - EQUAL_LOSS:
             self.best, self.since = valid, 0
             return True, False
         self.since += 1

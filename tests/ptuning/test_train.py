@@ -49,7 +49,14 @@ from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.batch import PackPrefix
 from ptuning.scoring import score_split
-from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
+from ptuning.train.config import (
+    EQUAL_LOSS,
+    BestEpoch,
+    TrainConfig,
+    Trained,
+    UserRows,
+    learning_rate_at,
+)
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
 from ptuning.train.resume import Belongs, Resume
@@ -918,26 +925,38 @@ def test_the_linear_schedule_is_that_of_transformers(total: int, warmup: float) 
 
 
 @given(
-    losses=st.lists(st.floats(0, 10) | st.none(), min_size=1, max_size=12),
+    losses=st.lists(
+        st.floats(0, 10) | st.floats(5, 5 + 3 * EQUAL_LOSS) | st.none(), min_size=1, max_size=12
+    ),
     patience=st.none() | st.integers(1, 4),
 )
 def test_the_best_epoch_is_the_first_lowest_and_patience_is_counted_from_it(
     losses: list[float | None], patience: int | None
 ) -> None:
+    """Lowest but for differences that rounding makes."""
     stopper, seen = BestEpoch(patience), []
-    best_at = -1
+    best, best_at = math.inf, -1
     for epoch, loss in enumerate(losses):
         is_best, stop = stopper.see(loss)
         if loss is None:  # kept: nothing speaks against it
             assert (is_best, stop) == (True, False)
             continue
         seen.append(loss)
-        assert is_best == (loss < min(seen[:-1], default=math.inf))
-        best_at = epoch if is_best else best_at
+        assert is_best == (loss < best - EQUAL_LOSS)
+        best, best_at = (loss, epoch) if is_best else (best, best_at)
+        assert best <= min(seen) + EQUAL_LOSS
         since_best = sum(one is not None for one in losses[best_at + 1 : epoch + 1])
         assert stop == (patience is not None and since_best >= patience)
         if stop:
             break
+
+
+def test_rounding_does_not_choose_an_epoch() -> None:
+    """A pack and a user alone differ in the last bits of a loss, and must keep the same epoch."""
+    noise = 5e-7
+    for last in (5.0 - noise, 5.0 + noise):
+        stopper = BestEpoch(None)
+        assert [stopper.see(loss)[0] for loss in (5.1, 5.0, last)] == [True, True, False]
 
 
 @given(ids=st.lists(st.integers(0, 99), min_size=1, max_size=9), count=st.integers(1, 30))
