@@ -401,7 +401,6 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
     torch.manual_seed(5)
     virtual = torch.randn(2, P, backbone.facts.hidden_size, requires_grad=True)
     start = backbone.facts.decoder_start_id
-    assert start is not None
     around = Layout.parse(template).bind(backbone.template)
 
     def by_hand(row: Encoded, slot: int) -> Tensor:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 from registry_backends import (
     FINGERPRINT,
     PASSWORD,
@@ -309,6 +310,33 @@ def test_many_packs_at_once_on_postgresql_give_every_user_one_version(postgresql
         assert {v.tags["digest"] for v in versions_of(registries[0], user)} == {
             digest_of(user, "first")
         }
+
+
+@pytest.mark.parametrize("verb", ["register", "set_alias"])
+def test_an_alias_that_another_writer_set_first_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """MLflow looks whether it is there and then inserts it; PostgreSQL lets one of two do so."""
+    registry: Any = open_at(f"sqlite:///{tmp_path}/mlflow.db")
+    user = new_user()
+    [old] = registry.register(new_pack(), [promoted(user, "old")])
+    set_alias = registry.connection.models.set_registered_model_alias
+    met = []
+
+    def race(name: str, alias: str, version: str) -> None:
+        met.append(alias)
+        if len(met) == 1:
+            raise MlflowException('duplicate key value violates "pk" (psycopg2 UniqueViolation)')
+        set_alias(name, alias, version)
+
+    monkeypatch.setattr(registry.connection.models, "set_registered_model_alias", race)
+    if verb == "register":
+        [new] = registry.register(new_pack(), [promoted(user, "new")])
+        assert registry.champion(user) == new != old
+    else:
+        registry.set_alias(old, "champion")
+        assert registry.champion(user) == old
+    assert met[:2] == ["champion", "champion"]
 
 
 # MLflow's own way to a prefix file.

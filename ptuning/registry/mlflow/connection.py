@@ -36,6 +36,8 @@ _R = TypeVar("_R")
 _NAMES_PER_QUERY = 200
 _NAMES_PER_URL = 50  # 3.5 to 8 kB of query string; servers cut at 8 or more
 _WORKERS = 4
+# What PostgreSQL, SQLite and MySQL say of a row that is there already, in MLflow's words.
+_TAKEN = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
 
 
 class Outage:
@@ -86,6 +88,19 @@ class Connection:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def write(self, call: Callable[..., _R], *arguments: Any) -> _R:
+        """A call that writes one row; once more where another writer put the row there first.
+
+        MLflow looks for an alias or a tag and then inserts it: of two writers one finds it taken.
+        The row is there now, and the second call moves it.
+        """
+        try:
+            return call(*arguments)
+        except MlflowException as error:
+            if not any(sign in str(error) for sign in _TAKEN):
+                raise
+            return call(*arguments)
 
     def is_answer(self, error: MlflowException, *codes: str) -> bool:
         """Whether an error is MLflow's own answer with one of these codes: a proxy's 404 also

@@ -96,10 +96,11 @@ class MlflowRegistry:
         """See `Registry.set_alias`. Raises RegistryError if the version is not there."""
         check_alias(alias)
         name = self.scope.model_name(version.user_key, version.prefix_name)
-        with self.connection.asking(f"set the alias {alias}"):
+        to = self.connection
+        with to.asking(f"set the alias {alias}"):
             self._check_namespace(claim=True)
-            self.connection.models.set_registered_model_alias(name, alias, version.version)
-            make_durable(self.connection.sqlite)
+            to.write(to.models.set_registered_model_alias, name, alias, version.version)
+            make_durable(to.sqlite)
 
     def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
         """See `Registry.remove_alias`."""

@@ -111,7 +111,7 @@ def _tell_new_story(
         del known.tags[tag]
     for tag, value in sorted(story.items(), key=lambda item: item[0] == GATE_DIGEST):
         if known.tags.get(tag) != value:
-            to.models.set_model_version_tag(name, known.number, tag, value)
+            to.write(to.models.set_model_version_tag, name, known.number, tag, value)
             known.tags[tag] = value
 
 
@@ -125,7 +125,7 @@ def _point(
 ) -> None:
     if model.aliases.get(alias) != known.number:
         name = scope.model_name(entry.user_key, entry.prefix_name)
-        to.models.set_registered_model_alias(name, alias, known.number)
+        to.write(to.models.set_registered_model_alias, name, alias, known.number)
         model.aliases[alias] = known.number
 
 
