@@ -12,7 +12,7 @@ from pipelines.config import RunConfig
 from pipelines.gangs import cluster
 from pipelines.gangs.cluster import NamedBackbone
 from pipelines.rows.inputs import find_files
-from pipelines.rows.partition import Partition
+from pipelines.rows.stored import Partition
 from pipelines.run_folder import Header, RunFolder, find_unfinished, new_run_id, opening
 from ptuning.errors import RunError
 from ptuning.identity import Recipe

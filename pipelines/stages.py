@@ -22,7 +22,7 @@ from pipelines.candidates.rejudge import find_losses, records_of
 from pipelines.gangs import cluster
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
-from pipelines.rows.partition import read_index
+from pipelines.rows.stored import read_index
 from ptuning.champions import ChampionRef
 from ptuning.identity import BackboneIdentity, digest_training
 from ptuning.registry.base import Current, PackRecord, Registry

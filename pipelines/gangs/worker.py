@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.plan import Pack, PlannedUser
-from pipelines.rows.partition import read_users
+from pipelines.rows.stored import read_users
 from ptuning.errors import ArtifactError, PTuningError
 from ptuning.identity import Recipe
 from ptuning.model.backbone import Backbone

@@ -14,7 +14,6 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -34,8 +33,6 @@ from pipelines.rows.buckets import (
     Shard,
     UserKeys,
     auto_buckets,
-    bucket_folder,
-    examples_of,
     finish,
     largest,
     read_bad,
@@ -46,45 +43,21 @@ from pipelines.rows.buckets import (
 )
 from pipelines.rows.inputs import Inspected, find_files, inspect
 from pipelines.rows.notices import (
-    BadFile,
-    Notice,
     bad_files,
-    bad_files_from,
     make_notices,
-    notices_from,
 )
 from pipelines.rows.ray_tasks import Progress, cpus, quiet_ray_data, run_all
 from pipelines.rows.readers import Piece, describe
+from pipelines.rows.stored import Partition, read_partition
 from pipelines.rows.streams import InputFile
 from ptuning.data.columns import ROW_RULES, ColumnNames, Columns
 from ptuning.data.encode import Template
 from ptuning.data.examples import NOT_OF_ROWS, DataConfig
 from ptuning.errors import DataError, RunError
 from ptuning.store import Store
-from ptuning.types import Example
 
 FORMAT = 2  # of everything below partitions/; part of the id
 BLOCK_BYTES = 16 << 20  # text of one shard, and at most of one piece of a file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Partition:
-    """A finished partition: the commit record. `seconds` is what making it took.
-
-    `notices` name what was not read, lost or read in a way that people should know of;
-    `bad_files` are the files with the most quarantined rows, with their main reasons. Rows of
-    weight 0 are read, and neither kept nor quarantined.
-    """
-
-    partition_id: str
-    rows_read: int
-    rows_kept: int
-    rows_quarantined: int
-    users: int
-    too_few: int
-    seconds: float
-    notices: tuple[Notice, ...] = ()
-    bad_files: tuple[BadFile, ...] = ()
 
 
 def partition(
@@ -161,60 +134,6 @@ def _stated(file: InputFile, columns: Columns) -> list[list[str]]:
     values = dict(file.folders)
     sources = columns.layout(tuple(values)).sources
     return sorted([field, values[name]] for field, name in sources.items())
-
-
-def read_partition(store: Store, partition_id: str) -> Partition | None:
-    """The commit record, or None where the partition is not finished."""
-    name = f"partitions/{partition_id}/partition.json"
-    if not store.exists(name):
-        return None
-    record = store.read_json(name)
-    values = {field.name: record[field.name] for field in dataclasses.fields(Partition)}
-    values["notices"] = notices_from(values["notices"])
-    values["bad_files"] = bad_files_from(values["bad_files"])
-    return Partition(**values)
-
-
-def read_index(store: Store, partition_id: str) -> pa.Table:
-    """One row per user, sorted by id (INDEX_SCHEMA). RunError where it is not finished.
-
-    `rows`, `supervised_tokens`, `first_at`, `last_at` (epoch ms) and `data_digest` are of
-    the kept rows of all splits; `too_few` was decided before `max_rows`.
-    """
-    if read_partition(store, partition_id) is None:
-        raise RunError(
-            "the partition is not finished", seen=partition_id, fix="partition the data again"
-        )
-    return _read_table(store, f"partitions/{partition_id}/index.parquet")
-
-
-def read_users(
-    store: Store, partition_id: str, bucket: int, user_keys: Sequence[str] | None = None
-) -> dict[str, list[Example]]:
-    """Rows of a bucket's users by user key, oldest first, splits set.
-
-    `user_keys` names the users to read (None: all). RunError where one is not in the bucket.
-    """
-    name = f"{bucket_folder(partition_id, bucket)}/part-0.parquet"
-    users: dict[str, list[Example]] = {}
-    if store.exists(name):
-        wanted = None if user_keys is None else [("user_key", "in", sorted(set(user_keys)))]
-        table = _read_table(store, name, wanted)
-        for key, example in zip(table["user_key"].to_pylist(), examples_of(table), strict=True):
-            users.setdefault(key, []).append(example)
-    missing = sorted(set(user_keys or ()) - users.keys())
-    if missing:
-        raise RunError(
-            "users are not in their bucket",
-            seen=f"{len(missing)} missing in {store.path(name)}, first {missing[0]}",
-            fix="remove the partition and run again",
-        )
-    return users
-
-
-def _read_table(store: Store, name: str, filters: Any = None) -> pa.Table:
-    source = pa.BufferReader(store.read(name))
-    return pq.read_table(source, filters=filters or None)
 
 
 def _write_table(store: Store, name: str, table: pa.Table) -> None:

@@ -18,7 +18,7 @@ from ray import cloudpickle
 
 from pipelines.rows.buckets import BAD, NOTE, examples_of, read_blocks
 from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.partition import Partition, read_index, read_users
+from pipelines.rows.stored import Partition, read_index, read_users
 from ptuning.data.columns import ColumnNames
 from ptuning.data.examples import DataConfig, arrange
 from ptuning.store import Store

@@ -29,13 +29,8 @@ from partition_rows import (
 
 from pipelines.rows.buckets import read_bad, read_blocks, shard_of, write_shard
 from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.partition import (
-    Partition,
-    partition,
-    read_index,
-    read_partition,
-    read_users,
-)
+from pipelines.rows.partition import partition
+from pipelines.rows.stored import Partition, read_index, read_partition, read_users
 from ptuning.data.columns import ColumnNames
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig, data_digest

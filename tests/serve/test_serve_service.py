@@ -395,7 +395,7 @@ def test_a_service_that_cannot_come_back_ends_the_process_with_its_reason(tmp_pa
     settings = {
         "model": str(model),
         "store": str(tmp_path),
-        "serve": {"port": port, "model_name": MODEL, "start_timeout_s": 90, "num_threads": 1},
+        "serve": {"port": port, "model_name": MODEL, "start_timeout_s": 40, "num_threads": 1},
     }
     output = tmp_path / "output.txt"
     process = start(settings, output)
