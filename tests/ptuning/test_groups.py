@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
     ),
     "mlp on words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=5),
     "top three": PrefixTuning(num_virtual_tokens=P, init="random", layers=3),
-    "the top one": PrefixTuning(num_virtual_tokens=P, layers=1),
+    "skips layers": PrefixTuning(num_virtual_tokens=P, layers=1),
     "base": Plainly(num_virtual_tokens=P),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
