@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
     ),
     "mlp on words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=5),
     "top three": PrefixTuning(num_virtual_tokens=P, init="random", layers=3),
-    "skips layers": PrefixTuning(num_virtual_tokens=P, layers=1),
+    "the top one": PrefixTuning(num_virtual_tokens=P, layers=1),
     "base": Plainly(num_virtual_tokens=P),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
@@ -203,7 +203,7 @@ def test_what_layers_are_is_taken_apart_and_put_together_again() -> None:
 
 def test_a_prefix_that_leaves_out_a_layer_below_its_top_is_refused() -> None:
     tensors = {name: values for name, values in words().items() if name.startswith("decoder.0")}
-    with pytest.raises(WrongShape, match="leaves out"):
+    with pytest.raises(WrongShape, match="skips layers"):
         split_groups(tensors, FACTS, 0)
 
 
