@@ -451,9 +451,7 @@ def test_errors_of_every_kind_keep_their_fields_through_pickling() -> None:
     for kind in kinds(PTuningError):
         if kind.__module__ != PTuningError.__module__:
             continue  # the service's own errors have tests of their own
-        error = kind(
-            "it broke", seen=1, expected=(2, 3), fix="fix the chat template", user_key="abc"
-        )
+        error = kind("it broke", seen=1, expected=(2, 3), fix="mend it", user_key="abc")
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is kind
         assert str(again) == str(error) == "it broke; seen: 1; expected: (2, 3); to fix: mend it"
