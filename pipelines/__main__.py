@@ -3,9 +3,9 @@
 import os
 import sys
 
-# Python puts the working directory first on the path of a module that it runs. Before anything
-# else is imported it goes, unless our packages lie there: a file of the user's called click.py or
-# json.py must not be taken for the library.
+# For `python -m`, Python puts the working directory first on the import path. Unless our packages
+# are there, it is removed before anything else is imported: a user's file named click.py or json.py
+# must not be imported instead of the library.
 _here, _root = os.getcwd(), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if sys.path and os.path.abspath(sys.path[0]) == _here != _root:
     del sys.path[0]

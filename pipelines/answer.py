@@ -19,7 +19,7 @@ def answer(
     temperature: float,
     seed: int,
 ) -> tuple[list[str], str]:
-    """The answers, and a line that says which prefix gave them."""
+    """The answers, and a line that names the prefix used."""
     champion = load_champion(config, store, user_id)
     texts = generate(
         champion.backbone,

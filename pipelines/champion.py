@@ -1,4 +1,4 @@
-"""A user's champion in this process, for verbs that use one without a service."""
+"""Load a user's champion in this process, for verbs that work without a service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptuning.store_identity import read_identity
 
 @dataclass(frozen=True)
 class Champion:
-    """What answers a user: the backbone, and the user's prefix, None where there is none."""
+    """The model that serves a user: the backbone, and the user's prefix or None."""
 
     backbone: Backbone
     name: str
@@ -30,11 +30,11 @@ class Champion:
 
 
 def load_champion(config: RunConfig, store: Store, user_id: str) -> Champion:
-    """Load the backbone and the user's champion, the one that the service of this store answers
-    with.
+    """Load the backbone and the user's champion, as this store's service would.
 
-    Raises ConfigError where no run was made in the store, and an ArtifactError for a file that must
-    not be used. Example: `load_champion(config, Store("./ptuning-store"), "alice").prefix`.
+    Raises ConfigError if there has been no run in the store, and an ArtifactError if the prefix
+    file must not be used. Example:
+    `load_champion(config, Store("./ptuning-store"), "alice").prefix`.
     """
     key, name = read_identity(store).user_key(user_id), config.registry.prefix_name
     backbone = load_backbone(config.backbone, template=config.data.template)

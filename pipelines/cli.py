@@ -1,4 +1,4 @@
-"""The command line. Verbs import what they need when they run, so that --help is instant."""
+"""The command line. Each verb imports what it needs when it runs, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STORE = click.option(
     "--store",
     default="./ptuning-store",
     show_default=True,
-    help="Directory or object-store prefix that holds partitions, prefixes and runs.",
+    help="Directory or object-store prefix with partitions, prefixes and runs.",
 )
 _SETTINGS = (
     _STORE,
@@ -47,7 +47,7 @@ def _load(model: str | None, file: str | None, settings: Sequence[str]) -> Any:
 
 
 class _Keys(click.Command):
-    """A command whose help ends with every configuration key it understands."""
+    """A command whose help ends with a list of all configuration keys."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
@@ -57,9 +57,11 @@ class _Keys(click.Command):
         from ptuning.methods.catalogue import METHODS
 
         shared = {f"method.{name}" for name in Tuning.model_fields}
-        own = {name: [*known_keys(kind, "method.")] for name, kind in METHODS.items()}
-        kinds = "; ".join(str(kind.model_fields["type"].description) for kind in METHODS.values())
-        rows = [("method.type", f"tuning method: {kinds} [default: {DEFAULT}]")]
+        by_method = {name: [*known_keys(method, "method.")] for name, method in METHODS.items()}
+        types = "; ".join(
+            str(method.model_fields["type"].description) for method in METHODS.values()
+        )
+        rows = [("method.type", f"tuning method: {types} [default: {DEFAULT}]")]
         rows += [
             _described(key, field)
             for key, field in known_keys()
@@ -67,7 +69,7 @@ class _Keys(click.Command):
         ]
         with formatter.section("Configuration keys (--set, --config, PTUNING_SECTION__KEY)"):
             formatter.write_dl(rows)
-        for name, keys in own.items():
+        for name, keys in by_method.items():
             with formatter.section(f"Keys of method.type={name}"):
                 formatter.write_dl(
                     [
@@ -90,12 +92,12 @@ def cli() -> None:
     """One frozen language model, one small trained prefix per user.
 
     \b
-    Train a prefix for every user in a file, register them, promote those that help:
+    Train and register a prefix for every user in a file, and promote those that help:
         ptuning run --data messages.parquet
     Ask as one of the users, here or over HTTP:
         ptuning generate --user alice "What should I cook tonight?"
         ptuning serve
-    See what has run:
+    See past and current runs:
         ptuning status
     """
 
@@ -120,9 +122,9 @@ def run(
 ) -> int:
     """Train, gate, register and promote one prefix per user.
 
-    Rows have `user_id`, and `prompt` and `completion` (or `messages`); optional `timestamp`,
-    `split`, `init_words`. Run the same command again to resume after a stop; users whose
-    rows and settings are unchanged are not trained again.
+    Rows have `user_id`, and `prompt` and `completion` (or `messages`); `timestamp`, `split` and
+    `init_words` are optional. To resume a stopped run, repeat the command. Users whose rows and
+    settings are unchanged are not trained again.
 
     \b
     Examples:
@@ -187,7 +189,7 @@ def generate(
 
 
 @cli.command(cls=_Keys)
-@click.option("--host", help="Address to bind to; loopback unless told otherwise.")
+@click.option("--host", help="Address to bind to; loopback by default.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
 @_configured
 def serve(
@@ -214,19 +216,19 @@ def serve(
     from ptuning.store import Store
     from ptuning.store_identity import read_identity
 
-    read_identity(Store(store))  # a mistyped store must not answer everybody with the base model
+    read_identity(Store(store))  # a mistyped path must not serve everyone the base model
     serve_forever(config.serve, Store(store), config.backbone, config.data.template)
     return DONE
 
 
 @cli.command()
 @_STORE
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON list for programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, for programs.")
 def status(store: str, as_json: bool) -> int:
-    """List the store's runs: when, how far, and what came of them.
+    """List the store's runs with their progress and results.
 
     A run is finished, running, stopped (its driver is gone; the same `ptuning run` resumes it)
-    or, where that cannot be told from here, unfinished.
+    or, if that cannot be determined from this host, unfinished.
     """
     from rich.console import Console
 
@@ -244,9 +246,9 @@ def status(store: str, as_json: bool) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors become one readable line and the right exit code."""
+    """Entry point: prints an error as one readable line and exits with the right code."""
     environment.silence_libraries(terminal=sys.stderr.isatty())
-    # An outage is the error that the command ends with: it needs no line beside it.
+    # If the registry is down, the command ends with that error; the log line would repeat it.
     logging.getLogger("ptuning.registry").setLevel(logging.ERROR)
     from ptuning.errors import ConfigError, PTuningError
 
@@ -258,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         code = USAGE
     except click.exceptions.Abort:
-        click.echo("stopped; the same command resumes", err=True)
+        click.echo("stopped; repeat the command to resume", err=True)
         code = FAILED
     except ConfigError as error:
         click.echo(f"ptuning: {error}", err=True)

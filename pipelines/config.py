@@ -1,4 +1,5 @@
-"""A run's configuration: the sum of the components' own, from a file, the environment and --set.
+"""A run's configuration, composed of the components' sections, from a file, the environment and
+--set.
 
 Later sources win: defaults, `--config FILE.yaml`, `PTUNING_TRAIN__EPOCHS=3`, `--set
 train.epochs=3`. Unknown keys are errors that name the nearest known key.
@@ -43,32 +44,32 @@ class RayConfig(Config):
     SECTION: ClassVar[str] = "ray"
 
     address: str | None = Field(
-        None, description="address of a running Ray cluster; none starts one for this run"
+        None, description="address of a running Ray cluster; none: start one for this run"
     )
     workers: int | None = Field(
         None,
         ge=1,
-        description="training processes of the gang; "
-        "none: one per GPU, else one per CPU core while memory lasts",
+        description="training processes of the gang; none: one per GPU, or without GPUs one per "
+        "CPU core as far as memory allows",
     )
     cpus_per_worker: float | None = Field(
         None,
         gt=0,
-        description="CPUs (compute threads) of each worker; none: the cluster's, shared evenly",
+        description="CPUs (compute threads) per worker; none: an equal share of the cluster's",
     )
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="GPUs of each worker; none: one where the cluster has any"
+        None, ge=0, description="GPUs per worker; none: one if the cluster has any"
     )
     max_failures: int = Field(
-        3, ge=0, description="how often the gang is started again after a worker died"
+        3, ge=0, description="how often the gang is restarted after the death of a worker"
     )
     timeout_s: float = Field(
-        120.0, gt=0, description="seconds after which a silent peer of a sharded gang is given up"
+        120.0, gt=0, description="seconds after which a sharded gang gives up on a silent peer"
     )
 
 
 class RunConfig(Config):
-    """Everything that `ptuning run` can be told."""
+    """All settings of `ptuning run`."""
 
     data: DataConfig = DataConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -81,17 +82,17 @@ class RunConfig(Config):
     ray: RayConfig = RayConfig()
 
     def digest(self) -> str:
-        """SHA-256 of what a run's result depends on.
+        """SHA-256 of the settings that a run's result depends on.
 
-        That is neither `serve` nor `ray`, nor where the registry is: a password that was changed,
-        or a server that moved, must not keep a run from being resumed.
+        It excludes `serve`, `ray` and the registry's address, so that a run can be resumed after a
+        password has changed or a server has moved.
         """
         left_out: dict[str, Any] = {"serve": True, "ray": True, "registry": {"uri"}}
         values = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The configuration as a file; a password in the registry's address is left out."""
+        """The configuration as YAML; a password in the registry's address is hidden."""
         values = self.model_dump(mode="json")
         if uri := self.registry.uri:
             values["registry"]["uri"] = hide_passwords(uri)
@@ -105,7 +106,7 @@ def load_config(
 ) -> RunConfig:
     """Compose a configuration. Raises ConfigError for anything unknown or out of range.
 
-    Paths are made absolute here, once: workers and replicas have other working directories.
+    Paths are made absolute here, because workers and replicas have other working directories.
     """
     tree: dict[str, Any] = {}
     if file is not None:
@@ -118,7 +119,7 @@ def load_config(
                     "an environment variable that sets nothing",
                     seen=name,
                     expected=f"{_ENVIRONMENT}SECTION__KEY, with two underscores",
-                    fix="correct its name, or unset it",
+                    fix="correct the name, or unset it",
                 )
             _put(tree, path, _parse(path, value), name)
     for setting in settings:
@@ -139,7 +140,7 @@ def load_config(
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The configuration with every path that names something on this machine made absolute."""
+    """The configuration with all local paths made absolute."""
     backbone = config.backbone.model_copy(update={"name": _absolute_model(config.backbone.name)})
     registry, serve = config.registry, config.serve
     if registry.uri is not None:
@@ -151,7 +152,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute_model(name: str) -> str:
-    """An alias and a hub id stay; a directory or file becomes its absolute path."""
+    """Make a directory or file absolute; an alias or hub id is returned unchanged."""
     path = Path(name).expanduser()
     if name.startswith((".", "~")) or path.suffix == ".gguf":
         return os.path.abspath(path)
@@ -167,24 +168,24 @@ def _is_alias(name: str) -> bool:
 
 
 def _absolute_uri(uri: str) -> str:
-    """`sqlite:///relative.db` names a file below the working directory."""
+    """Make the path of `sqlite:///relative.db` absolute; other URIs are returned unchanged."""
     scheme, slashes, path = uri.partition(":///")
     if not scheme.startswith("sqlite") or not slashes or path.startswith(("/", ":")) or not path:
         return uri
     return f"{scheme}:///{os.path.abspath(path)}"
 
 
-# What an answer depends on besides the store; the rest of the configuration is of training.
-_OF_ANSWERS = ("backbone.", "registry.", "serve.")
-_OF_ANSWERS_TOO = {"data.template", "data.max_length"}
+# Settings that answers depend on; all others concern training.
+_SERVING_SECTIONS = ("backbone.", "registry.", "serve.")
+_SERVING_KEYS = {"data.template", "data.max_length"}
 
 
 def command_options(config: RunConfig) -> list[str]:
-    """Command-line arguments that serve what a run with this configuration made: whatever is not
-    at its default and matters to an answer, without passwords."""
+    """Command-line arguments for serving the results of a run with this configuration: all settings
+    that affect answers and are not at their defaults, without passwords."""
     options = []
     for key, field in known_keys():
-        if not key.startswith(_OF_ANSWERS) and key not in _OF_ANSWERS_TOO:
+        if not key.startswith(_SERVING_SECTIONS) and key not in _SERVING_KEYS:
             continue
         value: Any = config
         for name in key.split("."):
@@ -200,11 +201,11 @@ def command_options(config: RunConfig) -> list[str]:
 
 
 def _parse(path: Sequence[str], text: str) -> Any:
-    """A setting's value: YAML, but plain text as it is where the key holds text (a template may
-    hold `#` and `:`)."""
-    kinds = [field.annotation for key, field in known_keys() if key == ".".join(path)]
-    if kinds and all(kind in (str, str | None) for kind in kinds):
-        return None if kinds[0] is not str and text in ("null", "none", "~", "") else text
+    """Parse a setting's value: as YAML, but literally for a text setting (a template may contain
+    `#` and `:`)."""
+    types = [field.annotation for key, field in known_keys() if key == ".".join(path)]
+    if types and all(annotation in (str, str | None) for annotation in types):
+        return None if types[0] is not str and text in ("null", "none", "~", "") else text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -212,14 +213,14 @@ def _parse(path: Sequence[str], text: str) -> Any:
 
 
 def _read_none(tree: Mapping[str, Any]) -> None:
-    """The word `none`, as help has it, is no value where a setting may have none."""
-    kinds: dict[str, set[Any]] = {}
+    """Replace the word `none`, which the help texts use, by None for optional settings."""
+    options: dict[str, set[Any]] = {}
     for key, field in known_keys():
-        kinds.setdefault(key, set()).update(get_args(field.annotation))
+        options.setdefault(key, set()).update(get_args(field.annotation))
     for section, settings in tree.items():
         for name, value in settings.items():
-            own = kinds.get(f"{section}.{name}", set())
-            if value == "none" and NoneType in own and "none" not in own:
+            allowed = options.get(f"{section}.{name}", set())
+            if value == "none" and NoneType in allowed and "none" not in allowed:
                 settings[name] = None
 
 
@@ -253,7 +254,7 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any, origin: str) -> 
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise ConfigError("a setting goes into something that has no keys", seen=origin)
+            raise ConfigError("a setting is below a value that has no keys", seen=origin)
     node[key] = value
 
 
@@ -262,26 +263,26 @@ def known_keys(
 ) -> Iterator[tuple[str, FieldInfo]]:
     """Every `section.key` with its pydantic field: the source of help and reference pages.
 
-    Keys of `method` are those of all its types, one after another; a key of several types
-    comes once for each that describes it in its own words.
+    Keys of `method` are those of all methods in turn; a key of several methods is listed once per
+    distinct description.
     """
     for name, field in model.model_fields.items():
-        told: dict[str, set[str]] = {}
-        for kind in _sections(field):
-            for key, own in known_keys(kind, f"{prefix}{name}."):
-                if str(own.description) not in told.setdefault(key, set()):
-                    told[key].add(str(own.description))
-                    yield key, own
+        described: dict[str, set[str]] = {}
+        for section in _sections(field):
+            for key, nested in known_keys(section, f"{prefix}{name}."):
+                if str(nested.description) not in described.setdefault(key, set()):
+                    described[key].add(str(nested.description))
+                    yield key, nested
         if not _sections(field):
             yield f"{prefix}{name}", field
 
 
 def _sections(field: FieldInfo) -> tuple[type[BaseModel], ...]:
-    """The models that a field may hold; none for a plain value."""
+    """The models that a field can have as its value; () for a plain value."""
     if field.annotation is Tuning:
         return tuple(METHODS.values())
-    kind = field.annotation
-    return (kind,) if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
+    model = field.annotation
+    return (model,) if isinstance(model, type) and issubclass(model, BaseModel) else ()
 
 
 def _check_keys(model: type[BaseModel], tree: Mapping[str, Any], prefix: str) -> None:
@@ -289,32 +290,34 @@ def _check_keys(model: type[BaseModel], tree: Mapping[str, Any], prefix: str) ->
         field = model.model_fields.get(str(key))
         if field is None:
             raise _no_such_key(model, f"{prefix}{key}")
-        kinds = _sections(field)
-        if kinds:
+        sections = _sections(field)
+        if sections:
             if not isinstance(value, Mapping):
                 raise ConfigError(
                     f"{prefix}{key} is a section", seen=repr(value), expected="keys below it"
                 )
-            kind = METHODS.get(str(value.get("type"))) if len(kinds) > 1 else kinds[0]
-            if kind is None:
+            section = METHODS.get(str(value.get("type"))) if len(sections) > 1 else sections[0]
+            if section is None:
                 raise ConfigError(
                     "no such tuning method",
                     seen=f"{prefix}{key}.type={value.get('type')}",
                     expected=", ".join(METHODS),
                 )
-            _check_keys(kind, value, f"{prefix}{key}.")
+            _check_keys(section, value, f"{prefix}{key}.")
 
 
 def _no_such_key(model: type[BaseModel], key: str) -> ConfigError:
-    own = {f"method.{name}" for name in model.model_fields}
+    allowed = {f"method.{name}" for name in model.model_fields}
     others = [
-        name for name, kind in METHODS.items() if key.removeprefix("method.") in kind.model_fields
+        name
+        for name, method in METHODS.items()
+        if key.removeprefix("method.") in method.model_fields
     ]
     if key.startswith("method.") and others:
         return ConfigError(
             "this tuning method has no such setting",
             seen=key,
-            expected=", ".join(sorted(own)),
+            expected=", ".join(sorted(allowed)),
             fix=f"it belongs to method.type {' or '.join(others)}",
         )
     known = [name for name, _ in known_keys()] + list(RunConfig.model_fields)

@@ -1,6 +1,6 @@
-"""A pack's done-record: what became of its users, as JSON. Writing it commits them.
+"""A pack's done-record: the outcome for its users, as JSON. Writing it commits the pack.
 
-It keeps every row's loss, so that another gate can judge the same prefixes without training or
+It keeps every row's loss, so that a changed gate can judge the same prefixes without training or
 scoring them again.
 """
 
@@ -16,8 +16,8 @@ from ptuning.types import SplitLosses, UserReport
 
 @dataclass(frozen=True, kw_only=True)
 class DoneRecord:
-    """The users of one pack. `champions` are the digests of the prefixes that they were compared
-    with, None where a user had none; `attempt` says which process wrote it."""
+    """The outcome of one pack. `champions` are the digests of the champions that candidates were
+    compared with, None for users without one; `attempt` names the process that wrote it."""
 
     pack_id: str
     attempt: str
@@ -46,7 +46,7 @@ class DoneRecord:
 
 
 def _report_to_json(report: UserReport) -> dict[str, Any]:
-    """Without the gate's decision: it is made anew from the losses whenever they are read."""
+    """A report without the gate's decision, which is made again from the losses on every read."""
     value = {
         name: getattr(report, name)
         for name in (
@@ -72,33 +72,34 @@ def _report_from_json(value: Mapping[str, Any]) -> UserReport:
 
 
 def _finite(loss: object) -> object:
-    """JSON has no NaN; the error of a failed user says what it was."""
+    """The loss, or None if it is not finite, since JSON has no NaN; a failed user's error has the
+    details."""
     return None if isinstance(loss, float) and not math.isfinite(loss) else loss
 
 
 def losses_to_json(report: UserReport) -> dict[str, dict[str, dict[str, list[Any]]]]:
     """Losses as JSON, which has no NaN: null stands for a loss that is not finite."""
     return {
-        who: {
+        name: {
             split: {
                 "nats": [nats if math.isfinite(nats) else None for nats in loss.nats],
                 "tokens": list(loss.tokens),
             }
             for split, loss in splits.items()
         }
-        for who, splits in report.losses.items()
+        for name, splits in report.losses.items()
     }
 
 
 def losses_from_json(value: Mapping[str, Any]) -> dict[str, dict[str, SplitLosses]]:
     """The inverse of `losses_to_json`."""
     return {
-        who: {
+        name: {
             split: SplitLosses(
                 nats=tuple(math.nan if nats is None else float(nats) for nats in loss["nats"]),
                 tokens=tuple(int(count) for count in loss["tokens"]),
             )
             for split, loss in splits.items()
         }
-        for who, splits in value.items()
+        for name, splits in value.items()
     }

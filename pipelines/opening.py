@@ -1,5 +1,5 @@
-"""Beginning a run: what can be known to be wrong is said first; then the unfinished run of the same
-data and settings is taken up, or a new one made.
+"""Start a run: check the inputs first, then resume the unfinished run with the same data and
+settings, or create a new one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipelines.gangs import cluster
 from pipelines.gangs.cluster import NamedBackbone
 from pipelines.rows.inputs import find_files
 from pipelines.rows.stored import Partition
-from pipelines.run_folder import Header, RunFolder, find_unfinished, new_run_id, opening
+from pipelines.run_folder import Header, RunFolder, find_unfinished, lock_runs, new_run_id
 from ptuning.errors import RunError
 from ptuning.identity import Recipe
 from ptuning.model.load import load_template, outline
@@ -26,7 +26,7 @@ from ptuning.train.words import check_init_text
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is fixed about a run while it works. `config` has its dtype and attention decided."""
+    """A run's fixed values. In `config` the backbone's dtype and attention are resolved."""
 
     folder: RunFolder
     config: RunConfig
@@ -47,7 +47,7 @@ class Run:
 
 
 def check_inputs(sources: Sequence[str], store: Store, config: RunConfig) -> None:
-    """Everything that can be known before a cluster is started and a row is read. Raises
+    """Check everything that can be checked before a cluster is started or a row is read. Raises
     DataError, ModelNotFound, ConfigError, MethodError or RunError."""
     find_files(sources)
     config.method.check(outline(config.backbone.name))
@@ -60,8 +60,8 @@ def check_inputs(sources: Sequence[str], store: Store, config: RunConfig) -> Non
 def reach_registry(
     config: RunConfig, store: Store, identity: StoreIdentity, fingerprint: str
 ) -> Registry:
-    """The registry, after one question: a wrong address, or a namespace that is another store's,
-    must not be found after the partition."""
+    """Open the registry and query it once, so that a wrong address, or a namespace that belongs to
+    another store, is found before the partition."""
     registry = open_registry(
         config.registry,
         registry_uri(config.registry, store),
@@ -75,13 +75,13 @@ def reach_registry(
 
 
 def _check_writable(store: Store) -> None:
-    """Before hours of work, not after."""
+    """Raise RunError if the store cannot be written, before hours of work rather than after."""
     try:
         store.write(".writable", b"")
         store.remove(".writable")
     except OSError as error:
         raise RunError(
-            "the store cannot be written", seen=str(error), fix="give --store a writable place"
+            "the store cannot be written", seen=str(error), fix="set --store to a writable place"
         ) from error
 
 
@@ -93,10 +93,10 @@ def open_run(
     identity: StoreIdentity,
     backbone: NamedBackbone,
 ) -> Iterator[Run]:
-    """The unfinished run with the same partition and configuration, else a new one; locked."""
+    """Open and lock the unfinished run with the same partition and configuration, or a new run."""
     header = {
         "partition_id": part.partition_id,
-        # Of what was asked for: "auto" may be decided otherwise next time.
+        # Of the configuration as requested: "auto" may be resolved differently next time.
         "config_digest": config.digest(),
         "fingerprint": backbone.fingerprint,
         "template_digest": backbone.template_digest,
@@ -123,13 +123,13 @@ def _take(
     header: Header,
     locks: contextlib.ExitStack,
 ) -> tuple[RunFolder, RunConfig, bool]:
-    """Look for the run and lock it, or begin one, in one step: of drivers that start in the same
-    second, one works and the others are told so."""
-    with opening(store):
+    """Find the run and lock it, or create one, in one step: if several drivers start at the same
+    time, one works on the run and the others get an error."""
+    with lock_runs(store):
         folder = find_unfinished(store, header)
         if folder is not None:
             locks.enter_context(folder.lock())
-            if not folder.is_finished:  # else its driver ended between the look and the lock
+            if not folder.is_finished:  # its driver may have finished before we had the lock
                 return folder, _as_begun(folder, config), True
             locks.close()
         folder = RunFolder(store, new_run_id())
@@ -139,7 +139,7 @@ def _take(
 
 
 def _as_begun(folder: RunFolder, config: RunConfig) -> RunConfig:
-    """The configuration with the dtype and attention that the run was begun with."""
+    """The configuration with the dtype and attention that the run started with."""
     saved = (folder.read_config() or {})["backbone"]
     decided = {"dtype": saved["dtype"], "attention": saved["attention"]}
     return config.model_copy(update={"backbone": config.backbone.model_copy(update=decided)})

@@ -1,12 +1,13 @@
-"""Who trains, who is only judged again, who retires, and who trains together: pure functions.
+"""Plan a run: which users train, are only judged again or retire, and which train together.
 
-Nothing here reads a store or a registry. In particular the plan believes a version's digests:
-whether a prefix file is still there and whole is looked at elsewhere, a sample a run
-(pipelines/candidates/lost.py), and the keys found go in as `lost`. Hashing every file would read
-0.7 TB a night at a million users to find what a service reports when it first meets it.
+These are pure functions that read neither a store nor a registry. The plan trusts a version's
+digests. Whether prefix files are intact is checked elsewhere, for a sample of users per run
+(pipelines/candidates/lost.py), and the keys found are passed in as `lost`. Hashing every file of a
+million users would read 0.7 TB a night, to find what a service reports anyway when it first reads
+such a file.
 
-Users of one bucket stay together (a pack reads one or two bucket files), and packs are
-balanced by supervised tokens, the work they are.
+Users of one bucket stay together, so that a pack reads one or two bucket files. Packs are balanced
+by supervised tokens, which measure the work.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OnShrink = Literal["base", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRow:
-    """One user of the partition's index: where the rows are, how many, and what they hold."""
+    """One user in the partition's index: the location and number of the rows, and their digest."""
 
     user_id: str
     user_key: str
@@ -55,10 +56,10 @@ class IndexRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedUser:
-    """One user of a pack; the champion it must beat, if it has one.
+    """One user of a pack, with the champion to beat, if there is one.
 
-    Of a user who is only judged again, `run_id` and `pack_id` say whose done-record holds the
-    losses, and `candidate_digest` is the prefix that is judged.
+    For a user who is only judged again, `run_id` and `pack_id` identify the done-record with the
+    losses, and `candidate_digest` is the prefix to be judged.
     """
 
     user_key: str
@@ -74,7 +75,7 @@ class PlannedUser:
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Users that are worked on together in one process. The id is made from what they train."""
+    """Users that one process trains together. The id is a hash of their training digests."""
 
     pack_id: str
     users: tuple[PlannedUser, ...]
@@ -86,11 +87,11 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """The settings that decide who trains.
+    """The settings that decide which users train.
 
     `identity(user_key, data_digest)` is the training digest of a user's rows. `everybody` says
-    that the index holds all users of the data; under `data.max_users` it does not, so nobody
-    who is absent from it is taken for gone.
+    whether the index has all users of the data. With `data.max_users` it does not, so users who are
+    absent from it do not count as gone.
     """
 
     identity: Callable[[str, str], str]
@@ -106,11 +107,11 @@ class Rules:
 class Plan:
     """What a run does with each user.
 
-    `packs` train; `judged` have an unchanged prefix that another gate judges from stored losses;
-    `skipped` are neither, with the status they are reported with. Users in `skipped` as `retired`
-    lose their champion; `kept` counts those who would, were `data.on_shrink` not `keep`.
-    `notes` say in words what a reader of the report should know. `planned_at`, in epoch
-    milliseconds, orders runs: what a later plan decided is not undone by an earlier one's run.
+    `packs` are trained. `judged` have an unchanged prefix, which a changed gate judges from stored
+    losses. `skipped` are neither, each with its status in the report; those with status `retired`
+    lose their champion. `kept` counts users who would retire if `data.on_shrink` were not `keep`.
+    `notes` are sentences for the report. `planned_at`, in epoch milliseconds, orders runs: an
+    earlier plan's run does not undo the decisions of a later one.
     """
 
     packs: tuple[Pack, ...] = ()
@@ -126,15 +127,15 @@ class Plan:
         return tuple(sorted(key for key, status in self.skipped.items() if status == "retired"))
 
     def train_instead(self, keys: Collection[str], rules: Rules) -> Plan:
-        """The plan with the judged users of `keys` among those who train: their stored losses
-        cannot be found."""
+        """The plan in which the judged users in `keys` train, because their stored losses cannot be
+        found."""
         if not keys:
             return self
         judged = [user for pack in self.judged for user in pack.users]
         training = [user for pack in self.packs for user in pack.users]
         training += [user for user in judged if user.user_key in keys]
         judged = [user for user in judged if user.user_key not in keys]
-        note = f"{len(keys):,} users train again: the losses that another gate would judge are gone"
+        note = f"{len(keys):,} users train again: the losses for the changed gate are gone"
         return Plan(
             packs=make_packs(training, rules.pack_users, rules.workers),
             judged=make_packs(judged, rules.pack_users, 1),
@@ -153,13 +154,13 @@ def plan_users(
 ) -> Plan:
     """Decide about every user, in one pass over the index.
 
-    `users` are the index's rows, each with what the registry has of the user; `served` are the
-    keys of all who have a champion; `lost` those whose prefix file is known to be gone. In memory
-    are the plan and the keys of `served`.
+    `users` are the index's rows, each with the user's versions in the registry. `served` are the
+    keys of all users who have a champion, `lost` those whose prefix file is known to be gone. Only
+    the plan and the keys of `served` are kept in memory.
 
-    A user with too few rows, or with a champion and no rows at all, retires if `on_shrink` says
-    `base`. Raises RunError where more than `max_shrink` of the served would retire: a delivery
-    that lost a file looks the same as users who left, and only a person can tell.
+    A user with a champion retires if there are too few rows, or none, and `on_shrink` is `base`.
+    Raises RunError if more than `max_shrink` of the served users would retire: a lost input file
+    looks just like users who left, and only a person can tell them apart.
     """
     trained: list[PlannedUser] = []
     judged: list[PlannedUser] = []
@@ -215,8 +216,8 @@ def _planned(row: IndexRow, now: Current | None, rules: Rules) -> PlannedUser:
 def _compare(
     user: PlannedUser, now: Current | None, rules: Rules, lost: bool
 ) -> Literal["train", "judge", "unchanged"]:
-    """Training again would give the candidate there is: then only its judgement may be out of
-    date. Without a word on whose record holds its losses, it is trained."""
+    """What to do with a user. If training again would give the existing candidate, at most the
+    gate's decision is out of date; without a record of its losses the user trains anyway."""
     candidate = now.candidate if now else None
     if lost or candidate is None or candidate.training_digest != user.training_digest:
         return "train"
@@ -229,11 +230,11 @@ def _check_shrink(shrunk: int, served: int, most: float) -> None:
     if shrunk <= most * served:
         return
     raise RunError(
-        "too many users would lose their prefix: their rows are gone, or too few are left",
+        "too many users would lose their prefix: their rows are gone or too few",
         seen=f"{shrunk:,} of {served:,} served users",
         expected=f"at most data.max_shrink = {most:g} of them",
-        fix="check that --data names all rows (the input is taken as everything there is); if "
-        "they did leave, raise data.max_shrink, or keep their prefixes with data.on_shrink=keep",
+        fix="check that --data names all rows (the input is taken as complete); if these users "
+        "did leave, raise data.max_shrink, or keep their prefixes with data.on_shrink=keep",
     )
 
 
@@ -247,9 +248,9 @@ def _notes(rules: Rules, lost: Collection[str]) -> tuple[str, ...]:
 
 
 def make_packs(users: Sequence[PlannedUser], pack_users: int, workers: int) -> tuple[Pack, ...]:
-    """Cut users, in the order of their buckets, into packs of at most `pack_users`.
+    """Split users, in the order of their buckets, into packs of at most `pack_users`.
 
-    At least one pack per worker where there are users enough, so that nobody idles.
+    If there are enough users, every worker gets at least one pack.
     """
     if not users:
         return ()
@@ -261,7 +262,7 @@ def make_packs(users: Sequence[PlannedUser], pack_users: int, workers: int) -> t
     for position, user in enumerate(ordered):
         left = len(ordered) - position
         open_packs = count - len(packs)
-        # A pack ends when it is full, or has its share of the tokens and the rest fits the others.
+        # A pack ends when it is full, or has its share of tokens and the rest fits into the others.
         enough = filled >= per_pack and left <= open_packs * pack_users and open_packs > 0
         if packs[-1] and (len(packs[-1]) >= pack_users or enough or left <= open_packs):
             packs.append([])
@@ -277,7 +278,8 @@ def _pack_id(users: Sequence[PlannedUser]) -> str:
 
 
 def assign(packs: Sequence[Pack], workers: int) -> list[list[Pack]]:
-    """Share packs among workers, the heaviest first to whoever has least (Graham 1969, LPT)."""
+    """Assign packs to workers: the largest first, each to the least loaded worker (Graham 1969,
+    LPT)."""
     shares: list[list[Pack]] = [[] for _ in range(workers)]
     loads = [0] * workers
     for pack in sorted(packs, key=lambda pack: (-pack.tokens, pack.pack_id)):

@@ -1,8 +1,8 @@
-"""The run: partition, plan, tune, evaluate, register, deploy. Resumes what was begun.
+"""The run: partition, plan, tune, evaluate, register, deploy; resumes an unfinished run.
 
-What is done is read from what is committed (the partition's record, done-records, the
-registry); a run without a summary.json is unfinished and is taken up again by the next
-`ptuning run` with the same inputs and configuration.
+Progress is read from what has been committed: the partition's record, done-records, the registry.
+A run without a summary.json is unfinished, and the next `ptuning run` with the same inputs and
+configuration resumes it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ from ptuning.store import Store
 from ptuning.store_identity import open_identity
 from ptuning.types import UserReport
 
-SNAPSHOT = (
-    "the input was taken as a snapshot, everything there is of everybody: "
-    "rows and users that it does not have are gone"
-)
+SNAPSHOT = "the input was taken as a complete snapshot: rows and users missing from it are gone"
 
 
 def execute(
     sources: Sequence[str], store: Store, config: RunConfig, progress: RunProgress
 ) -> RunFacts:
-    """Run every stage and write the run's results; returns what the end report prints."""
+    """Run every stage and write the results; returns the facts for the end report."""
     watch = Stopwatch()
     with watch.time("start"):
         check_inputs(sources, store, config)
@@ -101,7 +98,7 @@ def _users(packs: Sequence[Any]) -> int:
 
 
 def _rows_of(progress: RunProgress) -> Any:
-    """The partition's steps as one progress line each."""
+    """A callback that shows each step of the partition as a progress stage."""
     shown = ""
 
     def report(step: str, done: int, total: int) -> None:
@@ -124,7 +121,8 @@ def _facts(
     late: Sequence[str],
     seconds: Mapping[str, float],
 ) -> RunFacts:
-    """`config` is what was asked for: the next command repeats it, not what was decided."""
+    """The facts for the reports. `config` is as requested, not as resolved, because the suggested
+    commands repeat the request."""
     gone = outcomes.keys() - {row.user_key for row in rows}
     return RunFacts(
         run_id=run.run_id,
@@ -148,10 +146,10 @@ def _facts(
 
 
 def _notices(run: Run, plan: Plan, late: Sequence[str]) -> tuple[str, ...]:
-    """What a reader should know that no figure says."""
+    """Remarks for the reader that no number shows."""
     kept = f"{plan.kept:,} users keep a prefix of rows that are gone (data.on_shrink=keep)"
     of_rows = [str(notice.text) for notice in run.part.notices]
-    behind = f"replicas that do not answer from the new list yet: {', '.join(late)}"
+    behind = f"replicas that do not serve the new list yet: {', '.join(late)}"
     return (
         SNAPSHOT,
         *of_rows,
@@ -162,7 +160,7 @@ def _notices(run: Run, plan: Plan, late: Sequence[str]) -> tuple[str, ...]:
 
 
 def _finish(run: Run, facts: RunFacts) -> None:
-    """Write the users table, the page and, last, the summary: the run's commit."""
+    """Write the users table, the page and, last, the summary, which commits the run."""
     run.folder.remove_scratch()
     run.folder.write_users(users_table(facts))
     run.folder.write_report(html_report(facts))

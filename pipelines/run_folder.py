@@ -1,13 +1,13 @@
-"""One run's folder in the store: the only module that knows the names below `runs/<run_id>/`.
+"""A run's folder in the store; only this module knows the names below `runs/<run_id>/`.
 
-config.yaml    the configuration as it was resolved, and what the run is identified by
-plan/          users.parquet, then plan.json: what is done with each user
-done/          a record per pack, written once: what is committed
-users/         part-0.parquet: the table of users, the only place of a run with their ids
-report.html    the page
+config.yaml    the resolved configuration, and the header that identifies the run
+plan/          users.parquet, then plan.json: what to do with each user
+done/          one record per pack, written once, which commits the pack
+users/         part-0.parquet: the users table, the only file of a run with user ids
+report.html    the report page
 summary.json   written last: a run without it is unfinished
 lock           held by the driver that works on the run (local stores)
-ray/           Ray Train's own state while the gang runs
+ray/           Ray Train's state while the gang runs
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.plan import Pack, Plan, PlannedUser
 from ptuning.errors import RunError
 from ptuning.store import Store
 
-Header = Mapping[str, str]  # what a run is identified by: of the data, configuration, backbone
+Header = Mapping[str, str]  # identifies a run by its data, configuration and backbone
 State = Literal["finished", "running", "stopped", "unfinished"]
 
 _PLAN_SCHEMA = pa.schema(
@@ -65,14 +65,14 @@ class RunFolder:
     def _name(self, *parts: str) -> str:
         return "/".join(["runs", self.run_id, *parts])
 
-    # What the run is.
+    # The configuration.
 
     def write_config(self, header: Header, config_yaml: str) -> None:
         text = yaml.safe_dump(dict(header)) + config_yaml
         self.store.write(self._name("config.yaml"), text.encode("utf-8"))
 
     def read_config(self) -> dict[str, Any] | None:
-        """The header's keys and the configuration's sections; None where the run never began."""
+        """The header's keys and the configuration's sections; None if the run never started."""
         if not self.store.exists(self._name("config.yaml")):
             return None
         return dict(yaml.safe_load(self.store.read(self._name("config.yaml"))))
@@ -80,7 +80,7 @@ class RunFolder:
     # The plan.
 
     def write_plan(self, plan: Plan) -> None:
-        """Its users, then its header, which commits it."""
+        """Write the plan's users, then its header, which commits it."""
         table = pa.Table.from_pylist(list(_plan_rows(plan)), schema=_PLAN_SCHEMA)
         with self.store.open_write(self._name("plan", "users.parquet")) as file:
             pq.write_table(table, file, compression="zstd")
@@ -99,7 +99,7 @@ class RunFolder:
         self.store.write_json(self._name("plan", "plan.json"), header)
 
     def read_plan_header(self) -> dict[str, Any] | None:
-        """Ids of packs and counts of users, without the users; None where there is no plan."""
+        """Ids of packs and counts of users, without the users; None if there is no plan."""
         name = self._name("plan", "plan.json")
         return dict(self.store.read_json(name)) if self.store.exists(name) else None
 
@@ -118,7 +118,7 @@ class RunFolder:
             planned_at=header["planned_at"],
         )
 
-    # What is committed.
+    # Committed packs.
 
     def done_packs(self) -> set[str]:
         """Ids of the packs that have a record."""
@@ -135,14 +135,14 @@ class RunFolder:
             return None
         return DoneRecord.from_json(self.store.read_json(name))
 
-    # What came of it.
+    # The results.
 
     def write_users(self, table: pa.Table) -> None:
         with self.store.open_write(self._name("users", "part-0.parquet")) as file:
             pq.write_table(table, file)
 
     def read_users(self) -> pa.Table:
-        """The table of users of a finished run."""
+        """The users table of a finished run."""
         source = pa.BufferReader(self.store.read(self._name("users", "part-0.parquet")))
         return pq.read_table(source)
 
@@ -165,7 +165,7 @@ class RunFolder:
         name = self._name("summary.json")
         return dict(self.store.read_json(name)) if self.store.exists(name) else None
 
-    # Ray Train keeps state of its own, which nothing reads once the gang has ended.
+    # Ray Train's state, which nothing reads once the gang has ended.
 
     @property
     def scratch(self) -> str:
@@ -174,11 +174,12 @@ class RunFolder:
     def remove_scratch(self) -> None:
         self.store.remove(self._name("ray"))
 
-    # Who works on it.
+    # The driver's lock.
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one driver per run on one host; the kernel drops the lock when the driver dies."""
+        """Allow one driver per run, on one host; the kernel releases the lock if the driver
+        dies."""
         if not self.store.is_local:
             yield
             return
@@ -195,8 +196,8 @@ class RunFolder:
             yield
 
     def state(self) -> State:
-        """`running` and `stopped` are told apart by the lock, which object stores do not have:
-        there, and where the driver is on another host, an `unfinished` run may be either."""
+        """The run's state. The lock shows whether an unfinished run is `running` or `stopped`; in
+        an object store, or if the driver is on another host, it is only `unfinished`."""
         if self.is_finished:
             return "finished"
         path = self.store.path(self._name("lock"))
@@ -210,18 +211,18 @@ class RunFolder:
 
 
 def new_run_id() -> str:
-    """UTC and four random digits: ids of one store sort by when their runs began, on any host."""
+    """UTC time and four random digits, so that a store's run ids sort by start time."""
     return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def all_runs(store: Store) -> list[RunFolder]:
-    """Every run that began, oldest first."""
+    """Every run that was started, oldest first."""
     folders = [RunFolder(store, name) for name in store.list("runs")]
     return [folder for folder in folders if folder.read_config() is not None]
 
 
 def find_unfinished(store: Store, header: Header) -> RunFolder | None:
-    """The newest run without a summary that was begun with the same header."""
+    """The newest unfinished run with the same header, or None."""
     for name in reversed(store.list("runs")):
         folder = RunFolder(store, name)
         if folder.is_finished or (config := folder.read_config()) is None:
@@ -232,8 +233,8 @@ def find_unfinished(store: Store, header: Header) -> RunFolder | None:
 
 
 @contextlib.contextmanager
-def opening(store: Store) -> Iterator[None]:
-    """While a driver looks for its run and takes it or makes one, no other does."""
+def lock_runs(store: Store) -> Iterator[None]:
+    """A lock for finding or creating a run: only one driver at a time may do that."""
     if not store.is_local:
         yield
         return
@@ -243,7 +244,7 @@ def opening(store: Store) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: str, *, wait: bool) -> Iterator[Any]:
-    """The file, locked; None where another process holds it and `wait` is false."""
+    """Open and lock a file; gives None if another process has the lock and `wait` is false."""
     import fcntl
 
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -272,6 +273,6 @@ def _packs(pack_ids: list[str], rows: Iterable[Mapping[str, Any]]) -> tuple[Pack
         values = {name: row[name] for name in PlannedUser.__dataclass_fields__}
         users[row["pack"]].append(PlannedUser(**values))
     return tuple(
-        Pack(pack_id=pack_id, users=tuple(members))
-        for pack_id, members in zip(pack_ids, users, strict=True)
+        Pack(pack_id=pack_id, users=tuple(pack_users))
+        for pack_id, pack_users in zip(pack_ids, users, strict=True)
     )

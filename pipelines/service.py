@@ -1,4 +1,4 @@
-"""The pipelines' only contact with the service: its configuration, and starting it."""
+"""The pipelines' only dependency on the service: its configuration, and how to start it."""
 
 from __future__ import annotations
 

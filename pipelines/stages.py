@@ -1,4 +1,4 @@
-"""The stages of a run: each takes values, writes what it commits, and returns values."""
+"""The stages of a run: each takes values, commits its results, and returns values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.types import UserReport
 
 Progress = Callable[[int, int], None]  # users done, tokens trained
-_CHUNK = 1000  # users of one question to the registry
+_CHUNK = 1000  # users per query to the registry
 
 
 def read_rows(run: Run) -> list[IndexRow]:
@@ -40,10 +40,10 @@ def read_rows(run: Run) -> list[IndexRow]:
 
 
 def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
-    """Decide what is done with each user; a resumed run keeps its plan.
+    """Decide what to do with each user; a resumed run keeps its plan.
 
-    The losses of those who are only judged again are copied into the run's own records, so that
-    what is decided can be finished whatever happens to the older run.
+    The losses of users who are only judged again are copied into this run's records, so that the
+    plan can be completed whatever happens to the older run.
     """
     if (plan := run.folder.read_plan()) is not None:
         return plan
@@ -87,14 +87,14 @@ def _rules(run: Run) -> Rules:
 
 
 def gate_digest(run: Run) -> str:
-    """SHA-256 of the gate's settings: a prefix that another gate judged is judged again."""
+    """SHA-256 of the gate's settings; if they change, prefixes are judged again."""
     return hashlib.sha256(run.config.gate.model_dump_json().encode()).hexdigest()
 
 
 def _with_current(
     registry: Registry, rows: list[IndexRow], prefix_name: str
 ) -> Iterator[tuple[IndexRow, Current | None]]:
-    """Each row with what the registry has of its user, asked for a chunk at a time."""
+    """Each row with the user's versions in the registry, queried in chunks."""
     left = iter(rows)
     while chunk := list(islice(left, _CHUNK)):
         current = registry.current([row.user_key for row in chunk], prefix_name)
@@ -122,7 +122,7 @@ def train(run: Run, plan: Plan, progress: Progress) -> None:
 
 
 def judge(run: Run, plan: Plan) -> dict[str, UserReport]:
-    """The reports of everybody with losses, trained now or judged again, with decisions."""
+    """The reports, with decisions, of all users who were trained now or are judged again."""
     reports: dict[str, UserReport] = {}
     for pack in (*plan.packs, *plan.judged):
         record = run.folder.read_done(pack.pack_id)
@@ -135,20 +135,20 @@ def judge(run: Run, plan: Plan) -> dict[str, UserReport]:
 def register(
     run: Run, plan: Plan, registry: Registry, reports: Mapping[str, UserReport], progress: Progress
 ) -> None:
-    """Register what was decided, a pack at a time; sets decisions that turn out as overtaken."""
+    """Register the decisions, pack by pack, and update those that a newer run has overtaken."""
     done = 0
     for pack in (*plan.packs, *plan.judged):
-        of_pack = [reports[user.user_key] for user in pack.users]
+        pack_reports = [reports[user.user_key] for user in pack.users]
         planned = {user.user_key: user for user in pack.users}
-        overtaken = hold_overtaken(registry, run.config.registry.prefix_name, of_pack, planned)
+        overtaken = hold_overtaken(registry, run.config.registry.prefix_name, pack_reports, planned)
         register_pack(
             registry,
-            _pack_record(run, plan, pack, of_pack),
-            [report for report in of_pack if report.user_key not in overtaken],
+            _pack_record(run, plan, pack, pack_reports),
+            [report for report in pack_reports if report.user_key not in overtaken],
             planned,
             _lineage(run),
         )
-        done += len(of_pack)
+        done += len(pack_reports)
         progress(done, 0)
 
 
@@ -172,7 +172,7 @@ def _params(run: Run) -> dict[str, str]:
 
 
 def _lineage(run: Run) -> Lineage:
-    """What is the same for every prefix that this run registers."""
+    """The lineage shared by all prefixes that this run registers."""
     return Lineage(
         prefix_name=run.config.registry.prefix_name,
         template_digest=run.backbone.template_digest,
@@ -189,11 +189,11 @@ def _lineage(run: Run) -> Lineage:
 def publish(
     run: Run, plan: Plan, registry: Registry, reports: Mapping[str, UserReport]
 ) -> list[str]:
-    """Let the service answer as the run decided: new champions, and the base model for users whose
-    rows are gone. Returns the replicas that have not taken it up yet.
+    """Publish the run's decisions to the service: new champions, and the base model for users whose
+    rows are gone. Returns the replicas that do not serve the new list yet.
 
-    What is published is what the registry holds now, so that a run that is resumed, or overtaken
-    by a newer one, publishes nothing that is out of date.
+    The current champions in the registry are published, so that a run that was resumed, or
+    overtaken by a newer one, publishes nothing that is out of date.
     """
     name = run.config.registry.prefix_name
     retired = retire(run, plan, registry)
@@ -209,7 +209,7 @@ def publish(
 
 
 def retire(run: Run, plan: Plan, registry: Registry) -> list[str]:
-    """Take their prefix from users whose rows are gone; returns whose."""
+    """Remove the champions of users whose rows are gone; returns the users' keys."""
     retired = []
     for start in range(0, len(plan.retired), _CHUNK):
         keys = plan.retired[start : start + _CHUNK]
@@ -219,11 +219,11 @@ def retire(run: Run, plan: Plan, registry: Registry) -> list[str]:
 
 
 def outcomes(plan: Plan, reports: Mapping[str, UserReport]) -> dict[str, UserReport]:
-    """What the run says of every user, by key.
+    """The run's report on every user, by key.
 
-    A user who was only judged again is `unchanged`, since nothing was trained: their decision
-    stands in the table and is counted under `judged_again`, not among the promoted, rejected and
-    pending, who add up to the trained.
+    A user who was only judged again is `unchanged`, since nothing was trained. Their decision is in
+    the table and is counted in `judged_again`, not in promoted, rejected and pending, which must
+    add up to the trained users.
     """
     found = {
         key: UserReport(user_key=key, status=status) for key, status in plan.skipped.items()

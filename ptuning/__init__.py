@@ -4,8 +4,8 @@
     result = ptuning.tune(backbone, {"alice": [ptuning.Example(prompt="…", completion="…"), …]})
     ptuning.generate(backbone, ["…"], [result["alice"].prefix])
 
-Needs torch and transformers only. Names are imported when they are first used, so that
-`import ptuning` itself is instant.
+It needs only torch and transformers. Names are imported on first use, so `import ptuning` is
+instant.
 """
 
 # ruff: noqa: F401 - the TYPE_CHECKING imports mirror _HOMES
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ptuning.methods import REGISTERED
 from ptuning.system import environment
 
-environment.set_defaults("TOKENIZERS_PARALLELISM")  # before a tokenizer is made
+environment.set_defaults("TOKENIZERS_PARALLELISM")  # must be set before a tokenizer is created
 
 if TYPE_CHECKING:
     from ptuning.data.encode import Encoded

@@ -1,13 +1,13 @@
-"""Published champions: which prefix answers each user of one backbone.
+"""Published champions: the prefix that serves each user of one backbone.
 
-A generation is one published state. `champions/<fingerprint, 8>/latest` names the files that make
-it up: a full list and the changes since. Whoever publishes writes its changes into a file of its
-own and then replaces `latest`, if nobody else has meanwhile; a reader polls that one small object
-and reads what is new. Publishing costs what changed, since a full list is written only when the
-changes have outgrown it.
+A generation is one published state. `champions/<fingerprint, 8>/latest` names its files: a full
+list and the changes since. A publisher writes its changes to a new file and then replaces `latest`,
+unless another process has replaced it meanwhile. A reader polls that one small object and reads
+only new files. The cost of publishing is proportional to the changes, since a full list is written
+only when the changes have outgrown it.
 
-In memory a reader keeps sorted columns instead of a Python object per user, so that a million
-users take about a hundred megabytes (infra/decisions.md), and the changes since in a dictionary.
+In memory a reader keeps the full list as sorted columns instead of a Python object per user, so a
+million users take about a hundred megabytes (infra/decisions.md), and the changes in a dictionary.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from ptuning.errors import RunError
 from ptuning.store import Store
 
 FORMAT = 1
-_MIN_FULL = 1000  # changes that never make a full list by themselves
-_MAX_DELTAS = 100  # files of changes; a new reader reads each
+_MIN_FULL = 1000  # so few changes never cause a new full list
+_MAX_DELTAS = 100  # files of changes; a new reader reads them all
 _TRIES = 50
-_FORGOTTEN_S = 24 * 3600  # a replica that has said nothing for so long is named no more
+_FORGOTTEN_S = 24 * 3600  # a replica that is silent for this long is no longer reported
 
 Name = tuple[str, str]  # user key, prefix name
 
@@ -44,12 +44,12 @@ class ChampionRef:
     version: str
 
 
-Changes = Mapping[Name, ChampionRef | None]  # None: no champion any more
+Changes = Mapping[Name, ChampionRef | None]  # None: no longer a champion
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Latest:
-    """What `latest` says. `rows` are those of the full list and of all deltas."""
+    """The contents of `latest`. `rows` counts those of the full list and of all deltas."""
 
     fingerprint: str
     generation: int = 0
@@ -74,7 +74,7 @@ class _Latest:
             )
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged("latest", error) from error
-        if found.fingerprint != fingerprint:  # the folder's name has only its beginning
+        if found.fingerprint != fingerprint:  # the folder's name has only its first 8 digits
             raise _damaged("latest", ValueError(f"it is of backbone {found.fingerprint}"))
         return found
 
@@ -93,19 +93,19 @@ class _Latest:
 def publish(store: Store, fingerprint: str, changes: Changes) -> int:
     """Publish changes as a new generation of a backbone's champions; returns its number.
 
-    Users who are not in `changes` keep what they have. Two who publish at once both succeed, one
-    after the other. Without changes the present generation is returned. Raises RunError where
-    others keep publishing faster. Example:
+    Users who are not in `changes` keep their champions. Two processes that publish at the same time
+    both succeed, one after the other. Without changes the current generation is returned. Raises
+    RunError if other processes keep publishing faster. Example:
     `publish(store, backbone.fingerprint, {(user_key, "default"): ChampionRef(digest, "3")})`.
     """
     folder = _folder(fingerprint)
-    mine: set[str] = set()  # files of tries that were refused
+    mine: set[str] = set()  # files of refused attempts
     for _ in range(_TRIES):
         found = store.read_versioned(f"{folder}/latest")
         now = _read_latest(found, fingerprint)
         if not changes:
             return now.generation
-        if mine & now.files:  # it was done after all, and the answer was lost
+        if mine & now.files:  # the last attempt succeeded, but its answer was lost
             return now.generation
         for name in mine:
             store.remove(name)
@@ -121,8 +121,8 @@ def publish(store: Store, fingerprint: str, changes: Changes) -> int:
         mine = new.files - now.files
     raise RunError(
         "champions could not be published",
-        seen=f"others published {_TRIES} times meanwhile",
-        expected="a moment without them",
+        seen=f"other processes published {_TRIES} times meanwhile",
+        expected="a moment without other publishers",
         fix="run again",
     )
 
@@ -158,8 +158,8 @@ def _read_latest(found: tuple[bytes, str] | None, fingerprint: str) -> _Latest:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Champions in columns, sorted by `ids`: user key, a dot, prefix name. An empty digest: no
-    champion any more."""
+    """Champions in columns, sorted by `ids`: user key, a dot, prefix name. An empty digest and
+    version mean that there is no champion any more."""
 
     ids: npt.NDArray[np.bytes_]
     digests: npt.NDArray[np.uint8]  # [n, 32]
@@ -180,8 +180,8 @@ class _Columns:
     @classmethod
     def read(cls, store: Store, name: str) -> _Columns:
         try:
-            with np.load(io.BytesIO(store.read(name)), allow_pickle=False) as held:
-                columns = cls(held["ids"], held["digests"], held["versions"])
+            with np.load(io.BytesIO(store.read(name)), allow_pickle=False) as arrays:
+                columns = cls(arrays["ids"], arrays["digests"], arrays["versions"])
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -212,15 +212,15 @@ class _Columns:
         return ChampionRef(self.digests[at].tobytes().hex(), self.versions[at].decode())
 
     def merge(self, changes: Changes) -> _Columns:
-        """These champions with changes made to them, without Python objects for those that stay."""
-        stay = ~np.isin(self.ids, np.array([_id(name) for name in changes], dtype="S"))
+        """These champions with changes applied; unchanged ones never become Python objects."""
+        unchanged = ~np.isin(self.ids, np.array([_id(name) for name in changes], dtype="S"))
         new = _Columns.of((name, ref) for name, ref in changes.items() if ref is not None)
-        ids = np.concatenate([self.ids[stay], new.ids])
+        ids = np.concatenate([self.ids[unchanged], new.ids])
         order = np.argsort(ids, kind="stable")
         return _Columns(
             ids[order],
-            np.concatenate([self.digests[stay], new.digests])[order],
-            np.concatenate([self.versions[stay], new.versions])[order],
+            np.concatenate([self.digests[unchanged], new.digests])[order],
+            np.concatenate([self.versions[unchanged], new.versions])[order],
         )
 
 
@@ -241,7 +241,7 @@ class _State:
 
     @classmethod
     def read(cls, store: Store, latest: _Latest, before: _State | None = None) -> _State:
-        """A generation; what `before` has of it is not read again."""
+        """Read a generation; files that are already in `before` are not read again."""
         full, changes, read = _EMPTY, dict[Name, ChampionRef | None](), 0
         if before is not None and before.latest.full == latest.full:
             full, known = before.full, before.latest.deltas
@@ -255,9 +255,10 @@ class _State:
 
 
 class ChampionList:
-    """The champions of one backbone, as they were published last.
+    """The champions of one backbone, as last published.
 
-    `get` may be called from any thread while another refreshes: it answers from one generation.
+    `get` may be called from any thread while another thread refreshes; each answer comes from a
+    single generation.
     """
 
     def __init__(self, store: Store, fingerprint: str) -> None:
@@ -267,13 +268,14 @@ class ChampionList:
 
     @property
     def generation(self) -> int:
-        """The generation that is answered from; 0 before the first."""
+        """The generation in use; 0 before the first."""
         return self._state.latest.generation
 
     def refresh(self) -> int:
-        """Read what was published since; returns the generation. One read where nothing is new.
+        """Read what was published since the last call; returns the generation. If nothing is new
+        this takes one read.
 
-        Raises RunError or OSError where that cannot be read: what was known stays.
+        Raises RunError or OSError if reading fails; the generation in use then stays.
         """
         found = self._store.read_versioned(f"{self._folder}/latest")
         latest = _read_latest(found, self._fingerprint)
@@ -282,12 +284,12 @@ class ChampionList:
         return self.generation
 
     def get(self, user_key: str, prefix_name: str = "default") -> ChampionRef | None:
-        """The user's champion under that name, None where there is none."""
+        """The user's champion with that prefix name, or None."""
         state, name = self._state, (user_key, prefix_name)
         return state.changes[name] if name in state.changes else state.full.find(name)
 
     def items(self) -> Iterator[tuple[Name, ChampionRef]]:
-        """Every champion of the generation, in no order."""
+        """Every champion of the generation, in no particular order."""
         state = self._state
         for name, ref in state.changes.items():
             if ref is not None:
@@ -297,26 +299,26 @@ class ChampionList:
                 yield name, ref
 
 
-# ---------------------------------------------------------------- who has read it
+# ---------------------------------------------------------------- acknowledgements
 
 
 def acknowledge(store: Store, fingerprint: str, replica: str, generation: int, beat: int) -> None:
-    """Say that a replica answers from a generation; `beat` counts up while it lives."""
+    """Record that a replica serves a generation; `beat` counts up while the replica is alive."""
     value = {"generation": generation, "beat": beat, "at": round(time.time())}
     store.write(f"{_folder(fingerprint)}/acks/{replica}", json.dumps(value).encode())
 
 
 def withdraw(store: Store, fingerprint: str, replica: str) -> None:
-    """A replica ends: nobody waits for it any more."""
+    """Remove a replica that ends, so that nobody waits for it."""
     store.remove(f"{_folder(fingerprint)}/acks/{replica}")
 
 
 def wait_acknowledged(
     store: Store, fingerprint: str, generation: int, timeout_s: float, every_s: float = 0.2
 ) -> list[str]:
-    """Wait until every known replica answers from `generation` or a later one; returns the names
-    of those that do not after `timeout_s`: replicas that hang, or died without saying so (these are
-    named until a day has passed, since they may still answer from an old list)."""
+    """Wait until every known replica serves `generation` or a later one; returns the names of those
+    that still do not after `timeout_s`. These hang, or died without `withdraw`; they are reported
+    for a day, since they may still serve an old list."""
     deadline = time.monotonic() + timeout_s
     while True:
         late = [
@@ -335,7 +337,7 @@ def _acknowledged(store: Store, fingerprint: str, replica: str) -> int:
         if time.time() - int(value["at"]) > _FORGOTTEN_S:
             withdraw(store, fingerprint, replica)
         return int(value["generation"])
-    except FileNotFoundError:  # it has just withdrawn
+    except FileNotFoundError:  # withdrawn in the meantime
         return 1 << 62
     except (ValueError, TypeError, KeyError):
         return -1
@@ -349,6 +351,6 @@ def _damaged(name: str, error: Exception) -> RunError:
     return RunError(
         "a published list of champions cannot be read",
         seen=f"{name}: {type(error).__name__}: {error}",
-        expected="what ptuning.champions.publish wrote",
+        expected="a file written by ptuning.champions.publish",
         fix="restore the store's champions/ from its backup, or deploy again",
     )

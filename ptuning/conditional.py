@@ -1,12 +1,12 @@
-"""Conditional writes: the one primitive by which processes that race agree.
+"""Conditional writes: the primitive by which racing processes agree.
 
-Put a file if its name is free; replace a file if nobody has changed it. Local disks offer the
-first as a hard link, and no library offers the second: contents are compared and the file is
-renamed under a lock, which the kernel drops when its holder dies. S3 has both as headers of a put
-(If-None-Match, If-Match). Other object stores are refused rather than trusted.
+There are two operations: put a file if it does not exist, and replace a file if nobody has changed
+it. On a local disk the first is a hard link; for the second, contents are compared and the file is
+renamed under a lock, which the kernel releases if its holder dies. S3 has both as headers of a put
+(If-None-Match, If-Match). Other object stores are refused.
 
-A put that was refused may have been done all the same: a client whose answer was lost puts again,
-and meets its own object. Whoever must know reads what is there and looks for something of its own.
+A refused put may still have succeeded: a client whose answer was lost retries, and finds its own
+object. A caller that must know reads the file and compares it with what it wrote.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ABSENT = ("NoSuchKey", "404")
 
 
 class ConditionalWrites(Protocol):
-    """`path` is what the file system calls a file; an etag stands for a file's contents."""
+    """`path` is a file's path in the file system; an etag identifies a file's contents."""
 
     def put_if_absent(self, path: str, data: bytes) -> bool: ...
 
@@ -36,7 +36,8 @@ class ConditionalWrites(Protocol):
 
 
 def conditional_writes(fs: Any, root: str) -> ConditionalWrites:
-    """Those of an fsspec file system. Raises ConfigError where it has none that can be trusted."""
+    """The conditional writes of an fsspec file system. Raises ConfigError if it has none that are
+    safe."""
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     if "file" in protocols:
         return LocalWrites()
@@ -46,12 +47,12 @@ def conditional_writes(fs: Any, root: str) -> ConditionalWrites:
         "a store of this kind cannot decide races between processes",
         seen=root,
         expected="a local directory, or s3://bucket/prefix",
-        fix="give --store one of these",
+        fix="use one of these for --store",
     )
 
 
 class LocalWrites:
-    """On a local disk."""
+    """Conditional writes on a local disk."""
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         return write_new(path, data)
@@ -66,8 +67,8 @@ class LocalWrites:
 
     def replace_if_unchanged(self, path: str, data: bytes, etag: str) -> bool:
         with _locked(path):
-            present = self.read(path)
-            if present is None or present[1] != etag:
+            current = self.read(path)
+            if current is None or current[1] != etag:
                 return False
             write_atomic(path, data)
             return True
@@ -75,8 +76,8 @@ class LocalWrites:
 
 @contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Alone with a file, among those who ask. The lock's file stays: removing it would let two
-    processes hold locks on two files of its name."""
+    """Hold a file's lock. The lock file is never removed: otherwise two processes could hold locks
+    on two different files of the same name."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, f".{name}.lock"), "ab") as file:
@@ -85,7 +86,7 @@ def _locked(path: str) -> Iterator[None]:
 
 
 class S3Writes:
-    """On S3, and on servers that honour its conditional headers."""
+    """Conditional writes on S3, and on servers that honour its conditional headers."""
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs
@@ -109,7 +110,7 @@ class S3Writes:
         try:
             return self._put(path, data, IfMatch=etag)
         except FileNotFoundError:
-            return False  # somebody removed it
+            return False  # the file was removed
 
     def _put(self, path: str, data: bytes, **condition: str) -> bool:
         bucket, key = self._place(path)
@@ -138,7 +139,7 @@ def _body(fs: Any, answer: Any) -> bytes:
 
 
 def _says(error: BaseException | None, codes: tuple[str, ...]) -> bool:
-    """Whether an error, or one that it was raised from, is S3's answer of one of these codes."""
+    """Whether an error, or one of its causes, is an S3 response with one of these codes."""
     while error is not None:
         code = getattr(error, "response", {}).get("Error", {}).get("Code")
         if code in codes:

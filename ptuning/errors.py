@@ -1,8 +1,8 @@
-"""The error tree: one root that a caller can catch at any height.
+"""The exception hierarchy, with a single root.
 
-An error has fields for what was seen, what was expected and what to change, prints those that
-are set, and survives pickling (Ray raises it again in another process). Reasons for which a row
-is quarantined are short messages alone: they are counted.
+An error has fields for what was seen, what was expected and how to fix it, prints those that are
+set, and survives pickling (Ray raises it again in another process). The reason for quarantining a
+row is only a short message, because reasons are counted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class PTuningError(Exception):
-    """Root of every error that ptuning raises on purpose.
+    """Root of every error that ptuning raises deliberately.
 
-    `message` is one sentence; `seen`, `expected` and `fix` are optional and are printed
-    after it. Further keyword arguments become entries of `fields`.
+    `message` is one sentence; `seen`, `expected` and `fix` are optional and printed after it.
+    Further keyword arguments become entries of `fields`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class BackboneError(PTuningError):
 
 
 class ModelNotFound(BackboneError):
-    """No model under that name, directory or file."""
+    """No model with that name, directory or file."""
 
 
 class UnsupportedModel(BackboneError):
@@ -75,7 +75,7 @@ class OutOfMemory(BackboneError):
 
 
 class BackboneChanged(BackboneError):
-    """The frozen weights are not what they were: fingerprints differ."""
+    """The frozen weights have changed: checksums differ."""
 
 
 class MethodError(ConfigError):
@@ -87,7 +87,7 @@ class ArtifactError(PTuningError):
 
 
 class CorruptArtifact(ArtifactError):
-    """Not a prefix file, cut short, or its digest is not the one asked for."""
+    """Not a prefix file, truncated, or with another digest than the one requested."""
 
 
 class WrongBackbone(ArtifactError):
@@ -103,7 +103,7 @@ class WrongShape(ArtifactError):
 
 
 class WrongMethod(ArtifactError):
-    """The prefix was made by a method or format this version cannot apply."""
+    """The prefix has a method or format that this version cannot use."""
 
 
 class RegistryError(PTuningError):
@@ -111,7 +111,7 @@ class RegistryError(PTuningError):
 
 
 class RunError(PTuningError):
-    """A pipeline run cannot go on."""
+    """A pipeline run cannot continue."""
 
 
 class ServeError(PTuningError):

@@ -1,8 +1,8 @@
 """The gate: does a candidate beat what the user has now? A pure function of losses and a seed.
 
-It resamples one user's own validation rows, since rows of one person are few and unlike each
-other: a mean over eight rows says little without the spread. Rows, not tokens, are resampled:
-tokens of one row are not independent.
+It bootstraps over the user's validation rows. One user's rows are few and vary much, so a mean
+over eight rows says little without its spread. Rows are resampled, not tokens, because the tokens
+of a row are not independent.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class GateConfig(Config):
     min_gain: float = Field(
         0.0,
         allow_inf_nan=False,
-        description="a candidate must beat the base and the present champion by more than this "
+        description="a candidate must beat the base and the current champion by more than this "
         "on validation (nats per completion token)",
     )
     confidence: float = Field(
         0.9,
         ge=0.0,
         le=1.0,
-        description="share of bootstrap resamples of the user's validation rows in which it must",
+        description="share of bootstrap resamples of the user's validation rows in which it must "
+        "beat them by more than min_gain",
     )
     min_valid_tokens: int = Field(
         64,
@@ -50,7 +51,8 @@ class GateConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparison:
-    """The candidate against one rival, in nats per token; `share` of resamples won, if any."""
+    """The candidate against one rival, in nats per token; `share` is that of resamples won, or
+    None without resampling."""
 
     rival: Literal["base", "champion"]
     rival_nll: float
@@ -60,12 +62,12 @@ class _Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class GateInput:
-    """All that a decision is made of: one user's losses, and how much they were trained and judged
+    """The input of a decision: one user's losses, and how much data they were trained and scored
     on.
 
-    The losses are on the same validation rows, None where they were not measured; `champion` is
-    None where the user has none. `counts` are the rows and tokens of each split; a rule that asks
-    for more of them reads them here. Test rows are counted, never decided on.
+    All losses are on the same validation rows, or None if not measured; `champion` is None if the
+    user has none. `counts` are the rows and tokens of each split, for rules that require more of
+    them. Test rows are counted but never affect a decision.
     """
 
     seed: int  # of the resamples
@@ -76,10 +78,10 @@ class GateInput:
 
     @classmethod
     def of(cls, report: UserReport) -> GateInput:
-        """Of what a worker reported, just now or in a record of an earlier run."""
+        """The input from a worker's report, of this run or an earlier one."""
 
-        def valid(who: str) -> SplitLosses | None:
-            return report.losses.get(who, {}).get("valid")
+        def valid(name: str) -> SplitLosses | None:
+            return report.losses.get(name, {}).get("valid")
 
         return cls(
             seed=seed_of(report.user_key, "gate"),
@@ -93,11 +95,12 @@ class GateInput:
 def decide(config: GateConfig, given: GateInput) -> Gate:
     """Whether the candidate becomes this user's champion: "promoted" or "rejected".
 
-    Promoted if the gain, summed nats of the rival less the candidate's over summed
-    tokens, is above `min_gain` against the base and against the champion, and is so in
-    `confidence` of the resamples of rows (paired: all see the same resamples). A loss of the base
-    or the candidate that is missing or not finite rejects; such a champion is no rival, or it would
-    stay for ever. Raises ValueError if the rows are not the same.
+    The gain over a rival is its summed nats minus the candidate's, divided by the number of tokens.
+    The candidate is promoted if its gain over the base and over the champion is above `min_gain`,
+    and is so in a share of `confidence` of the resamples (paired: the same rows for all). It is
+    rejected if the loss of the base or of the candidate is missing or not finite. A champion with
+    such a loss is ignored, or it would stay forever. Raises ValueError if the rows are not the
+    same.
 
         >>> base = SplitLosses(nats=(9.0,), tokens=(3,))
         >>> better = SplitLosses(nats=(6.0,), tokens=(3,))
@@ -112,35 +115,35 @@ def decide(config: GateConfig, given: GateInput) -> Gate:
         rivals.append(("champion", champion))
     tokens = _align(candidate, rivals)
     named = [("candidate", candidate), *rivals]
-    broken = [who for who, losses in named if not np.isfinite(np.sum(losses.nats))]
+    broken = [name for name, losses in named if not np.isfinite(np.sum(losses.nats))]
     if broken:
         return _reject(f"the {' and the '.join(broken)} has a validation loss that isn't finite")
     if not tokens.sum():
         return _reject("there are no validation tokens to compare on")
 
     weak = tokens.sum() < config.min_valid_tokens or np.count_nonzero(tokens) < 2
-    # [rivals, R]: what the candidate saves on each row
+    # [rivals, R]: how much lower the candidate's loss is on each row
     saved = np.array([np.subtract(losses.nats, candidate.nats) for _, losses in rivals])
     gains = saved.sum(axis=1) / tokens.sum()
     shares = [None] * len(rivals) if weak else _shares(config, saved, tokens, given.seed)
     comparisons = [
         _Comparison(
-            rival="base" if who == "base" else "champion",
+            rival="base" if name == "base" else "champion",
             rival_nll=float(np.sum(losses.nats) / tokens.sum()),
             gain=float(gain),
             share=share,
         )
-        for (who, losses), gain, share in zip(rivals, gains, shares, strict=True)
+        for (name, losses), gain, share in zip(rivals, gains, shares, strict=True)
     ]
     return _gate(config, candidate, tokens, comparisons)
 
 
 def _align(candidate: SplitLosses, rivals: list[tuple[str, SplitLosses]]) -> _Floats:
     """The rows' token counts [R], after checking that all losses are of the same rows."""
-    for who, losses in [("candidate", candidate), *rivals]:
+    for name, losses in [("candidate", candidate), *rivals]:
         if len(losses.nats) != len(losses.tokens) or losses.tokens != candidate.tokens:
             raise ValueError(
-                f"losses of different rows: the {who} has {len(losses.nats)} losses of "
+                f"losses of different rows: the {name} has {len(losses.nats)} losses of "
                 f"{sum(losses.tokens)} tokens in {len(losses.tokens)} rows, the candidate "
                 f"{sum(candidate.tokens)} in {len(candidate.tokens)}; evaluate both on one split"
             )
@@ -152,11 +155,11 @@ def _align(candidate: SplitLosses, rivals: list[tuple[str, SplitLosses]]) -> _Fl
 def _shares(config: GateConfig, saved: _Floats, tokens: _Floats, seed: int) -> list[float]:
     """For each rival, the share of resamples in which the gain is above `min_gain`.
 
-    `saved` [rivals, R] and `tokens` [R]. Percentile bootstrap of a ratio (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): drawing R rows with
-    replacement is a multinomial count of each row.
+    `saved` is [rivals, R] and `tokens` [R]. This is the percentile bootstrap of a ratio (Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13); drawing R rows with
+    replacement gives multinomial counts.
     """
-    scored = tokens > 0  # a row without tokens says nothing
+    scored = tokens > 0  # a row without tokens carries no information
     saved, tokens = saved[:, scored], tokens[scored]
     rows = len(tokens)
     random = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
-"""Generate text for many users in one batch, each row with its own prefix or none.
+"""Generate text for many users in one batch, each row with its user's prefix or none.
 
-The plain version: one batch from start to end, the prefix put before the keys at every
-step. `serve/engine.py` is the fast one (rows join and leave between steps); tests hold them
-equal.
+This is the plain version: one batch from start to end, with the prefix put before the keys at
+every step. `serve/engine/engine.py` is the fast version, where rows join and leave between steps;
+tests check that both give equal results.
 """
 
 from __future__ import annotations
@@ -43,24 +43,27 @@ def generate(
     seed: int = 0,
     max_length: int = 512,
 ) -> list[str]:
-    """Continue each prompt, encoded as a training prompt, with that row's prefix.
+    """Continue each prompt, encoded like a training prompt, with the prefix at the same index.
 
-    `temperature` 0 is greedy. A row's random draws depend on `seed` and the row's place and
-    on nothing else in the batch. Prompts longer than `max_length` tokens lose their oldest.
+    `temperature` 0 is greedy. A row's random draws depend only on `seed` and the row's index, not
+    on the other rows. Prompts longer than `max_length` tokens lose their oldest tokens. Raises
+    ConfigError, DataError or an ArtifactError.
+
+        ptuning.generate(backbone, ["Hi!", "Hi!"], [prefix, None])  # a user's, the base model's
     """
     if len(prompts) != len(prefixes):
         raise ConfigError(
-            "one prefix or None per prompt",
+            "generate needs one prefix or None per prompt",
             seen=f"{len(prompts)} prompts, {len(prefixes)} prefixes",
             expected="as many prefixes as prompts",
-            fix="give None for a row that the base model is to answer",
+            fix="pass None for a prompt that the base model should answer",
         )
     if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ConfigError(
             "text cannot be generated with these numbers",
             seen=f"max_new_tokens={max_new_tokens}, temperature={temperature}",
             expected="max_new_tokens of at least 1, a finite temperature of at least 0",
-            fix="leave them out for 64 and 0 (greedy)",
+            fix="omit them for the defaults, 64 and 0 (greedy)",
         )
     if not prompts:
         return []
@@ -70,41 +73,41 @@ def generate(
         raise DataError(
             "a prompt has no tokens, so there is nothing to continue",
             seen=f"prompt {encoded.index([])}: {prompts[encoded.index([])]!r}",
-            expected="text; this backbone's template puts no token before it",
+            expected="text; this backbone's template adds no tokens before it",
         )
-    around = [
-        ids if own is None else own.around.prompt(ids)
-        for ids, own in zip(encoded, ready, strict=True)
+    arranged = [
+        ids if prefix is None else prefix.around.prompt(ids)
+        for ids, prefix in zip(encoded, ready, strict=True)
     ]
-    for prompt, own in zip(around, ready, strict=True):
-        check_positions(backbone, own, prompt, max_new_tokens)
-    return _generate(backbone, around, ready, max_new_tokens, temperature, seed)
+    for ids, ready_prefix in zip(arranged, ready, strict=True):
+        check_positions(backbone, ready_prefix, ids, max_new_tokens)
+    return _generate(backbone, arranged, ready, max_new_tokens, temperature, seed)
 
 
 def stop_ids(backbone: Backbone) -> set[int]:
-    """Tokens that end a completion: the template's end and the model's own."""
+    """Tokens that end a completion: the template's end token and the model's."""
     ends = {backbone.template.end_token_id}
     model: Any = backbone.model
     for holder in (getattr(model, "generation_config", None), model.config):
-        own = getattr(holder, "eos_token_id", None)
-        ends.update(int(t) for t in (own if isinstance(own, list) else [own]) if t is not None)
+        eos = getattr(holder, "eos_token_id", None)
+        ends.update(int(t) for t in (eos if isinstance(eos, list) else [eos]) if t is not None)
     return ends
 
 
 @dataclass
 class _Voice:
-    """One answer in the making, by `rows` rows that choose its tokens together."""
+    """One answer being generated from `rows` rows, whose logits are combined."""
 
     prompt: int
     rows: int
-    alone: bool  # nothing to be compared with
+    alone: bool  # the prompt has no other answer to compare with
     generator: torch.Generator
     ids: list[int] = field(default_factory=list)
     log_p: float = 0.0
     done: bool = False
 
     def take(self, logits_RV: Tensor, temperature: float, stops: set[int]) -> int:
-        """The next token."""
+        """Choose the next token and add it to the answer."""
         logits = combine_logits(logits_RV)
         token = _choose(logits, temperature, self.generator)
         if not self.done:
@@ -127,36 +130,39 @@ def _generate(
     temperature: float,
     seed: int,
 ) -> list[str]:
-    """Each prompt's answer. An ensemble is as many rows as it has members. They speak with one
-    voice, or, where they vote, each with its own; then one of the answers is given."""
-    members: list[tuple[Member | None, ...]] = [
+    """Each prompt's answer. An ensemble takes one row per member. With the mean, its rows give one
+    answer; with a vote, each row gives an answer and one of them is picked."""
+    by_prompt: list[tuple[Member | None, ...]] = [
         (None,) if prefix is None else prefix.members for prefix in prefixes
     ]
-    rows = [prompts[n] for n, own in enumerate(members) for _ in own]
-    prefix = rows_of(backbone, [member for own in members for member in own])
+    rows = [prompts[n] for n, members in enumerate(by_prompt) for _ in members]
+    prefix = rows_of(backbone, [member for members in by_prompt for member in members])
     steps = (_answer_steps if backbone.facts.decoder_start_id is not None else _causal_steps)(
         backbone, rows, prefix
     )
     stops, voices = stop_ids(backbone), _voices(prefixes, seed)
     logits = next(steps)
-    for made in range(1, max_new_tokens + 1):
+    for step in range(1, max_new_tokens + 1):
         by_voice = logits.cpu().split([voice.rows for voice in voices])
         chosen = [
-            voice.take(own, temperature, stops) for voice, own in zip(voices, by_voice, strict=True)
+            voice.take(logits_RV, temperature, stops)
+            for voice, logits_RV in zip(voices, by_voice, strict=True)
         ]
-        if made == max_new_tokens or all(voice.done for voice in voices):
+        if step == max_new_tokens or all(voice.done for voice in voices):
             break
         logits = steps.send(
             [token for voice, token in zip(voices, chosen, strict=True) for _ in range(voice.rows)]
         )
-    given: list[list[tuple[str, float]]] = [[] for _ in prompts]
+    answers_of: list[list[tuple[str, float]]] = [[] for _ in prompts]
     for voice in voices:
-        given[voice.prompt].append((backbone.template.decode(voice.ids), voice.score))
-    return [own[pick_winner(own)][0] for own in given]
+        answer = (backbone.template.decode(voice.ids), voice.score)
+        answers_of[voice.prompt].append(answer)
+    return [answers[pick_winner(answers)][0] for answers in answers_of]
 
 
 def _voices(prefixes: Sequence[ReadyPrefix | None], seed: int) -> list[_Voice]:
-    """In the order of their rows. Those of one prompt draw alike: what differs is their members."""
+    """The answers to generate, in the order of their rows. Those of one prompt have the same random
+    draws and differ only in their ensemble member."""
     voices = []
     for n, prefix in enumerate(prefixes):
         rows, count = (1, 1) if prefix is None else (len(prefix.members), prefix.voices)
@@ -166,7 +172,7 @@ def _voices(prefixes: Sequence[ReadyPrefix | None], seed: int) -> list[_Voice]:
     return voices
 
 
-Steps = Generator[Tensor, list[int], None]  # logits [R, V]; is sent each row's next token
+Steps = Generator[Tensor, list[int], None]  # yields logits [R, V], is sent each row's next token
 
 
 def _causal_steps(
@@ -190,7 +196,7 @@ def _causal_steps(
 def _answer_steps(
     backbone: Backbone, prompts: Sequence[Sequence[int]], prefix: RowPrefix | None
 ) -> Steps:
-    """An encoder reads the prompts once; the decoder reads each answer anew at every step."""
+    """The encoder reads the prompts once; the decoder reads the full answers at every step."""
     start = backbone.facts.decoder_start_id
     assert start is not None
     longest = max(len(prompt) for prompt in prompts)
@@ -211,6 +217,6 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     """The next token of one row from its logits `[V]`."""
     if temperature == 0.0:
         return int(logits.argmax())
-    # Differences are divided, so that the smallest temperature overflows to none but -inf.
-    chances = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
-    return int(torch.multinomial(chances, 1, generator=generator))
+    # The maximum is subtracted first, so that a tiny temperature can only overflow to -inf.
+    probabilities = torch.softmax((logits.double() - logits.max()) / temperature, dim=-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -1,8 +1,8 @@
-"""What decides a training, as digests: equal digests mean that training again gives the same
-prefix, within the rounding of the backbone's dtype.
+"""Digests of everything that determines a training: equal digests mean that training again gives
+the same prefix, within the rounding of the backbone's dtype.
 
-A run compares the digest of what it would train with that of what there is, so a value that decides
-a prefix and is left out here would leave users with prefixes of older settings for ever.
+A run compares the digest of what it would train with the digest of the existing prefix. If a
+setting that affects the result were missing here, users would keep prefixes of old settings.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ptuning.prefix.artifact import ArtifactConfig, PrefixMeta, training_digest
 from ptuning.train.config import SPEED_ONLY, TrainConfig
 from ptuning.train.resume import Belongs
 
-# The version of the code's rules: raise it where the same rows and settings train to other values
-# than before (a test holds a small training to known ones). Everybody trains again then.
+# The version of the training code. Raise it when the same rows and settings give other values than
+# before (a test compares a small training with known values). All users are then trained again.
 RULES = "2"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings that decide a user's prefix, besides their rows and the backbone."""
+    """All settings that determine a user's prefix, apart from the rows and the backbone."""
 
     method: Method
     train: TrainConfig
@@ -33,8 +33,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class BackboneIdentity:
-    """What of a backbone decides a training. `dtype` is the one that it computes in, as
-    "bfloat16": never "auto", which other machines decide otherwise."""
+    """The properties of a backbone that affect a training. `dtype` is the dtype it computes in,
+    such as "bfloat16", never "auto", which differs between machines."""
 
     fingerprint: str
     dtype: str
@@ -53,12 +53,12 @@ def digest_training(
     data_digest: str,
     started_from: str = "",
 ) -> str:
-    """The training digest: SHA-256, in hex, of all that decides a user's prefix.
+    """The training digest: SHA-256, in hex, of everything that determines a user's prefix.
 
-    `data_digest` is of the user's rows; `started_from` is the digest of a prefix that the training
-    began as, however often it went on since. A prefix file always says it, so that two files of one
-    training digest hold the same prefix. What a run plans never does: the champion moves with each
-    promotion, and everybody would train again each night.
+    `data_digest` is of the user's rows. `started_from` is the digest of the prefix that the
+    training started from, even if it was resumed since. A prefix file's digest includes it, so two
+    files with the same training digest have the same prefix. A plan's digest does not: the champion
+    changes with each promotion, and all users would be trained again every night.
     """
     train = recipe.train.model_dump(exclude=set(SPEED_ONLY))
     train["learning_rate"] = recipe.train.learning_rate or recipe.method.default_learning_rate
@@ -79,7 +79,7 @@ def digest_training(
 def describe_prefix(
     backbone: Backbone, recipe: Recipe, user_key: str, data_digest: str, started_from: str = ""
 ) -> PrefixMeta:
-    """What a prefix of this training says of itself; arguments as of `digest_training`."""
+    """The metadata of a prefix from this training; for the arguments see `digest_training`."""
     known = BackboneIdentity.of(backbone)
     return PrefixMeta.of(
         backbone,
@@ -94,7 +94,8 @@ def describe_prefix(
 def describe_state(
     backbone: Backbone, recipe: Recipe, user_key: str, data_digest: str, started_from: str = ""
 ) -> Belongs:
-    """What a training state of this training belongs to: all but the number of epochs."""
+    """What a training state of this training belongs to; the number of epochs is left out, so that
+    it can be raised."""
     without_end = recipe.train.model_dump(exclude={"epochs", "start", *SPEED_ONLY})
     known = BackboneIdentity.of(backbone)
     settings = training_digest(

@@ -1,9 +1,9 @@
-"""One pack's work: users' rows become trained, saved and scored prefixes.
+"""Train, save and score the prefixes of one pack of users.
 
-The library's `tune` and the cluster's workers both call `run_pack`, so that a prefix does not
-depend on which of them made it. It is a step machine like the trainers it calls: a worker on a
-sharded backbone goes through it in lock-step with its peers. A user whose rows, beginning or
-training cannot be used fails alone.
+The library's `tune` and the cluster's workers both call `run_pack`, so a prefix does not depend
+on which of them made it. Like the trainers it calls, it is a step machine: workers that share a
+sharded backbone run it in lock-step. A user whose rows, start or training fails does not affect
+the others.
 """
 
 from __future__ import annotations
@@ -42,24 +42,25 @@ from ptuning.types import SPLITS, Counts, EpochLoss, Example, Split, SplitLosses
 
 
 class Keeper(Protocol):
-    """Where finished prefixes go. A digest names the contents: another attempt at the same training
-    may write the same file, never another into it."""
+    """Where finished prefixes are stored. A digest names the contents: a second attempt at the
+    same training may rewrite the file, but only with the same bytes."""
 
     def keep_prefix(self, user_key: str, digest: str, data: bytes) -> None:
         """Save a prefix file."""
 
     def keep_resume(self, user_key: str, digest: str, data: bytes) -> None:
-        """Save what continues the training of the prefix with that digest."""
+        """Save the resume file of the prefix with that digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackUser:
-    """What is known of one user before the training.
+    """The input to one user's training.
 
-    `examples` are arranged: kept, split, oldest first. The training begins as the prefix `start`,
-    or goes on from `resume`; where that does not fit, the user fails, or with `otherwise="init"`
-    begins as the method's init says. `planned` is the training digest that somebody decided on:
-    with other rows or another backbone the user fails. `champion` is judged beside what is trained.
+    `examples` are already selected, split and sorted, oldest first. Training starts from the
+    prefix `start` or continues from `resume`. If that does not fit, the user fails or, with
+    `otherwise="init"`, starts from the method's own initialisation. `planned` is the training
+    digest that the plan expects; the user fails if the rows or the backbone give another one.
+    `champion` is scored beside the candidate.
     """
 
     user_key: str
@@ -73,13 +74,13 @@ class PackUser:
 
 @dataclass(kw_only=True)
 class PackResult:
-    """What became of one user. `prefix` is None where the user failed; `error` says why.
+    """The outcome for one user. If the user failed, `prefix` is None and `error` says why.
 
-    `tokens` are real ones that were trained on; `resets` says how often the training began again
-    at a lower rate. `started_from` is the digest of the prefix that the training began as,
-    `resumed` whether it went on from a state. Of what was passed over, `start_ignored` and
-    `champion_ignored` say why. `counts` and `losses` as in UserReport; losses only where they were
-    asked for.
+    `tokens` counts the real tokens trained on; `resets` counts restarts at a lower learning rate.
+    `started_from` is the digest of the prefix that the training started from, and `resumed` says
+    whether it continued a saved state. `start_ignored` and `champion_ignored` say why a start or a
+    champion was not used. `counts` and `losses` are as in UserReport; `losses` stays empty unless
+    scoring was requested.
     """
 
     user_key: str
@@ -101,7 +102,7 @@ class PackResult:
 
 @dataclass
 class _Work:
-    """One user while the pack is worked on; `rows` is None once the user failed."""
+    """A user's state while the pack runs; `rows` is None if the user failed."""
 
     user: PackUser
     result: PackResult
@@ -118,11 +119,11 @@ def run_pack(
     score: bool = False,
     on_trained: Callable[[str], None] | None = None,
 ) -> Machine[list[PackResult]]:
-    """Train, save and, with `score`, judge every user of a pack; results in the order of `users`.
-    `on_trained` is told the key of each user whose training ends, before the prefix is saved.
+    """Train, save and, with `score`, score every user of a pack; results in the order of `users`.
+    `on_trained` is called with a user's key when their training ends, before the prefix is saved.
 
-    Raises MethodError where the backbone cannot do the method, and what `keeper` raises. Example:
-    `LocalDriver(backbone).run(run_pack(backbone, Recipe(method, train), users))`.
+    Raises MethodError if the backbone does not support the method, and whatever `keeper` raises.
+    Example: `LocalDriver(backbone).run(run_pack(backbone, Recipe(method, train), users))`.
     """
     works = [_prepare(backbone, recipe, user) for user in users]
     ready = [(work, work.rows) for work in works if work.rows is not None]
@@ -139,8 +140,10 @@ def run_pack(
 def encode_user(
     template: Template, recipe: Recipe, user_key: str, examples: Sequence[Example]
 ) -> UserRows:
-    """A user's arranged examples as they are trained: encoded, with first words and a seed. Raises
-    DataError on one that cannot be encoded (a partition quarantines those), or without train rows.
+    """Encode a user's selected examples for training, with init words and a seed.
+
+    Raises DataError if an example cannot be encoded (a partition quarantines those) or if there
+    are no train rows.
     """
     by_split: dict[Split, list[Encoded]] = {split: [] for split in SPLITS}
     for example in examples:
@@ -171,7 +174,7 @@ def _prepare(backbone: Backbone, recipe: Recipe, user: PackUser) -> _Work:
         _check_planned(backbone, recipe, work)
         rows = encode_user(backbone.template, recipe, user.user_key, user.examples)
         work.rows = _begin(backbone, recipe, work, rows)
-    except (PTuningError, UnicodeError) as error:  # UnicodeError: text that is no Unicode
+    except (PTuningError, UnicodeError) as error:  # UnicodeError: the text is not valid Unicode
         work.result.error = str(error)
     else:
         work.result.counts = _count(rows)
@@ -186,7 +189,7 @@ def _check_planned(backbone: Backbone, recipe: Recipe, work: _Work) -> None:
     digest = digest_training(recipe, known, work.user.user_key, work.data_digest)
     if digest != planned:
         raise PTuningError(
-            "the worker would train something else than was planned",
+            "the worker would train something other than what was planned",
             seen=digest[:12],
             expected=planned[:12],
             fix="the same code, backbone, dtype, tokenizer and partition must be visible to every "
@@ -207,11 +210,11 @@ def _count(rows: UserRows) -> dict[Split, Counts]:
 
 
 def _begin(backbone: Backbone, recipe: Recipe, work: _Work, rows: UserRows) -> UserRows:
-    """The user's rows with what their training begins from."""
+    """Add the start of the training to the user's rows."""
     user = work.user
     if user.start is not None and user.resume is not None:
         raise ConfigError(
-            "a training begins from a prefix or goes on from a state, not both",
+            "a training starts from a prefix or continues a saved state, not both",
             seen="the user in start and in resume",
             fix="leave the user out of one of them",
         )
@@ -244,7 +247,7 @@ def _start(
             "the prefix to start from belongs to another user",
             seen=start.meta.user_key,
             expected=work.user.user_key,
-            fix="a start that users share must be made of public data and be saved as theirs",
+            fix="to share a start between users, train it on public data and save it for each user",
         )
     values = warm_start(recipe.method, backbone, start)
     work.result.started_from = start.digest
@@ -254,7 +257,7 @@ def _start(
 def _finish(
     backbone: Backbone, recipe: Recipe, work: _Work, trained: Trained, keeper: Keeper | None
 ) -> None:
-    """Make a prefix of what was trained, and hand its file over."""
+    """Make a prefix from the trained tensors and pass its file to the keeper."""
     key, result = work.user.user_key, work.result
     result.history, result.steps, result.tokens = trained.history, trained.steps, trained.tokens
     result.resets = trained.resets
@@ -264,7 +267,8 @@ def _finish(
     meta = describe_prefix(backbone, recipe, key, work.data_digest, result.started_from)
     prefix = make_prefix(trained.members, meta, recipe.artifact)
     try:
-        prefix.check_finite()  # losses may be, where the file's dtype cannot hold the values
+        # The loss can be finite while the file's dtype overflows.
+        prefix.check_finite()
     except CorruptArtifact as error:
         result.error = str(error)
         return
@@ -273,7 +277,7 @@ def _finish(
         state = describe_state(backbone, recipe, key, work.data_digest, result.started_from)
         result.resume = Resume(trained.states, state)
     if keeper is not None:
-        # Written even where it exists: the one that is there may be damaged.
+        # Written even if the file exists: the existing one may be damaged.
         keeper.keep_prefix(key, prefix.digest, prefix.to_bytes())
         if result.resume is not None:
             keeper.keep_resume(key, prefix.digest, result.resume.to_bytes())

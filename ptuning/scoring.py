@@ -1,4 +1,4 @@
-"""Losses of rows under a prefix or the base model, in nats per completion token."""
+"""Compute losses of rows with a prefix or with the base model, in nats per completion token."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ptuning.train.start import positions_of
 from ptuning.train.step import LocalDriver, Machine, predicted, score_rows
 from ptuning.types import Example, Split, SplitLosses, seed_of
 
-if TYPE_CHECKING:  # it brings in Transformers
+if TYPE_CHECKING:  # it imports Transformers
     from ptuning.model.backbone import Backbone
 
 
 def encode(backbone: Backbone, example: Example, max_length: int = 512) -> Encoded:
-    """Token ids and labels of one example, as training and serving see it. Raises DataError."""
+    """Token ids and labels of one example, as in training and serving. Raises DataError."""
     check_example(example)
     return backbone.template.encode(example, max_length)
 
@@ -36,17 +36,19 @@ def nll(
     max_length: int = 512,
     tokens_per_microbatch: int = 1024,
 ) -> float:
-    """Nats per completion token over all tokens of `examples`, under a prefix or the base model.
+    """Nats per completion token over all tokens of `examples`, with a prefix or the base model.
 
-    Raises DataError where there is nothing to score.
+    Raises DataError if an example is invalid or too long, or if there is nothing to score.
+
+        ptuning.nll(backbone, examples, prefix) < ptuning.nll(backbone, examples)
     """
     rows = [encode(backbone, example, max_length) for example in examples]
     if prefix is None:
         pack = None
     else:
         prefix.check(backbone)
-        around = prefix.arrangement(backbone.template)
-        rows = [around.judged_row(row) for row in rows]
+        arrangement = prefix.arrangement(backbone.template)
+        rows = [arrangement.judged_row(row) for row in rows]
         pack = pack_prefix([prefix], backbone)
     shapes = {} if prefix is None else prefix.shapes
     needed = max((positions_of(row, backbone.facts, shapes) for row in rows), default=0)
@@ -72,10 +74,12 @@ def score_split(
     budget: int,
     members: int = 1,
 ) -> Machine[list[SplitLosses]]:
-    """Losses of each user's rows under that user's slots of `prefix`: `members` after another.
+    """Losses of each user's rows with the user's slots of `prefix`; user i has the slots from
+    i * `members` on.
 
     An ensemble's loss is that of the normalised mean of its members' log-probabilities, which is
-    how it answers; one that votes is judged by it too, since a vote has no likelihood.
+    how it answers. An ensemble that votes is scored in the same way, since a vote has no
+    likelihood.
     """
     rows = [row for user in users for row in user]
     slots = [slot * members for slot, user in enumerate(users) for _ in user]
@@ -91,10 +95,10 @@ def score_split(
 
 @dataclass(kw_only=True)
 class ScoredUser:
-    """One user's rows and the prefixes that are judged on them, and what came of it.
+    """One user's rows, the prefixes to score on them, and the results.
 
-    `losses[who][split]` has "base", "candidate", "champion" where there is one that the rows fit,
-    and "other": the candidate of another user of the pack, to see what is personal.
+    `losses[name][split]` has "base", "candidate", "champion" if there is one that can be scored,
+    and "other": the candidate of another user of the pack, to show how personal a prefix is.
     """
 
     user_key: str
@@ -108,14 +112,14 @@ class ScoredUser:
 
 
 def score_users(backbone: Backbone, users: Sequence[ScoredUser], budget: int) -> Machine[None]:
-    """Set each user's losses under the base, the champion, the candidate and another user's prefix.
+    """Set each user's losses with the base, the champion, the candidate and another user's prefix.
 
-    All of them see the same rows: test rows that one has no positions for are left out.
+    All are scored on the same rows: test rows too long for one of them are left out.
     """
     others = _draw_others(users)
     for user in users:
-        _leave_out_too_long(backbone, user, others.get(user.user_key))
-    judges: tuple[tuple[str, list[Prefix | None]], ...] = (
+        _drop_too_long(backbone, user, others.get(user.user_key))
+    scored: tuple[tuple[str, list[Prefix | None]], ...] = (
         ("base", [None] * len(users)),
         ("champion", [user.champion for user in users]),
         ("candidate", [user.candidate for user in users]),
@@ -123,8 +127,8 @@ def score_users(backbone: Backbone, users: Sequence[ScoredUser], budget: int) ->
     )
     splits: tuple[Split, ...] = ("valid", "test")
     for split in splits:
-        for who, prefixes in judges:
-            groups = [list(range(len(users)))] if who == "base" else _group_alike(prefixes)
+        for name, prefixes in scored:
+            groups = [list(range(len(users)))] if name == "base" else _group_by_form(prefixes)
             for group in groups:
                 chosen = [prefix for n in group if (prefix := prefixes[n]) is not None]
                 losses = yield from score_split(
@@ -136,27 +140,27 @@ def score_users(backbone: Backbone, users: Sequence[ScoredUser], budget: int) ->
                 )
                 for n, loss in zip(group, losses, strict=True):
                     if loss.tokens:
-                        users[n].losses.setdefault(who, {})[split] = loss
+                        users[n].losses.setdefault(name, {})[split] = loss
 
 
-def _leave_out_too_long(backbone: Backbone, user: ScoredUser, other: Prefix | None) -> None:
-    """Leave out test rows that a judge has no positions for, and a champion that the validation
-    rows do not fit (the candidate's fit: it trained)."""
+def _drop_too_long(backbone: Backbone, user: ScoredUser, other: Prefix | None) -> None:
+    """Drop test rows that are too long for one of the prefixes, and a champion for which validation
+    rows are too long. (The candidate was trained on these rows, so they fit.)"""
     limit = backbone.facts.max_positions
     if limit is None:
         return
 
     def fits(row: Encoded, prefix: Prefix | None) -> bool:
-        around = Arrangement() if prefix is None else prefix.arrangement(backbone.template)
+        arrangement = Arrangement() if prefix is None else prefix.arrangement(backbone.template)
         shapes = {} if prefix is None else prefix.shapes
-        return positions_of(around.row(row), backbone.facts, shapes) <= limit
+        return positions_of(arrangement.row(row), backbone.facts, shapes) <= limit
 
     if user.champion and not all(fits(row, user.champion) for row in user.valid):
         user.champion = None
-        reason = "the backbone has too few positions for it beside the validation rows"
+        reason = "the backbone has too few positions for it and the validation rows"
         user.champion_ignored = reason
-    judges = (user.candidate, user.champion, other)
-    test = tuple(row for row in user.test if all(fits(row, prefix) for prefix in judges))
+    prefixes = (user.candidate, user.champion, other)
+    test = tuple(row for row in user.test if all(fits(row, prefix) for prefix in prefixes))
     user.test_rows_too_long = len(user.test) - len(test)
     user.test = test
 
@@ -164,16 +168,16 @@ def _leave_out_too_long(backbone: Backbone, user: ScoredUser, other: Prefix | No
 def _arrange_rows(
     backbone: Backbone, user: ScoredUser, prefix: Prefix | None, split: Split
 ) -> list[Encoded]:
-    """A user's rows of a split, arranged as the prefix that is judged on them wants it."""
+    """A user's rows of a split, with the prefix's virtual tokens in place."""
     rows = user.valid if split == "valid" else user.test
     if prefix is None:
         return list(rows)
-    around = prefix.arrangement(backbone.template)
-    return [around.judged_row(row) for row in rows]
+    arrangement = prefix.arrangement(backbone.template)
+    return [arrangement.judged_row(row) for row in rows]
 
 
 def _draw_others(users: Sequence[ScoredUser]) -> Mapping[str, Prefix]:
-    """For each user the candidate of another, drawn by the user's own seed."""
+    """For each user another user's candidate, drawn with a seed that depends on the user."""
     drawn = {}
     for user in users:
         rest = [other.candidate for other in users if other is not user]
@@ -183,8 +187,8 @@ def _draw_others(users: Sequence[ScoredUser]) -> Mapping[str, Prefix]:
     return drawn
 
 
-def _group_alike(prefixes: Sequence[Prefix | None]) -> list[list[int]]:
-    """Places of prefixes of one kind, which can be stacked: same tensors, the same visibility."""
+def _group_by_form(prefixes: Sequence[Prefix | None]) -> list[list[int]]:
+    """Indices of prefixes that can be stacked: those with equal shapes and visibility."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for n, prefix in enumerate(prefixes):
         if prefix is not None:

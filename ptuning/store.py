@@ -1,8 +1,8 @@
-"""The store: one directory or object-store prefix that holds partitions, prefixes and runs.
+"""The store: one directory or object-store prefix with partitions, prefixes and runs.
 
-A reader sees a whole file or none: local files are written beside their name and moved, and an
-object store's put is whole by itself. What must be decided once, among processes that race, is
-decided by conditional writes (conditional.py).
+Writes are atomic: a local file is written under a temporary name and renamed, and an object
+store's put is atomic by itself. Races between processes are decided by conditional writes
+(conditional.py).
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ptuning.system.files import write_atomic
 
 
 class Store:
-    """Paths below one root (a local path, `s3://…`), read and written whole."""
+    """Files below one root (a local path or `s3://…`), read and written as a unit."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = str(root).rstrip("/") or "/"
         if "://" not in self.root:
             self.root = os.path.abspath(os.path.expanduser(self.root))
-        if "://" not in self.root:  # as it is: "::" or "#" in a path means nothing
+        if "://" not in self.root:  # taken literally: "::" or "#" has no meaning in a local path
             self.fs, self._base = fsspec.filesystem("file"), self.root
             self.is_local = True
             return
         try:
-            # Listings must be fresh: other processes write while this one looks.
+            # No listing cache: other processes write at the same time.
             self.fs, self._base = fsspec.core.url_to_fs(self.root, use_listings_cache=False)
         except ImportError as error:
             raise ConfigError(
@@ -57,7 +57,7 @@ class Store:
         return bool(self.fs.exists(self._inner(name)))
 
     def list(self, name: str) -> list[str]:
-        """Names of the entries of a folder, sorted; [] where there is none."""
+        """Names of the entries of a folder, sorted; [] if there is no such folder."""
         try:
             found = self.fs.ls(self._inner(name), detail=False)
         except FileNotFoundError:
@@ -69,28 +69,28 @@ class Store:
             return bytes(file.read())
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a whole file; a reader or a crash never meets half of it."""
+        """Write a file atomically: neither a reader nor a crash leaves half of it."""
         if self.is_local:
             write_atomic(self._inner(name), data)
         else:
             self.fs.pipe_file(self._inner(name), data)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write a file unless its name is taken; says whether this call wrote it.
+        """Write a file unless it exists; returns whether this call wrote it.
 
-        Of processes that race, exactly one writes. Example:
+        If several processes race, exactly one writes. Example:
         `store.put_if_absent("leases/a.json", b"{}")`.
         """
         return self._conditional.put_if_absent(self._inner(name), data)
 
     def read_versioned(self, name: str) -> tuple[bytes, str] | None:
-        """A file's contents and their etag, for `replace_if_unchanged`; None if there is none."""
+        """A file's contents and etag, for `replace_if_unchanged`; None if there is no file."""
         return self._conditional.read(self._inner(name))
 
     def replace_if_unchanged(self, name: str, data: bytes, etag: str) -> bool:
-        """Replace a file whose contents are still those of `etag`; says whether this call did.
+        """Replace a file if its etag is still `etag`; returns whether this call did.
 
-        Of processes that race, one replaces and the others are told to read again.
+        If several processes race, one replaces the file; the others get False and must read again.
         """
         return self._conditional.replace_if_unchanged(self._inner(name), data, etag)
 
@@ -99,30 +99,30 @@ class Store:
         return conditional_writes(self.fs, self.root)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all it holds; nothing happens where there is none."""
+        """Remove a file, or a folder with its contents; does nothing if there is none."""
         if self.exists(name):
             self.fs.rm(self._inner(name), recursive=True)
 
     @contextlib.contextmanager
     def open_write(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write piece by piece; it appears whole when the block ends without error."""
+        """A file to write piece by piece; it appears when the block ends without an error."""
         buffer = io.BytesIO()
         yield buffer
         self.write(name, buffer.getvalue())
 
     def write_once(self, name: str, value: Any) -> bool:
-        """Write a JSON file unless the name is taken; says whether this call wrote it."""
+        """Write a JSON file unless it exists; returns whether this call wrote it."""
         return self.put_if_absent(name, _json_bytes(value))
 
     def read_json(self, name: str) -> Any:
-        """The file's JSON value; RunError (with the name) where it is not JSON."""
+        """The file's JSON value. Raises RunError, with the name, if it is not JSON."""
         try:
             return json.loads(self.read(name))
         except ValueError as error:
             raise RunError(
                 "a file of the store is not valid JSON",
                 seen=f"{self.path(name)}: {error}",
-                fix="remove that file and run again; it will be made anew",
+                fix="remove that file and run again; it will be created again",
             ) from error
 
     def write_json(self, name: str, value: Any) -> None:
@@ -135,10 +135,10 @@ def _json_bytes(value: Any) -> bytes:
 
 
 def prefix_path(user_key: str, digest: str) -> str:
-    """Where a prefix file lies below a store's root."""
+    """The path of a prefix file below a store's root."""
     return f"prefixes/{user_key[:2]}/{user_key}/{digest}.safetensors"
 
 
 def resume_path(user_key: str, digest: str) -> str:
-    """Where the state that continues a prefix's training lies, if it was kept."""
+    """The path of a prefix's resume file below a store's root, if it was kept."""
     return prefix_path(user_key, digest).replace(".safetensors", ".resume.safetensors")

@@ -1,25 +1,26 @@
-"""Whose a store is: the namespace of its names, and the salt of its users' keys.
+"""A store's identity: the namespace of its registered names, and the salt of its users' keys.
 
-`store.json` at the store's root is written once, by whoever comes first, and is never changed:
+`store.json` at the store's root is written once, by the first process that needs it, and never
+changed:
 
-    namespace   stands in front of every name that the store registers, so that two products with
-                a user "42" can share one MLflow; the registry refuses it to another store
-    salt        the key of the HMAC that turns a user's id into a `user_key`
-    store_id    random and public; the registry keeps it to know whose a namespace is
+    namespace   prefix of every name that the store registers, so that two products with a user
+                "42" can share one MLflow; the registry refuses it to any other store
+    salt        key of the HMAC that turns a user's id into a `user_key`
+    store_id    random and public; the registry keeps it as the owner of the namespace
 
-**The salt cannot be replaced.** Nothing else in a store leads from a user's id to a key: once
-`store.json` is lost, no file, alias or published champion can be found again by its user's id,
-and nobody can be forgotten by it. Keep `store.json` in the store's backup, and out of reach of
-whoever may list MLflow: with it, anyone can test which keys are those of ids that they guess.
+**The salt cannot be replaced.** It is the only link from a user's id to a key. If `store.json` is
+lost, no file, alias or published champion can be found by user id, and no user can be forgotten.
+Keep `store.json` in the store's backup, but away from people who can list MLflow: with it, anyone
+can test guessed ids against the keys.
 
-A copy of a store has its identity: the registry takes both for one, so let only one of them
-register.
+A copy of a store has the same identity, and the registry cannot tell the two apart, so let only
+one of them register.
 
-Several stores of one organisation can have the same keys by giving the same salt when each is
-made: `PTUNING_STORE_SALT_FILE` names a file with it (a mounted secret, say), or
-`PTUNING_STORE_SALT` holds it, as hexadecimal text of at least 16 bytes (`openssl rand -hex 32`).
-It is a secret, so there is no setting and no flag for it: settings are written into every run's
-folder and flags are shown by `ps`.
+Several stores of one organisation can have the same keys if each is created with the same salt:
+`PTUNING_STORE_SALT_FILE` names a file that contains it (such as a mounted secret), or
+`PTUNING_STORE_SALT` is the salt, as hexadecimal text of at least 16 bytes (`openssl rand -hex 32`).
+As a secret it has no setting and no flag: settings are written into every run's folder, and `ps`
+shows flags.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ SALT_FILE_VARIABLE = "PTUNING_STORE_SALT_FILE"
 _SALT_BYTES = 32
 _MIN_SALT_BYTES = 16
 _STORE_ID = re.compile("[0-9a-f]{32}")
-# Whatever of these is there was written after store.json.
+# If one of these exists, store.json must have existed before it.
 _CONTENTS = ("prefixes", "champions", "inputs", "partitions", "runs", "mlflow.db")
 
 
 @dataclass(frozen=True)
 class StoreIdentity:
-    """What `store.json` says. The salt is left out of `repr`, so that no log has it.
+    """The contents of `store.json`. The salt is left out of `repr`, so that no log contains it.
 
     >>> StoreIdentity("dev", b"0123456789abcdef").user_key("alice")[:8]
     '7w7ywhfm'
@@ -69,8 +70,8 @@ class StoreIdentity:
 
 
 def read_identity(store: Store) -> StoreIdentity:
-    """The store's identity. Raises ConfigError where there is none: a mistyped store must not
-    become a new, empty one that answers everybody with the base model."""
+    """Read the store's identity. Raises ConfigError if there is none: a mistyped path must not
+    create a new, empty store, which would serve everyone the base model."""
     identity = _read(store)
     if identity is None:
         _refuse_lost_identity(store)
@@ -86,12 +87,12 @@ def read_identity(store: Store) -> StoreIdentity:
 def open_identity(
     store: Store, *, namespace: str | None = None, salt: bytes | None = None
 ) -> StoreIdentity:
-    """The store's identity, made here if it has none; processes that make it at once agree.
+    """Read the store's identity, or create it; processes that create it at the same time agree.
 
-    `namespace` ([a-z0-9-], 1 to 32 characters) and `salt` (at least 16 bytes) are what a new
-    store gets: random where they are not given, the salt from the environment first (see the
-    module). For a store that has an identity they must be what it has. Raises ConfigError where
-    they are not, and where the store lost its `store.json`.
+    `namespace` ([a-z0-9-], 1 to 32 characters) and `salt` (at least 16 bytes) are for a new store.
+    By default the salt comes from the environment (see the module) or is random, and the namespace
+    is random. If the store has an identity, given values must match it. Raises ConfigError if they
+    do not, or if the store has lost its `store.json`.
     """
     salt = _salt_of_environment() if salt is None else salt
     _check_given(namespace, salt)
@@ -104,7 +105,7 @@ def open_identity(
 
 
 def _create(store: Store, namespace: str | None, salt: bytes | None) -> StoreIdentity:
-    """Write a new identity unless another process is faster; whose stands is returned."""
+    """Write a new identity unless another process is faster; returns the one that was written."""
     new = StoreIdentity(
         namespace or "s-" + base64.b32encode(secrets.token_bytes(7)).decode()[:10].lower(),
         salt or secrets.token_bytes(_SALT_BYTES),
@@ -112,7 +113,7 @@ def _create(store: Store, namespace: str | None, salt: bytes | None) -> StoreIde
     )
     store.write_once(FILE, {**asdict(new), "salt": new.salt.hex(), "format": FORMAT})
     written = _read(store)
-    assert written is not None  # nobody removes it
+    assert written is not None  # it is never removed
     return written
 
 
@@ -131,7 +132,7 @@ def _read(store: Store) -> StoreIdentity | None:
         valid = False
     if not valid:
         raise ConfigError(
-            f"{FILE} does not say whose this store is",
+            f"{FILE} is not a valid store identity",
             seen=f"{store.path(FILE)}, {len(data)} bytes",
             expected=f"format {FORMAT} with a namespace, a salt and a store_id",
             fix="restore it from the store's backup; a newer format needs a newer ptuning",
@@ -149,7 +150,7 @@ def _is_valid(identity: StoreIdentity) -> bool:
 
 def _refuse_lost_identity(store: Store) -> None:
     found = [name for name in _CONTENTS if store.exists(name)]
-    # Asked again: another process may have made the store between the two looks.
+    # Checked again: another process may have created the store between the two checks.
     if found and not store.exists(FILE):
         raise ConfigError(
             "this store lost its identity: its users' keys cannot be computed without it",
@@ -167,7 +168,7 @@ def _refuse_other_values(
             "this store was made with another namespace",
             seen=f"registry.namespace={namespace}",
             expected=f"{identity.namespace}, as in {store.path(FILE)}",
-            fix="leave registry.namespace out, or use a new store",
+            fix="omit registry.namespace, or use a new store",
         )
     if salt is not None and salt != identity.salt:
         raise ConfigError(
@@ -179,7 +180,7 @@ def _refuse_other_values(
 
 
 def _print_of(salt: bytes) -> str:
-    """Enough to tell two salts apart, too little to find one."""
+    """A short hash: enough to tell two salts apart, but not to find one."""
     return f"a salt whose SHA-256 begins with {hashlib.sha256(salt).hexdigest()[:8]}"
 
 
@@ -193,7 +194,7 @@ def _check_given(namespace: str | None, salt: bytes | None) -> None:
         )
     if salt is not None and len(salt) < _MIN_SALT_BYTES:
         raise ConfigError(
-            "the salt is too short to keep anybody from guessing it",
+            "the salt is short enough to be guessed",
             seen=f"{len(salt)} bytes",
             expected=f"at least {_MIN_SALT_BYTES}",
             fix="make one with `openssl rand -hex 32`",
@@ -201,11 +202,11 @@ def _check_given(namespace: str | None, salt: bytes | None) -> None:
 
 
 def _salt_of_environment(environment: Any = os.environ) -> bytes | None:
-    """The salt that the environment gives for a new store, None where it gives none."""
+    """The salt that the environment sets for a new store, or None."""
     file, text = environment.get(SALT_FILE_VARIABLE), environment.get(SALT_VARIABLE)
     if file and text:
         raise ConfigError(
-            "two places give the store's salt",
+            "the store's salt is set in two places",
             seen=f"{SALT_VARIABLE} and {SALT_FILE_VARIABLE}",
             fix="unset one of them",
         )

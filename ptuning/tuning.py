@@ -1,4 +1,4 @@
-"""Tune users in this process: the library's own entry, without any cluster."""
+"""Tune users in this process: the library's entry point, without a cluster."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from ptuning.train.step import LocalDriver
 from ptuning.train.words import check_init_text
 from ptuning.types import EpochLoss, Example, user_key
 
-UserId = str | int  # a number is taken as its decimal text
-Row = Example | Mapping[str, object]  # a mapping is read as a row of a file: data.columns
-# By UserId (keys of mappings are invariant, so Any); or a table of everybody's rows, as its rows
-# are: a DataFrame of pandas or polars, a Table of pyarrow.
+UserId = str | int  # a number stands for its decimal text
+Row = Example | Mapping[str, object]  # a mapping is read like a row of a file: data.columns
+# By UserId (Any because keys of mappings are invariant), or a table with the rows of all users: a
+# DataFrame of pandas or polars, a Table of pyarrow.
 Users = Mapping[Any, Iterable[Row] | Frame] | Frame
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TuneResult:
-    """One user's outcome. `prefix` is None unless `status` is "trained".
+    """The outcome for one user. `prefix` is None unless `status` is "trained".
 
-    `tokens` are real ones that were trained on; `resets` says how often the training began again
-    at a lower rate, because its loss was no longer finite.
+    `tokens` counts the real tokens trained on; `resets` counts restarts at a lower learning rate
+    after a loss that was not finite.
     """
 
     status: Literal["trained", "too_few", "failed"]
@@ -54,7 +54,7 @@ class TuneResult:
     tokens: int = 0
     resets: int = 0
     error: str | None = None
-    resume: Resume | None = None  # what continues the training, with train.keep_resume
+    resume: Resume | None = None  # continues the training; set with train.keep_resume
 
     def __repr__(self) -> str:
         """One line, without tensors and without `error`, which may quote a row."""
@@ -67,16 +67,16 @@ class TuneResult:
         return f"TuneResult({', '.join(facts)})"
 
     def require(self) -> Prefix:
-        """The prefix. Raises DataError where the user has too few rows, and PTuningError where
-        they failed, with the reason. Example: `result["alice"].require().save("alice")`."""
+        """The prefix. Raises DataError if the user has too few rows and PTuningError if they
+        failed, with the reason. Example: `result["alice"].require().save("alice")`."""
         if self.prefix is not None:
             return self.prefix
-        kind = DataError if self.status == "too_few" else PTuningError
-        raise kind(
+        error_type = DataError if self.status == "too_few" else PTuningError
+        raise error_type(
             "the user has no prefix",
             seen=f"{self.status}: {self.error}",
             expected="a user who was trained",
-            fix="mend what the reason names, or ask for `prefix`, which may be None",
+            fix="fix the cause, or use `prefix`, which may be None",
         )
 
 
@@ -85,7 +85,7 @@ Results = Generator[tuple[str, TuneResult], None, None]
 
 @dataclass(frozen=True)
 class _Task:
-    """What one call of `iter_tune` was asked for."""
+    """The arguments of one call of `iter_tune`, with defaults filled in."""
 
     backbone: Backbone
     recipe: Recipe
@@ -109,21 +109,24 @@ def tune(
     start: Mapping[str, Prefix] | None = None,
     resume: Mapping[str, Resume] | None = None,
 ) -> dict[str, TuneResult]:
-    """Train one prefix per user, many users in one forward pass: all results of `iter_tune`, in
-    the order of `users`.
+    """Train one prefix per user, many users in one forward pass, and return the results of
+    `iter_tune` in the order of `users`.
 
-    Raises as `iter_tune` does, and then has no results; for many users, take them from there as
-    they finish.
+    Raises what `iter_tune` raises, and then all results are lost. For many users, call `iter_tune`
+    and take results as they finish.
+
+        result = ptuning.tune(backbone, {"alice": [ptuning.Example(prompt="…", completion="…"), …]})
+        result["alice"].require().save("alice.safetensors")
     """
     if is_frame(users):
         users = frame_users(users, Columns((data or DataConfig()).columns))
     ids = [_text_of(user_id) for user_id in users]
     if doubled := [user_id for user_id, count in Counter(ids).items() if count > 1]:
         raise ConfigError(
-            "two of the users have one id",
+            "two of the users have the same id",
             seen=", ".join(sorted(doubled)[:3]),
-            expected="ids that differ as text: a number is taken as its decimal text",
-            fix="put the user's rows together, or rename one of them",
+            expected="ids that differ as text: a number stands for its decimal text",
+            fix="merge their rows, or rename one of them",
         )
     found = dict(
         iter_tune(
@@ -155,24 +158,23 @@ def iter_tune(
     start: Mapping[str, Prefix] | None = None,
     resume: Mapping[str, Resume] | None = None,
 ) -> Results:
-    """Train one prefix per user, and yield `(user_id, result)` whenever a pack is done.
+    """Train one prefix per user, and yield `(user_id, result)` as packs finish.
 
-    `users` maps ids to rows, or is a stream of such pairs, each user once; it is read a pack
-    (`train.pack_users`) at a time, and no more than one pack is in memory. It may also be a table
-    of everybody's rows with a column `user_id` (a DataFrame, a pyarrow Table). A user's rows are
-    Examples, mappings, read like rows of a file, or a table of them; without a split they are
-    split by time (DataConfig). Every user of `users` is yielded once; one whose rows cannot be
-    used fails alone.
+    `users` maps ids to rows, or is a stream of such pairs with each user once. It is read one pack
+    (`train.pack_users`) at a time, and only one pack is in memory. `users` may also be a table with
+    a column `user_id` (a DataFrame, a pyarrow Table). A user's rows are Examples, mappings that are
+    read like rows of a file, or a table; rows without splits are split by time (DataConfig). Every
+    user is yielded once; a user whose rows cannot be used fails without affecting the others.
 
-    Users in `start` begin from a trained prefix of the same method and sizes, users in `resume`
-    where an earlier training on the same rows stopped (TuneResult.resume); each user's must be
-    their own. `salt` is of the store that prefixes go to, if they go to one: a user's key depends
-    on it. Of `data`, `columns`, `max_length`, `max_rows` and `min_examples` count; the template is
-    the backbone's.
+    Users in `start` start from a trained prefix with the same method and sizes. Users in `resume`
+    continue an earlier training on the same rows (TuneResult.resume). Both must be the user's.
+    `salt` is the salt of the store that the prefixes are for, if any: user keys depend on it. Of
+    `data` only `columns`, `max_length`, `max_rows` and `min_examples` are used; the template is the
+    backbone's.
 
-    Raises MethodError where the backbone cannot do the method, ConfigError where `start` or
-    `resume` name nobody who is trained, DataError on an id that is none, and BackboneChanged where
-    the weights are not the same after a pack as before. What was yielded until then is whole.
+    Raises MethodError if the backbone does not support the method, ConfigError if `start` or
+    `resume` name users that are not in `users`, DataError for an invalid id, and BackboneChanged if
+    a pack changed the weights. Results yielded before an error are valid.
 
         for user_id, result in ptuning.iter_tune(backbone, read_users()):
             if result.prefix is not None:
@@ -188,26 +190,27 @@ def iter_tune(
     )
     recipe.method.check(backbone.facts)
     check_init_text(backbone.template, recipe.method)
-    _check_beginnings(recipe, start or {}, resume or {})
+    _check_starts(recipe, start or {}, resume or {})
     columns = Columns(data.columns)
     task = _Task(backbone, recipe, data, columns, salt, start or {}, resume or {})
     if is_frame(users):
         users = frame_users(users, columns)
     if isinstance(users, Mapping):
-        _check_strangers(task, {_text_of(user_id) for user_id in users})
+        _check_unknown(task, {_text_of(user_id) for user_id in users})
         return _tune_stream(task, iter(users.items()))
     return _check_stream(task, iter(users))
 
 
 def _check_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Frame]]) -> Results:
-    """`_tune_stream`, which only at its end knows who was not there."""
+    """`_tune_stream`, with the check of `start` and `resume` at the end of the stream, when all
+    users are known."""
     wanted = {*task.start, *task.resume}
-    met = set()
+    found = set()
     for user_id, result in _tune_stream(task, users):
         if user_id in wanted:
-            met.add(user_id)
+            found.add(user_id)
         yield user_id, result
-    _check_strangers(task, met)
+    _check_unknown(task, found)
 
 
 def _tune_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Frame]]) -> Results:
@@ -229,17 +232,17 @@ def _tune_stream(task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Fram
 def _read_users(
     task: _Task, users: Iterator[tuple[UserId, Iterable[Row] | Frame]]
 ) -> Iterator[tuple[str, PackUser | TuneResult]]:
-    """Each user as they are trained, or why they are not."""
+    """Each user's input to the training, or a result that says why there is none."""
     for given, rows in users:
         user_id = _text_of(given)
         try:
             yield user_id, _read_user(task, read_user_id(user_id), rows)
-        except (PTuningError, UnicodeError) as error:  # UnicodeError: text that is no Unicode
+        except (PTuningError, UnicodeError) as error:  # UnicodeError: text is not valid Unicode
             yield user_id, TuneResult(status="failed", error=str(error))
 
 
 def _text_of(user_id: UserId) -> str:
-    """An id as text. A text is left as it is: if it is none, its user fails, and nobody else."""
+    """An id as text. Text is not checked here: if it is not a valid id, only that user fails."""
     return user_id if isinstance(user_id, str) else read_user_id(user_id)
 
 
@@ -260,16 +263,16 @@ def _read_user(task: _Task, user_id: str, rows: Iterable[Row] | Frame) -> PackUs
 
 
 def _read_row(columns: Columns, user_id: str, row: Row) -> Example | None:
-    """A row as an Example; None: its weight is 0, so it is not learned from. Raises DataError."""
+    """A row as an Example; None if its weight is 0, so it is not trained on. Raises DataError."""
     if not isinstance(row, Mapping):
         check_example(row)
         return row
     if "user_id" in row and read_user_id(row["user_id"]) != user_id:
         raise DataError(
-            "a row names another user than the one it is given for",
+            "a row names a user other than the one it was given for",
             seen=repr(row["user_id"]),
             expected=repr(user_id),
-            fix="give each user their own rows only",
+            fix="give each user only the rows of that user",
         )
     read = check_row(row, columns, {"user_id": user_id})
     return read.example if read.learned else None
@@ -288,36 +291,36 @@ def _describe(result: PackResult) -> TuneResult:
     )
 
 
-def _check_beginnings(
+def _check_starts(
     recipe: Recipe, start: Mapping[str, Prefix], resume: Mapping[str, Resume]
 ) -> None:
-    """Raise ConfigError where a beginning that was asked for would be passed over."""
+    """Raise ConfigError if a requested start would be ignored."""
     if recipe.train.start != "init":
         raise ConfigError(
-            "train.start is for runs, which know each user's champion and kept training states",
+            "train.start is for runs, which know each user's champion and saved training states",
             seen=f"train.start={recipe.train.start}",
             expected="train.start=init",
-            fix="give tune the prefixes as `start`, or the training states as `resume`",
+            fix="pass the prefixes as `start`, or the training states as `resume`",
         )
-    beginnings: dict[str, Mapping[str, object]] = {"start": start, "resume": resume}
-    for name, given in beginnings.items():
-        if nothing := sorted(user for user, begin in given.items() if begin is None):
+    starts: dict[str, Mapping[str, object]] = {"start": start, "resume": resume}
+    for name, given in starts.items():
+        if missing := sorted(user for user, value in given.items() if value is None):
             raise ConfigError(
                 f"{name} has nothing to begin from",
-                seen=f"None for {', '.join(nothing[:3])}",
+                seen=f"None for {', '.join(missing[:3])}",
                 expected="a Prefix in start, a Resume in resume",
-                fix="leave the user out; TuneResult.resume is kept with train.keep_resume=True",
+                fix="omit the user; TuneResult.resume is set with train.keep_resume=True",
             )
 
 
-def _check_strangers(task: _Task, known: set[str]) -> None:
-    """Raise ConfigError where `start` or `resume` names somebody who is not among the users."""
-    beginnings: dict[str, Mapping[str, object]] = {"start": task.start, "resume": task.resume}
-    for name, given in beginnings.items():
-        if strangers := sorted({*given} - known):
+def _check_unknown(task: _Task, known: set[str]) -> None:
+    """Raise ConfigError if `start` or `resume` names somebody who is not among the users."""
+    starts: dict[str, Mapping[str, object]] = {"start": task.start, "resume": task.resume}
+    for name, given in starts.items():
+        if unknown := sorted({*given} - known):
             raise ConfigError(
                 f"{name} names users who are not trained",
-                seen=", ".join(strangers[:3]),
+                seen=", ".join(unknown[:3]),
                 expected="user ids of `users`",
-                fix=f"correct the ids in {name}, or leave them out",
+                fix=f"correct the ids in {name}, or omit them",
             )

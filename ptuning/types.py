@@ -1,4 +1,4 @@
-"""Values that cross the library's seams.
+"""Types shared by all parts of the library.
 
 Shape letters used in comments and names everywhere:
 
@@ -35,13 +35,13 @@ Decision = Literal["promoted", "rejected", "pending"]
 class Config(BaseModel):
     """Base of every component's configuration: frozen, and unknown keys are errors.
 
-    A value that cannot be used raises ConfigError, which names the setting as a run's configuration
-    does (`train.epochs`).
+    An invalid value raises ConfigError, with the setting's name in a run's configuration
+    (`train.epochs`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    SECTION: ClassVar[str] = ""  # of a run's configuration; "": the whole of it
+    SECTION: ClassVar[str] = ""  # of a run's configuration; "": the top level
     ERROR: ClassVar[type[ConfigError]] = ConfigError
 
     @model_validator(mode="wrap")
@@ -54,15 +54,15 @@ class Config(BaseModel):
 
 
 def _explain_setting(error: ValidationError, config: type[Config]) -> ConfigError:
-    """Pydantic's complaint about a setting as ours, which says what to change."""
+    """Convert pydantic's error about a setting to ours, which says what to change."""
     first, *more = error.errors()
     section = config.SECTION or "the configuration"
     if not first["loc"]:
         return config.ERROR(
-            f"the settings of {section} are no mapping",
+            f"the settings of {section} must be a mapping",
             seen=repr(first["input"])[:200],
             expected="settings by name",
-            fix=f"give {config.__name__}(setting=value), or a mapping",
+            fix=f"pass {config.__name__}(setting=value), or a mapping",
         )
     key = str(first["loc"][0])
     name = f"{config.SECTION}.{key}" if config.SECTION else key
@@ -71,9 +71,9 @@ def _explain_setting(error: ValidationError, config: type[Config]) -> ConfigErro
             f"{section} has no such setting",
             seen=name,
             expected=", ".join(sorted(config.model_fields)),
-            fix="use one of these, or leave it out",
+            fix="use one of these, or omit it",
         )
-    # A setting of several types is complained about once for each.
+    # For a setting of several types, pydantic reports an error for each type.
     same = [line for line in (first, *more) if line["loc"][0] == first["loc"][0]]
     wanted = dict.fromkeys(line["msg"].removeprefix("Input should be ") for line in same)
     default = config.model_fields[key].default
@@ -82,7 +82,7 @@ def _explain_setting(error: ValidationError, config: type[Config]) -> ConfigErro
         seen=f"{name}={first['input']!r}"[:200],
         expected=" or ".join(wanted),
         fix=f"change {name}"
-        + ("" if default is PydanticUndefined else f", or leave it out for {default!r}"),
+        + ("" if default is PydanticUndefined else f", or omit it to use {default!r}"),
     )
 
 
@@ -98,8 +98,10 @@ class Message:
 class Example:
     """One row of one user: a prompt (or messages) and the completion to learn.
 
-    Either `prompt` and `completion`, or `messages` whose last is the assistant's.
+    It has either `prompt` and `completion`, or `messages`, the last from the assistant.
     `timestamp` is in epoch milliseconds.
+
+        Example(prompt="2+2?", completion="4")
     """
 
     prompt: str | None = None
@@ -132,7 +134,7 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitLosses:
-    """Summed nats and token counts of one prefix, row by row, on one split of one user."""
+    """One prefix's summed nats and token counts for each row of one split of one user."""
 
     nats: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -145,7 +147,7 @@ class SplitLosses:
 
 
 class Counts(TypedDict):
-    """How much one user has in one split; `tokens` are those that are predicted."""
+    """How much data one user has in one split; `tokens` are predicted tokens."""
 
     rows: int
     tokens: int
@@ -153,8 +155,8 @@ class Counts(TypedDict):
 
 @dataclass(kw_only=True)
 class UserReport:
-    """What a run says of one user. `losses[who][split]`, who in base/champion/candidate/other;
-    `counts[split]` is what the user was trained on and judged by."""
+    """A run's report on one user. `losses[name][split]` has the names base, champion, candidate
+    and other (see `ScoredUser`); `counts[split]` is the data used in training and scoring."""
 
     user_key: str
     status: Status
@@ -172,13 +174,13 @@ class UserReport:
 
 
 def user_key(user_id: str, salt: bytes = b"") -> str:
-    """The user's name outside inputs and partitions: 52 characters of [a-z2-7].
+    """The user's pseudonym outside inputs and partitions: 52 characters of [a-z2-7].
 
     It is the lower-case, unpadded base32 of HMAC-SHA256(salt, the id's UTF-8 bytes) (RFC 2104),
     safe as a file name, in MLflow and in an engine's cache keys. The id is not normalised: ids
-    that differ in one byte are different users. Without the salt nobody can tell from a key
-    whether it is that of an e-mail address they guess; a store has a salt
-    (`ptuning.store_identity`), the library alone uses the empty one.
+    that differ in one byte are different users. Without the salt nobody can test whether a key
+    belongs to an e-mail address they guess. A store has a salt (`ptuning.store_identity`); the
+    library by itself uses the empty salt.
 
         >>> user_key("alice") == user_key("alice", b"") != user_key("alice", b"a store's salt")
         True
@@ -188,6 +190,6 @@ def user_key(user_id: str, salt: bytes = b"") -> str:
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed that depends on nothing but `parts` (never on process, order or time)."""
+    """A 63-bit seed that depends only on `parts`, never on process, order or time."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 1

@@ -1,4 +1,4 @@
-"""Publish what a run promoted and retired, and see that it is what answers."""
+"""Publish a run's promotions and retirements, and check that they are being served."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ptuning.champions import ChampionList, Changes, publish, wait_acknowledged
 from ptuning.errors import RunError
 from ptuning.store import Store
 
-_SLACK_S = 3.0  # beyond a replica's own interval: reading the change, and writing that it did
+_SLACK_S = 3.0  # beyond a replica's refresh interval: time to read the change and acknowledge it
 
 
 def deploy(
@@ -14,10 +14,10 @@ def deploy(
 ) -> tuple[int, list[str]]:
     """Publish a generation, read it back, and wait for the replicas that serve this backbone.
 
-    `changes`: (user key, prefix name) to the new champion, None where there is none any more;
-    `refresh_seconds` is how often replicas look. Returns the generation and the names of replicas
-    that do not answer from it yet. Raises RunError where what is read back is not what was
-    published: another run decided about the same users meanwhile.
+    `changes` maps (user key, prefix name) to the new champion, or None to remove it;
+    `refresh_seconds` is how often replicas poll. Returns the generation and the names of replicas
+    that do not serve it yet. Raises RunError if the list read back does not have these changes,
+    because another run has decided about the same users meanwhile.
     """
     generation = publish(store, fingerprint, changes)
     champions = ChampionList(store, fingerprint)
@@ -33,7 +33,7 @@ def _check(champions: ChampionList, changes: Changes) -> None:
     wrong = [name for name, ref in changes.items() if champions.get(*name) != ref]
     if wrong:
         raise RunError(
-            "what is served is not what this run decided",
+            "the published champions are not those that this run decided on",
             seen=f"{len(wrong)} of {len(changes)} users, such as {wrong[0][0]}",
             expected="the champions that this run published",
             fix="another run published meanwhile; run again to compare with it",

@@ -1,4 +1,4 @@
-"""Put a run's candidates into the registry: one MLflow run per pack, one version per user."""
+"""Register a run's candidates: one MLflow run per pack, one version per user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ptuning.types import Decision, Gate, UserReport
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """What is the same for every prefix that a run registers; `tags` are of registry/names.py."""
+    """The lineage shared by all prefixes that a run registers; `tags` have keys from
+    registry/names.py."""
 
     prefix_name: str
     template_digest: str
@@ -22,7 +23,7 @@ class Lineage:
     tags: Mapping[str, str]
 
 
-_OF_USER = ("started_from", "continued_from", "start_ignored", "resets")  # in a report's details
+_USER_TAGS = ("started_from", "continued_from", "start_ignored", "resets")  # from report.details
 
 
 def register_pack(
@@ -32,21 +33,21 @@ def register_pack(
     planned: Mapping[str, PlannedUser],
     lineage: Lineage,
 ) -> None:
-    """Register every trained user of a pack, and set what the registry made of each decision: a
-    newer run may have decided otherwise meanwhile. Idempotent: a repeated call adds nothing."""
+    """Register every trained user of a pack, and update decisions that a newer run has overridden
+    meanwhile. Idempotent: a repeated call adds nothing."""
     ready = [report for report in reports if report.status == "trained" and report.digest]
     entries = [_registration(report, planned[report.user_key], lineage) for report in ready]
     if not entries:
         return
     for report, version in zip(ready, registry.register(pack, entries), strict=True):
         if report.decision == "promoted" and version.decision == "pending":
-            _hold(report, "a newer run decided about this user meanwhile")
+            _hold(report, "a newer run has decided about this user meanwhile")
 
 
 def _registration(report: UserReport, user: PlannedUser, lineage: Lineage) -> Registration:
     assert report.digest is not None
     decision: Decision = report.decision or "pending"
-    of_user = {key: str(report.details[key]) for key in _OF_USER if report.details.get(key)}
+    user_tags = {key: str(report.details[key]) for key in _USER_TAGS if report.details.get(key)}
     return Registration(
         user_key=report.user_key,
         prefix_name=lineage.prefix_name,
@@ -57,7 +58,7 @@ def _registration(report: UserReport, user: PlannedUser, lineage: Lineage) -> Re
         decision=decision,
         gate_digest="" if decision == "pending" else lineage.gate_digest,
         reason=report.gate.reason if report.gate else "",
-        tags={**lineage.tags, **of_user},
+        tags={**lineage.tags, **user_tags},
         metrics=user_metrics(report),
     )
 
@@ -68,12 +69,12 @@ def hold_overtaken(
     reports: Sequence[UserReport],
     planned: Mapping[str, PlannedUser],
 ) -> set[str]:
-    """Leave users `pending` whose aliases changed since the plan.
+    """Make users `pending` if their aliases have changed since the plan.
 
-    A champion that is new was never compared with. A candidate that is new is a newer run's: then
-    this run's prefix is of older rows or settings, and is not to be registered at all, or an old
-    run that is resumed would move the alias back and everybody would train again. Returns the
-    keys of those.
+    A new champion has never been compared with this run's prefix. A new candidate comes from a
+    newer run, so this run's prefix has older rows or settings. It must not be registered at all:
+    otherwise a resumed old run would move the alias back, and the user would train again. Returns
+    the keys of the users with a new candidate.
     """
     current = registry.current(planned, prefix_name)
     overtaken = set()
@@ -85,13 +86,13 @@ def hold_overtaken(
         candidate = now.candidate.digest if now and now.candidate else None
         if candidate not in (None, user.candidate_digest, report.digest):
             overtaken.add(report.user_key)
-            _hold(report, "a newer run trained this user meanwhile; its prefix stays")
+            _hold(report, "a newer run has trained this user meanwhile; its prefix is kept")
         elif report.decision == "promoted" and champion not in (
             None,
             user.champion_digest,
             report.digest,
         ):
-            reason = "the champion changed while this run worked; the next run compares with it"
+            reason = "the champion changed during this run; the next run compares with it"
             _hold(report, reason)
     return overtaken
 
@@ -104,11 +105,11 @@ def _hold(report: UserReport, reason: str) -> None:
 def retire_users(
     registry: Registry, user_keys: Sequence[str], prefix_name: str, planned_at: int
 ) -> list[str]:
-    """Take both aliases away: the base model answers these users from here on. Returns whose.
+    """Remove both aliases, so that the base model serves these users. Returns the users' keys.
 
-    The candidate's too, or a user who comes back with the same rows would be taken for one whose
-    prefix is up to date. It goes last: whoever is killed in between retires the user again. A user
-    whom a run that planned later than `planned_at` judged has rows again, and stays.
+    The candidate is removed too: otherwise a user who returns with the same rows would count as
+    unchanged. It is removed last, so that an interrupted call is repeated. A user judged by a run
+    that planned later than `planned_at` has rows again and is left alone.
     """
     retired = []
     for key, now in registry.current(user_keys, prefix_name).items():
@@ -124,30 +125,30 @@ def retire_users(
 
 
 def user_metrics(report: UserReport) -> dict[str, float]:
-    """Figures a reviewer reads beside a version: nats per completion token, steps, tokens."""
-    figures: dict[str, float] = {"steps": report.steps, "tokens": report.tokens}
-    for who, splits in report.losses.items():
+    """A version's metrics for a reviewer: nats per completion token, steps, tokens."""
+    metrics: dict[str, float] = {"steps": report.steps, "tokens": report.tokens}
+    for name, splits in report.losses.items():
         for split, losses in splits.items():
             if (nll := losses.nll) is not None and nll == nll:
-                figures[f"nll_{who}_{split}"] = nll
-    for split in ("valid", "test"):  # the gate decides on valid; test is what to publish
-        base, own = (figures.get(f"nll_{who}_{split}") for who in ("base", "candidate"))
-        if base is not None and own is not None:
-            figures[f"gain_over_base_{split}"] = base - own
-    return check_names(figures)
+                metrics[f"nll_{name}_{split}"] = nll
+    for split in ("valid", "test"):  # the gate decides on valid; publications should quote test
+        base, candidate = (metrics.get(f"nll_{name}_{split}") for name in ("base", "candidate"))
+        if base is not None and candidate is not None:
+            metrics[f"gain_over_base_{split}"] = base - candidate
+    return check_names(metrics)
 
 
 def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
     """A pack's medians, for the MLflow run."""
     trained = [report for report in reports if report.status == "trained"]
-    figures: dict[str, float] = {
+    metrics: dict[str, float] = {
         "users_trained": len(trained),
         "users_promoted": sum(report.decision == "promoted" for report in reports),
         "users_failed": sum(report.status == "failed" for report in reports),
     }
-    for who in WHO:
-        losses = [user_metrics(report).get(f"nll_{who}_valid") for report in trained]
+    for name in WHO:
+        losses = [user_metrics(report).get(f"nll_{name}_valid") for report in trained]
         known = [loss for loss in losses if loss is not None]
         if known:
-            figures[f"nll_{who}_valid_median"] = median(known)
-    return check_names(figures)
+            metrics[f"nll_{name}_valid_median"] = median(known)
+    return check_names(metrics)

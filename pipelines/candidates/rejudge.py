@@ -1,8 +1,8 @@
-"""Another gate judges the prefixes there are, from the losses that their training left.
+"""Judge existing prefixes with a changed gate, from the losses that their training recorded.
 
-A version names the run and the pack that judged it last; that pack's done-record holds every
-row's loss. What is read is O(packs touched). Nothing is trained or scored: a user whose losses
-are gone, or whose champion is one that the candidate was never compared with, trains again.
+A version names the run and the pack that judged it last, and that pack's done-record has every
+row's loss. The cost is O(packs touched), and nothing is trained or scored. A user whose losses are
+gone, or whose candidate was never compared with the current champion, trains again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ptuning.types import UserReport
 
 
 def find_losses(store: Store, packs: Iterable[Pack]) -> dict[str, tuple[UserReport, str | None]]:
-    """By user key: the report with the stored losses, and the digest of the champion that the
-    prefix was compared with. Users whose losses cannot be used are absent."""
+    """By user key, the report with the stored losses, and the digest of the champion that the
+    candidate was compared with. Users whose losses cannot be used are absent."""
     wanted: dict[tuple[str, str], list[PlannedUser]] = defaultdict(list)
     for pack in packs:
         for user in pack.users:
@@ -40,15 +40,15 @@ def find_losses(store: Store, packs: Iterable[Pack]) -> dict[str, tuple[UserRepo
 
 
 def stored_report(user: PlannedUser, report: UserReport, compared: str | None) -> UserReport | None:
-    """The report to judge by, or None where its losses do not say what is asked now.
+    """The report to judge by, or None if its losses do not answer today's question.
 
-    `compared` is the champion that the report's losses are of. The present one must be it, or the
-    candidate itself (it won), or none (then only the base is a rival).
+    `compared` is the champion whose losses are in the report. The current champion must be the
+    same, or the candidate itself (it won), or none (then only the base is a rival).
     """
     if report.digest is None or report.digest != user.candidate_digest:
         return None
     if user.champion_digest is None:
-        losses = {who: splits for who, splits in report.losses.items() if who != "champion"}
+        losses = {name: splits for name, splits in report.losses.items() if name != "champion"}
         return replace(report, losses=losses)
     return report if user.champion_digest in (compared, report.digest) else None
 
@@ -56,7 +56,7 @@ def stored_report(user: PlannedUser, report: UserReport, compared: str | None) -
 def records_of(
     packs: Iterable[Pack], losses: Mapping[str, tuple[UserReport, str | None]]
 ) -> list[DoneRecord]:
-    """Done-records of the run that judges: it keeps the losses, as its versions name it."""
+    """Done-records for the judging run, which must keep the losses because its versions name it."""
     return [
         DoneRecord(
             pack_id=pack.pack_id,
@@ -73,4 +73,4 @@ def _read(store: Store, run_id: str, pack_id: str) -> DoneRecord | None:
     try:
         return RunFolder(store, run_id).read_done(pack_id)
     except (RunError, OSError, KeyError, TypeError):
-        return None  # damaged is as good as gone: the user trains again
+        return None  # a damaged record counts as missing: the user trains again

@@ -1,6 +1,6 @@
-"""Ray for a run: join the cluster that was named, or start a small one on this machine.
+"""Ray for a run: connect to the configured cluster, or start a local one on this machine.
 
-Also what is decided once per run for all workers: dtype and attention, and how many workers.
+Also resolves, once per run for all workers, the dtype, the attention and the number of workers.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ _WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, me
 
 @contextlib.contextmanager
 def session(config: RayConfig) -> Iterator[float]:
-    """Ray, initialised, for the block; the value is the seconds it took. Left as it was found."""
+    """Initialise Ray for the block; gives the seconds that this took. If Ray was already
+    initialised, it is left running."""
     begin = time.monotonic()
     ours = not ray.is_initialized()
     if ours and config.address is None:
-        # A Ray of our own is for this machine alone: it listens on loopback only. The name
-        # speaks of Windows; what it does is to make the node's address 127.0.0.1.
+        # A local Ray is only for this machine, so it must listen on loopback only. Without
+        # clusters, Ray sets the node's address to 127.0.0.1, as on Windows.
         environment.keep_new_ray_on_loopback()
         set_private(ray_constants, "ENABLE_RAY_CLUSTER", False)
     if ours:
@@ -52,7 +53,7 @@ def session(config: RayConfig) -> Iterator[float]:
             raise RunError(
                 "Ray cannot be reached or started",
                 seen=str(error),
-                fix="check ray.address, or leave it out to start Ray on this machine",
+                fix="check ray.address, or omit it to start Ray on this machine",
             ) from error
     try:
         yield time.monotonic() - begin
@@ -63,7 +64,7 @@ def session(config: RayConfig) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Gang:
-    """The shape of the training gang; `cpus` and `gpus` are of each worker."""
+    """The shape of the training gang; `cpus` and `gpus` are per worker."""
 
     workers: int
     cpus: float
@@ -72,11 +73,12 @@ class Gang:
 
 
 def gang(config: RunConfig) -> Gang:
-    """One worker per GPU, else per CPU core while weights and work fit into memory.
+    """The gang's shape: one worker per GPU, or without GPUs one per CPU core as far as weights and
+    activations fit into memory. Raises ConfigError if it does not fit into the cluster.
 
-    On CPUs many one-thread workers beat few many-thread ones: small operations do not
-    wait for each other's threads (infra/decisions.md). A large model gets fewer workers with
-    more threads.
+    On CPUs many single-threaded workers are faster than few multi-threaded ones, since small
+    operations need not synchronise threads (infra/decisions.md). A large model gets fewer workers
+    with more threads.
     """
     resources = ray.cluster_resources()
     chosen, cores = config.ray, resources.get("CPU", 1.0)
@@ -88,12 +90,12 @@ def gang(config: RunConfig) -> Gang:
         count = (
             int(resources.get("GPU", 0) // gpus) if gpus else _workers_in_memory(config, int(cores))
         )
-    # Ray counts in ten-thousandths; rounding up would ask for more than there is.
+    # Ray counts in units of 1e-4; rounding up would request more than there is.
     share = math.floor(1e4 * cores / max(1, count)) / 1e4
     cpus = chosen.cpus_per_worker or (1.0 if gpus else share)
     count = max(1, count)
     for name, wanted in (("CPU", count * cpus), ("GPU", count * gpus)):
-        # Ray would wait for such workers for ever.
+        # Ray would wait forever for such workers.
         if wanted > resources.get(name, 0.0):
             raise ConfigError(
                 f"the gang does not fit into the cluster's {name}s",
@@ -105,7 +107,7 @@ def gang(config: RunConfig) -> Gang:
 
 
 def _workers_in_memory(config: RunConfig, cores: int) -> int:
-    """How many whole backbones this machine can hold beside each other, at most one a core."""
+    """How many copies of the backbone fit into this machine's memory, at most one per core."""
     free = free_memory(choose_device("cpu"))
     if free is None or config.backbone.sharding == "zero3":
         return max(1, cores)
@@ -116,15 +118,15 @@ def _workers_in_memory(config: RunConfig, cores: int) -> int:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with dtype and attention decided for every host of the cluster.
+    """The configuration with dtype and attention resolved, the same for every host of the cluster.
 
-    bfloat16 only where each host measures it as faster: one slow host would hold up the
-    gang, and users' prefixes must not depend on which host trained them.
+    bfloat16 is used only if it is faster on every host: one slow host would hold up the gang, and a
+    user's prefix must not depend on the host that trained it.
     """
     chosen = config.backbone
     device = choose_device(chosen.device)
-    built_as = model_class(read_config(locate(chosen.name)))
-    kind = choose_attention(chosen.attention, device, built_as)
+    chosen_class = model_class(read_config(locate(chosen.name)))
+    kind = choose_attention(chosen.attention, device, chosen_class)
     dtype = chosen.dtype
     if dtype == "auto":
         votes = _probe_hosts(str(device))
@@ -157,7 +159,7 @@ def _fastest(device: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NamedBackbone:
-    """Which backbone a run trains on, as prefixes name it."""
+    """A run's backbone, as identified in prefixes."""
 
     backbone_name: str
     fingerprint: str

@@ -1,9 +1,9 @@
-"""How the workers of a sharded gang find each other.
+"""Rendezvous of the workers of a sharded gang.
 
-torch's own meeting point, a TCP store, listens on every interface without authentication, and
-takes no address to listen on. So workers of one host meet through a file, and gloo talks on the
-loopback interface: nothing listens beyond it. Workers of several hosts have no such file; rank 0
-then opens a TCP store on its node's address, which the cluster's network must protect.
+torch's default rendezvous, a TCP store, listens on every interface without authentication, and the
+address cannot be chosen. So workers on one host meet through a file, and gloo uses the loopback
+interface: nothing listens beyond it. Workers on several hosts have no common file; there rank 0
+opens a TCP store on its node's address, which the cluster's network must protect.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from ptuning.system.ports import free_port
 
 
 def join_peers(backend: str, timeout_s: float) -> None:
-    """Make the process group of a gang; every worker calls it. `backend` is gloo or nccl;
-    `timeout_s` is how long a silent peer is waited for."""
+    """Create a gang's process group; every worker calls it. `backend` is gloo or nccl; `timeout_s`
+    is how long to wait for a silent peer."""
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    # What libraries that expect a launcher look for; the address itself is not used.
+    # Libraries that expect a launcher read these; the address is not used.
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -48,7 +48,8 @@ def join_peers(backend: str, timeout_s: float) -> None:
 
 
 def _meeting_place(one_host: bool) -> str:
-    """A new one for every start of the gang: what an earlier start left behind would mislead."""
+    """A new rendezvous for every start of the gang, since remains of an earlier one would
+    mislead."""
     if one_host:
         return (Path(tempfile.mkdtemp(prefix="ptuning-gang-")) / "peers").as_uri()
     address = ray.util.get_node_ip_address()

@@ -1,7 +1,7 @@
-"""Train a plan's packs on one Ray Train gang whose workers load the backbone once.
+"""Train a plan's packs on one Ray Train gang, whose workers load the backbone once.
 
-A worker that dies takes the gang's processes with it; the gang starts again and goes on with
-the packs that have no done-record. Outputs are committed by writing that record, once.
+If a worker dies, the gang's processes end; the gang restarts and continues with the packs that have
+no done-record. Writing that record, once, commits a pack.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ptuning.train.step import Driver, LocalDriver, Machine, Train
 
 @dataclass(frozen=True)
 class GangTask:
-    """What a worker is told. Plain values only: it travels to other hosts."""
+    """A worker's task. Plain values only, since it is sent to other hosts."""
 
     store: str
     run_id: str
@@ -58,14 +58,14 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
     progress(before, 0)
     if not remaining:
         return
-    # A sharded gang keeps all its workers, since each holds a part of the weights.
-    whole = task.backbone.sharding == "replicate"
-    workers = min(shape.workers, len(remaining)) if whole else shape.workers
+    # A sharded gang needs all its workers, since each has a part of the weights.
+    replicated = task.backbone.sharding == "replicate"
+    workers = min(shape.workers, len(remaining)) if replicated else shape.workers
     board = start_board()
-    # Without a process group: replicated workers have nothing to say to each other, and nothing
-    # that listens is opened for it. Sharded ones join one themselves (meeting.py).
-    # What a worker is told is bound to its function, not given as `train_loop_config`: Ray's
-    # controller reads that too, and would import torch and Transformers for it (4 CPU seconds).
+    # No process group here: replicated workers do not communicate, so no port needs to be opened.
+    # Sharded workers join one themselves (meeting.py).
+    # The task is bound to the workers' function instead of passed as `train_loop_config`: Ray's
+    # controller reads that too, and would import torch and Transformers (4 CPU seconds).
     work = partial(
         _work,
         task=task,
@@ -97,7 +97,7 @@ def tune(plan: Plan, task: GangTask, shape: Gang, config: RayConfig, progress: P
             raise RunError(
                 "the training gang failed",
                 seen=_root_cause(error),
-                fix="mend the cause and run the same command again; committed users are kept",
+                fix="fix the cause and run the same command again; committed users are kept",
             ) from error
     missing = len({pack.pack_id for pack in plan.packs} - folder.done_packs())
     if missing:
@@ -112,13 +112,14 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _work(*, task: GangTask, plan: Plan, board: Any, backend: str, timeout_s: float) -> None:
-    """A gang member: load the backbone, then train its share of what is not done yet."""
+    """A worker of the gang: load the backbone, then train its share of the remaining packs."""
     torch.set_num_threads(max(1, task.threads))
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     store = Store(task.store)
     done = RunFolder(store, task.run_id).done_packs()
-    # Shares are of the whole plan: ranks that list `done` at different moments must agree.
+    # Shares are computed from the full plan, so that ranks agree even if they list `done` at
+    # different times.
     share = [pack for pack in assign(plan.packs, size)[rank] if pack.pack_id not in done]
     sharded = task.backbone.sharding == "zero3"
     if not sharded and not share:
@@ -129,14 +130,14 @@ def _work(*, task: GangTask, plan: Plan, board: Any, backend: str, timeout_s: fl
         backbone, driver = _load(task)
         job = PackJob(store, task.partition_id, task.recipe)
         attempt = f"{rank}-{os.getpid()}"
-        driver.run(_counted(_all_packs(backbone, job, task, share, attempt, board), board))
+        driver.run(_count_tokens(_all_packs(backbone, job, task, share, attempt, board), board))
     finally:
         leave_peers()
 
 
 def _load(task: GangTask) -> tuple[Backbone, Driver]:
     chosen = task.backbone
-    if chosen.device == "auto":  # Ray shows a worker its own GPUs only
+    if chosen.device == "auto":  # Ray makes only the worker's GPUs visible
         device = str(choose_device("auto"))
         chosen = chosen.model_copy(update={"device": device})
     if chosen.sharding == "zero3":
@@ -151,7 +152,8 @@ def _load(task: GangTask) -> tuple[Backbone, Driver]:
 def _all_packs(
     backbone: Backbone, job: PackJob, task: GangTask, share: list[Pack], attempt: str, board: Any
 ) -> Machine[None]:
-    """A worker's whole work as one machine: idle peers of a sharded gang wait inside it."""
+    """A worker's packs as one machine, so that the peers in a sharded gang stay in lock-step to the
+    end."""
     before = backbone.checksum()
     for pack in share:
         start = time.monotonic()
@@ -169,9 +171,9 @@ def _all_packs(
         post.close(len(reports))
 
 
-def _counted(machine: Machine[None], board: Any) -> Machine[None]:
-    """The same machine, telling the board now and then how many tokens were trained."""
-    result, tokens, told = None, 0, time.monotonic()
+def _count_tokens(machine: Machine[None], board: Any) -> Machine[None]:
+    """The same machine, reporting trained tokens to the board from time to time."""
+    result, tokens, reported = None, 0, time.monotonic()
     while True:
         try:
             work = machine.send(result)  # type: ignore[arg-type]
@@ -181,7 +183,7 @@ def _counted(machine: Machine[None], board: Any) -> Machine[None]:
         if isinstance(work, Train):
             batch = work.batch
             tokens += int((batch.attention_mask * (batch.input_ids >= 0)).sum())
-        if time.monotonic() - told > TICK_S:
+        if time.monotonic() - reported > TICK_S:
             board.add_tokens.remote(tokens)
-            tokens, told = 0, time.monotonic()
+            tokens, reported = 0, time.monotonic()
         result = yield work

@@ -1,5 +1,5 @@
-"""One pack's work on a worker: its users' rows, champions and training states out of the store,
-what `ptuning.pack` makes of them into it, and a report of each user. Nothing is committed here.
+"""Run one pack on a worker: read its users' rows, champions and training states from the store, run
+`ptuning.pack`, write its files to the store, and report on each user. Nothing is committed here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from ptuning.types import Example, UserReport
 
 @dataclass(frozen=True)
 class PackJob:
-    """What a worker needs besides the pack: where the rows are, whose keys they are under, and how
-    to train."""
+    """What a worker needs besides the pack: the store, the partition, and how to train."""
 
     store: Store
     partition_id: str
@@ -33,7 +32,7 @@ class PackJob:
 
 @dataclass(frozen=True)
 class StoreKeeper:
-    """Keeps prefixes and training states at their places in a store."""
+    """Writes prefixes and training states to a store."""
 
     store: Store
 
@@ -75,7 +74,8 @@ def _read_pack(
     planned: Sequence[PlannedUser],
     reports: dict[str, UserReport],
 ) -> list[PackUser]:
-    """What the store has of every user, matched by key; one who cannot be read fails alone."""
+    """Read every user's data from the store, matched by key. A user who cannot be read fails
+    without affecting the others."""
     by_bucket: dict[int, list[PlannedUser]] = defaultdict(list)
     for user in planned:
         by_bucket[user.bucket].append(user)
@@ -84,7 +84,7 @@ def _read_pack(
         try:
             bucket_rows = _read_rows(job, bucket, [user.user_key for user in group])
         except (PTuningError, OSError):
-            bucket_rows = None  # then one by one, so that only who cannot be read fails
+            bucket_rows = None  # then users are read one by one, so that only the bad ones fail
         for user in group:
             report, key = reports[user.user_key], user.user_key
             try:
@@ -98,7 +98,7 @@ def _read_pack(
 
 
 def _read_rows(job: PackJob, bucket: int, keys: Sequence[str]) -> dict[str, list[Example]]:
-    """The users' rows by key; raises where one of them cannot be read."""
+    """The users' rows by key; raises if one of them cannot be read."""
     return read_users(job.store, job.partition_id, bucket, keys)
 
 
@@ -110,12 +110,12 @@ def _read_user(
     report: UserReport,
 ) -> PackUser:
     champion = _read_champion(backbone, job, planned, report)
-    begins = job.recipe.train.start
+    start = job.recipe.train.start
     return PackUser(
         user_key=planned.user_key,
         examples=examples,
-        start=champion if begins == "champion" else None,
-        resume=_read_resume(job, planned, report) if begins == "resume" else None,
+        start=champion if start == "champion" else None,
+        resume=_read_resume(job, planned, report) if start == "resume" else None,
         otherwise="init",
         planned=planned.training_digest,
         champion=champion,
@@ -125,7 +125,7 @@ def _read_user(
 def _read_champion(
     backbone: Backbone, job: PackJob, planned: PlannedUser, report: UserReport
 ) -> Prefix | None:
-    """The prefix the user has now, if this backbone can still use it."""
+    """The user's current champion, if this backbone can use it."""
     if planned.champion_digest is None:
         return None
     try:
@@ -137,13 +137,13 @@ def _read_champion(
             digest=planned.champion_digest,
         )
     except (ArtifactError, FileNotFoundError) as error:
-        # It cannot serve either. What may only be a hiccup is raised, and fails the user.
+        # The service cannot use it either. Other errors may be transient: they fail the user.
         report.details["champion_ignored"] = str(error)
         return None
 
 
 def _read_resume(job: PackJob, planned: PlannedUser, report: UserReport) -> Resume | None:
-    """What the training of the candidate ended as, if it was kept and is whole."""
+    """The training state of the candidate, if it was kept and is intact."""
     if planned.candidate_digest is None:
         return None
     path = resume_path(planned.user_key, planned.candidate_digest)

@@ -1,7 +1,7 @@
-"""Every figure that a run reports, by name: the one place in which a new one is declared.
+"""The names of all metrics that a run reports; a new metric is declared here.
 
-Registry, users table and reports take their names from here, and a name that is not here is
-refused, so that a misspelt figure cannot vanish into a column nobody reads.
+Registry, users table and reports take their names from here. Unknown names are refused, so that a
+misspelt metric cannot end up in a column that nobody reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeVar
 from ptuning.errors import RunError
 from ptuning.types import Split
 
-WHO = ("base", "champion", "candidate", "public", "other")  # whose loss it is
+WHO = ("base", "champion", "candidate", "public", "other")  # the prefixes that are scored
 SCORED: tuple[Split, ...] = ("valid", "test")
 
 _WHOSE = {
@@ -23,39 +23,39 @@ _WHOSE = {
     "other": "another user's prefix",
 }
 
-# Of one user: tags of a version; the losses are columns of the users table too.
+# Per user: tags of a version. The losses are columns of the users table too.
 USER_METRICS: Mapping[str, str] = {
     "steps": "optimiser steps",
     "tokens": "tokens trained on",
     **{
-        f"nll_{who}_{split}": f"nats per completion token of {_WHOSE[who]} on {split} rows"
+        f"nll_{name}_{split}": f"nats per completion token of {_WHOSE[name]} on {split} rows"
         for split in SCORED
-        for who in WHO
+        for name in WHO
     },
     **{
         f"gain_over_base_{split}": f"nats per completion token saved on {split} rows"
         for split in SCORED
     },
 }
-# Of one pack: metrics of its MLflow run.
+# Per pack: metrics of its MLflow run.
 PACK_METRICS: Mapping[str, str] = {
     "users_trained": "users trained or judged again",
     "users_promoted": "of these, promoted",
     "users_failed": "users who failed",
-    **{f"nll_{who}_valid_median": f"median loss of {_WHOSE[who]} on valid rows" for who in WHO},
+    **{f"nll_{name}_valid_median": f"median loss of {_WHOSE[name]} on valid rows" for name in WHO},
 }
 
-_Figures = TypeVar("_Figures", bound=Mapping[str, object])
+_Metrics = TypeVar("_Metrics", bound=Mapping[str, object])
 
 
-def check_names(figures: _Figures) -> _Figures:
-    """The figures, if each has a name of this module. Raises RunError."""
-    unknown = sorted(set(figures) - USER_METRICS.keys() - PACK_METRICS.keys())
+def check_names(metrics: _Metrics) -> _Metrics:
+    """The metrics, after checking that their names are declared here. Raises RunError."""
+    unknown = sorted(set(metrics) - USER_METRICS.keys() - PACK_METRICS.keys())
     if unknown:
         raise RunError(
-            "a figure has a name that no report knows",
+            "a metric has a name that no report knows",
             seen=", ".join(unknown),
             expected="a name of USER_METRICS or PACK_METRICS",
             fix="declare it in pipelines/report/metrics.py",
         )
-    return figures
+    return metrics

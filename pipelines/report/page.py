@@ -1,6 +1,6 @@
-"""report.html: a run's end report as one page that loads nothing and runs nothing.
+"""report.html: a run's report as a single static page, without scripts or external resources.
 
-A user's id never stands in it, only the key; all that comes from data is escaped.
+It has user keys, never user ids; everything that comes from data is escaped.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from pipelines.report.summary import (
 from ptuning.system.redaction import hide_user
 from ptuning.types import UserReport
 
-USERS_SHOWN = 200  # in the page
-
-DUMBBELLS_SHOWN = 40  # above this, the page draws a histogram of gains
+USERS_SHOWN = 200  # on the page
+DUMBBELLS_SHOWN = 40  # with more users, the page draws a histogram of gains
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5d6878; --line: #e2e6ec; }
 * { box-sizing: border-box; }
@@ -61,12 +60,12 @@ code { font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, monospace; overflow-wrap
 svg { display: block; width: 100%; height: auto; }
 """
 
-# The page runs nothing and fetches nothing, and says so to the browser.
+# Tells the browser not to run or load anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def html_report(facts: RunFacts) -> str:
-    """report.html: one file with its style and drawing inside; all data is escaped."""
+    """The page as one file, with its style and drawing; all data is escaped."""
     result = summary(facts)
     body = [
         f"<h1>Run {_escape(facts.run_id)}</h1>",
@@ -126,16 +125,16 @@ def _section(title: str, content: str) -> str:
 
 
 def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table from cells that are escaped here; a head that ends in `#` is of numbers."""
+    """A table; cells are escaped here. A heading that ends in `#` marks a column of numbers."""
     classes = ["n" if name.endswith("#") else "e" for name in head]
     names = "".join(
-        f'<th class="{kind}">{_escape(name.rstrip("#"))}</th>'
-        for kind, name in zip(classes, head, strict=True)
+        f'<th class="{css_class}">{_escape(name.rstrip("#"))}</th>'
+        for css_class, name in zip(classes, head, strict=True)
     )
     lines = (
         "".join(
-            f'<td class="{kind}">{_escape(cell)}</td>'
-            for kind, cell in zip(classes, row, strict=True)
+            f'<td class="{css_class}">{_escape(cell)}</td>'
+            for css_class, cell in zip(classes, row, strict=True)
         )
         for row in rows
     )
@@ -185,7 +184,7 @@ def _users_section(facts: RunFacts) -> str:
 
 
 def _page_row(user_id: str | None, report: UserReport) -> tuple[str, ...]:
-    # What is published comes from test rows where there are any.
+    # Numbers for publication should come from test rows, if there are any.
     split = "valid" if nll(report, "candidate", "test") is None else "test"
     base, own = nll(report, "base", split), nll(report, "candidate", split)
     gain = f"{base - own:+.3f}" if base is not None and own is not None else "–"
@@ -218,9 +217,9 @@ _INK, _SOFT, _BASE, _OWN, _OTHER = "#1c2430", "#5d6878", "#9aa5b4", "#1f6f5c", "
 
 
 def draw_losses(reports: Sequence[UserReport]) -> str:
-    """An SVG element: base to own per user, or for many users a histogram of gains.
+    """An SVG element: base and candidate loss per user, or for many users a histogram of gains.
 
-    "" where no user has both losses.
+    "" if no user has both losses.
     """
     points = [
         (report.user_key[:8], base, own, nll(report, "other", "valid"))
@@ -230,8 +229,8 @@ def draw_losses(reports: Sequence[UserReport]) -> str:
     ]
     if not points:
         return ""
-    # Imported here: a run's start must not wait for matplotlib. A Figure of its own, not
-    # pyplot's: no global state and no window.
+    # Imported here so that the start of a run need not wait for matplotlib. Not pyplot, which has
+    # global state and may open a window.
     from matplotlib.figure import Figure
 
     many = len(points) > DUMBBELLS_SHOWN
@@ -268,7 +267,7 @@ def _dumbbells(axes: Any, points: list[tuple[str, float, float, float | None]]) 
 
 
 def _histogram(axes: Any, gains: list[float]) -> None:
-    # Bins are counted from zero, so that none holds both losers and winners.
+    # One bin edge is at zero, so that no bin mixes losses and gains.
     low, high = min(*gains, 0.0), max(*gains, 0.0)
     width = (high - low) / min(60, max(12, len(gains) // 20)) or 1e-3
     first, last = math.floor(low / width), math.ceil(high / width) + 1
@@ -289,10 +288,10 @@ def _svg(figure: Any) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
-    # Fixed salt and no date: the same run gives the same page, byte for byte.
+    # With a fixed salt and no date, the same run gives the same page, byte for byte.
     with matplotlib.rc_context({"svg.hashsalt": "ptuning", "svg.fonttype": "path"}):
         canvas = FigureCanvasSVG(figure)
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        canvas.print_svg(buffer, metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.print_svg(buffer, metadata=no_metadata)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,4 +1,4 @@
-"""Progress of a run while it works: a bar on a terminal, plain lines elsewhere."""
+"""Show a run's progress: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pipelines.report.summary import duration_text, number_text
 
 
 class RunProgress:
-    """Users done, tokens per second and time left, of one stage after another.
+    """Shows users done, tokens per second and time left, for one stage after another.
 
-    On a terminal a live bar; elsewhere (a log, a pipe) plain lines, at most one every
+    On a terminal it is a live bar; elsewhere (a log, a pipe) plain lines, at most one every
     `interval_s` seconds, and one at the end of each stage.
 
         with RunProgress(console) as progress:
@@ -65,7 +65,7 @@ class RunProgress:
             self._bar.stop()
 
     def stage(self, name: str, total: int | None = None, *, unit: str = "users") -> None:
-        """Begin a stage of `total` units (None where the number is not known)."""
+        """Begin a stage of `total` units (None: unknown)."""
         self._end_stage()
         self._name, self._total, self._unit = name, total, unit
         self._done = self._tokens = 0
@@ -74,7 +74,8 @@ class RunProgress:
             self._task = self._bar.add_task(name, total=total, unit=unit, rate="")
 
     def update(self, done: int, tokens: int = 0) -> None:
-        """Both count from the stage's beginning, so saying the same twice does no harm."""
+        """Update the stage's progress. Both counts are from the start of the stage, so a repeated
+        call does no harm."""
         self._done, self._tokens = done, tokens
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, rate=self._rate())

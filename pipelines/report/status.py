@@ -1,4 +1,4 @@
-"""What a store's runs have come to: `ptuning status`."""
+"""The state of a store's runs: `ptuning status`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _STYLES = {"finished": "green", "running": "cyan", "stopped": "red", "unfinished
 def run_states(store: Store) -> list[dict[str, Any]]:
     """One entry per run, oldest first: `run_id`, `state`, `packs` {done, total}, `summary`.
 
-    `packs` and `summary` are None before there is a plan or an end. Raises RunError where there
-    is no store: a mistyped path has no runs either, and must not look like a quiet night.
+    `packs` is None before there is a plan, and `summary` before the run is finished. Raises
+    RunError if there is no store: a mistyped path must not look like a store without runs.
     """
     if not _exists(store):
         raise RunError(
             "there is no store there",
             seen=store.root,
-            expected="a directory or prefix that `ptuning run` has written",
-            fix="check --store, or begin with: ptuning run --data PATH",
+            expected="a directory or prefix written by `ptuning run`",
+            fix="check --store, or start with: ptuning run --data PATH",
         )
     return [_entry(folder) for folder in all_runs(store)]
 
@@ -53,7 +53,7 @@ def _entry(folder: RunFolder) -> dict[str, Any]:
 def print_status(console: Console, store: str, states: list[dict[str, Any]]) -> None:
     """One line per run, newest last, in less than 80 columns."""
     if not states:
-        console.print(f"no runs in {store}; begin with: ptuning run --data PATH", soft_wrap=True)
+        console.print(f"no runs in {store}; start with: ptuning run --data PATH", soft_wrap=True)
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in ("run", "state", "users", "trained", "promoted", "failed", "nll"):
@@ -61,7 +61,7 @@ def print_status(console: Console, store: str, states: list[dict[str, Any]]) -> 
         table.add_column(column, justify=side, no_wrap=True, overflow="ignore")  # type: ignore[arg-type]
     for state in states:
         table.add_row(*_row(state))
-    # Wider than the screen is better than cut: a pipe has no width at all.
+    # Better too wide than truncated; a pipe has no width.
     needed = console.measure(table).maximum
     console.print(table, soft_wrap=True, width=max(console.width, needed))
 
@@ -70,8 +70,8 @@ def _row(state: dict[str, Any]) -> list[str | Text]:
     style = _STYLES[state["state"]]
     summary, packs = state["summary"], state["packs"]
     if summary is None:
-        told = state["state"] if packs is None else f"{state['state']} {_share(packs)}"
-        return [state["run_id"], Text(told, style=style), "", "", "", "", ""]
+        text = state["state"] if packs is None else f"{state['state']} {_share(packs)}"
+        return [state["run_id"], Text(text, style=style), "", "", "", "", ""]
     users, nll = summary["users"], summary["nll"]
     counts = [_short(users[key]) for key in ("total", "trained", "promoted", "failed")]
     losses = ""
@@ -85,7 +85,7 @@ def _share(packs: dict[str, int]) -> str:
 
 
 def _short(count: int) -> str:
-    """Four characters and a letter at most: 999,999 is `1000k`."""
+    """The count in at most five characters: 999,999 is `1000k`."""
     if count < 100_000:
         return str(count)
     return f"{count / 1000:.0f}k" if count < 10_000_000 else f"{count / 1e6:.0f}M"

@@ -1,13 +1,13 @@
-"""What a run says at its end: summary.json, the users table and the terminal's report.
+"""A run's results: summary.json, the users table and the terminal report.
 
-The page is pipelines/report/page.py, the bar while it works pipelines/report/progress.py.
+The HTML page is in pipelines/report/page.py, the progress bar in pipelines/report/progress.py.
 
-Everything is computed from one value, `RunFacts`; nothing here reads a store or a registry,
-so a report can be made again from what was committed. The price is that all users' reports
-are in memory at once (some kilobytes each), which the table of users needs anyway.
+Everything is computed from one value, `RunFacts`, without reading a store or a registry, so a
+report can be made again from committed data. The trade-off: all users' reports are in memory at
+once (a few kilobytes each), which the users table needs anyway.
 
-A user's id stands in the table only. The summary, the terminal and the page say the user's
-key, and an id that an error message quotes is taken out before it is shown.
+User ids appear in the table only. The summary, the terminal and the page show user keys, and an id
+that an error message quotes is removed before display.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FAILURES_SHOWN = 5  # on the terminal
 
 
 class BadFile(Protocol):
-    """Quarantined rows of one file, and their most frequent reasons with counts."""
+    """The number of quarantined rows in a file, and the most frequent reasons with counts."""
 
     @property
     def file(self) -> str: ...
@@ -53,15 +53,15 @@ class BadFile(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """All that a report is made from.
+    """Everything that the reports are made from.
 
-    `users` are (user_id, report) of every user in the run's partitions, and of those who retired
-    because they are in none, whose id is None; `users_total` is their number by the index and the
-    plan, and is checked against `users`. `key_of` is how the store makes a key from an id.
-    `split_rows[user_key][split]` counts rows. `seconds` has a value for each stage that ran,
-    and `total` (without it: the stages' sum). `notices` and `bad_files` say what was skipped and
-    what was taken for granted. `options` are what the next command needs besides `--store`; with
-    `store`, `registry_uri` and `report_path` they are only printed.
+    `users` are (user_id, report) of every user in the run's partition, and of users who retired
+    because they are no longer in it, with None as id. `users_total` is their number according to
+    the index and the plan, which is checked against `users`. `key_of` is the store's function from
+    ids to keys. `split_rows[user_key][split]` counts rows. `seconds` has a value for each stage
+    that ran, and `total` (default: the sum of the stages). `notices` and `bad_files` say what was
+    skipped or assumed. `options` are the arguments of the next command besides `--store`; they are
+    only printed, like `store`, `registry_uri` and `report_path`.
     """
 
     run_id: str
@@ -86,12 +86,12 @@ class RunFacts:
 
 
 def summary(facts: RunFacts) -> dict[str, Any]:
-    """summary.json as design.md has it; raises RunError where its sums do not hold.
+    """The contents of summary.json; raises RunError if the counts do not add up.
 
-    Losses are nats per completion token: medians over trained users, None without any.
-    `users` adds up: total = trained + unchanged + too_few + retired + failed, and trained =
-    promoted + rejected + pending. Users whose prefix is unchanged, but was judged by another gate
-    than before, are unchanged there and counted by decision in `judged_again`.
+    Losses are in nats per completion token: medians over trained users, or None without any.
+    In `users`, total = trained + unchanged + too_few + retired + failed, and trained = promoted +
+    rejected + pending. Users with an unchanged prefix that a changed gate judged again count as
+    unchanged there, and by decision in `judged_again`.
     """
     result: dict[str, Any] = {
         "run_id": facts.run_id,
@@ -119,7 +119,7 @@ def failures(facts: RunFacts) -> list[dict[str, str]]:
         {
             "user_key": report.user_key,
             "stage": report.stage or "unknown",
-            "error": hide_user(report.error or "no reason was kept", user_id or ""),
+            "error": hide_user(report.error or "no reason was recorded", user_id or ""),
         }
         for user_id, report in facts.users
         if report.status == "failed"
@@ -140,7 +140,7 @@ def _counts(facts: RunFacts) -> dict[str, int]:
 
 
 def _judged_again(facts: RunFacts) -> dict[str, int]:
-    """Unchanged users with a decision: another gate judged the prefix they have."""
+    """Decisions of unchanged users, whose existing prefix was judged by a changed gate."""
     decisions = Counter[str](
         report.decision
         for _, report in facts.users
@@ -149,23 +149,23 @@ def _judged_again(facts: RunFacts) -> dict[str, int]:
     return {decision: decisions[decision] for decision in DECISIONS}
 
 
-def _check_sum(facts: RunFacts, counts: dict[str, int], whole: str, parts: Iterable[str]) -> None:
-    if counts[whole] == sum(counts[part] for part in parts):
+def _check_sum(facts: RunFacts, counts: dict[str, int], total: str, parts: Iterable[str]) -> None:
+    if counts[total] == sum(counts[part] for part in parts):
         return
     raise RunError(
-        f"The run's users do not add up: {whole} must be {' + '.join(parts)}",
-        seen=", ".join(f"{name} {counts[name]}" for name in (whole, *parts)),
-        expected="every user of the partitions with one report, every trained one decided",
-        fix="run `ptuning run` with the same arguments again: it resumes what is missing",
+        f"The run's users do not add up: {total} must be {' + '.join(parts)}",
+        seen=", ".join(f"{name} {counts[name]}" for name in (total, *parts)),
+        expected="one report for every user of the partition, and a decision for every trained one",
+        fix="repeat `ptuning run` with the same arguments: it resumes what is missing",
         run_id=facts.run_id,
     )
 
 
 def _check_identity(facts: RunFacts) -> None:
-    """Each report is its own user's, and no user has two."""
-    seen: set[str] = set()
+    """Raise RunError unless each report is under its user's id and no user has two."""
+    known: set[str] = set()
     for user_id, report in facts.users:
-        twice = report.user_key in seen
+        twice = report.user_key in known
         if twice or (user_id is not None and report.user_key != facts.key_of(user_id)):
             raise RunError(
                 "A user has two reports" if twice else "A report is under another user's id",
@@ -173,7 +173,7 @@ def _check_identity(facts: RunFacts) -> None:
                 expected="one report per user, under the key made from the user's id",
                 run_id=facts.run_id,
             )
-        seen.add(report.user_key)
+        known.add(report.user_key)
 
 
 def _seconds(facts: RunFacts) -> dict[str, float]:
@@ -191,8 +191,8 @@ def _seconds(facts: RunFacts) -> dict[str, float]:
 
 def _medians(facts: RunFacts, split: str) -> dict[str, float | None]:
     return {
-        who: _median(nll(report, who, split) for report in trained_users(facts))
-        for who in ("base", "candidate")
+        name: _median(nll(report, name, split) for report in trained_users(facts))
+        for name in ("base", "candidate")
     }
 
 
@@ -205,12 +205,12 @@ def trained_users(facts: RunFacts) -> Iterator[UserReport]:
     return (report for _, report in facts.users if report.status == "trained")
 
 
-def nll(report: UserReport, who: str, split: str) -> float | None:
+def nll(report: UserReport, name: str, split: str) -> float | None:
     """Nats per completion token of base, champion, candidate or other; None if not measured.
 
-    A loss that is not finite is None too: JSON has no word for it.
+    A loss that is not finite is None too, since JSON cannot express it.
     """
-    losses = report.losses.get(who, {}).get(split)
+    losses = report.losses.get(name, {}).get(split)
     value = losses.nll if losses is not None else None
     return value if value is not None and math.isfinite(value) else None
 
@@ -219,13 +219,13 @@ def nll(report: UserReport, who: str, split: str) -> float | None:
 
 USERS_SCHEMA = pa.schema(
     [
-        pa.field("user_id", pa.string()),  # none: the user retired, and is in no row any more
+        pa.field("user_id", pa.string()),  # null: the user retired and has no rows any more
         pa.field("user_key", pa.string(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("decision", pa.string()),
         pa.field("digest", pa.string()),
         *(pa.field(f"rows_{split}", pa.int64()) for split in SPLITS),
-        *(pa.field(f"nll_{who}_{split}", pa.float64()) for split in SCORED for who in WHO),
+        *(pa.field(f"nll_{name}_{split}", pa.float64()) for split in SCORED for name in WHO),
         pa.field("steps", pa.int64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("reason", pa.string()),
@@ -234,7 +234,7 @@ USERS_SCHEMA = pa.schema(
 
 
 def users_table(facts: RunFacts) -> pa.Table:
-    """One row per user, in the order given. Losses in nats per completion token."""
+    """One row per user, in the given order. Losses are in nats per completion token."""
     rows = [_user_row(user_id, report, facts) for user_id, report in facts.users]
     return pa.Table.from_pylist(rows, schema=USERS_SCHEMA)
 
@@ -251,29 +251,29 @@ def _user_row(user_id: str | None, report: UserReport, facts: RunFacts) -> dict[
         "tokens": report.tokens,
         "reason": reason_of(report),
         **{f"rows_{split}": counts.get(split) for split in SPLITS},
-        **{f"nll_{who}_{split}": nll(report, who, split) for who in WHO for split in SCORED},
+        **{f"nll_{name}_{split}": nll(report, name, split) for name in WHO for split in SCORED},
     }
 
 
 def reason_of(report: UserReport) -> str | None:
-    """Why the user came out as they did: the failure, the gate's words, or what is missing."""
+    """The reason for a user's outcome: the failure, the gate's reason, or that of the status."""
     if report.status == "failed":
-        return f"{report.stage or 'unknown stage'}: {report.error or 'no reason was kept'}"
+        return f"{report.stage or 'unknown stage'}: {report.error or 'no reason was recorded'}"
     if report.gate is not None:
         return report.gate.reason
     return {
         "too_few": "too few rows to train on; the base model answers",
-        "retired": "the rows are gone, or too few are left; the base model answers",
+        "retired": "the rows are gone or too few; the base model answers",
         "unchanged": "nothing that the prefix depends on has changed",
     }.get(report.status)
 
 
-# ---------------------------------------------------------------- figures both reports show
+# ---------------------------------------------------------------- shared by both reports
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How trained users fare on validation rows. Shares are of the users measured."""
+    """Median losses on validation rows, and shares of the measured users."""
 
     base: float | None
     own: float | None
@@ -284,7 +284,7 @@ class Shares:
 
 
 def shares(facts: RunFacts) -> Shares:
-    """Medians, and how often a user's own prefix beats the base and another user's."""
+    """Medians, and how often a user's prefix beats the base model and another user's prefix."""
     reports = list(trained_users(facts))
     return Shares(
         base=_median(nll(report, "base", "valid") for report in reports),
@@ -296,18 +296,18 @@ def shares(facts: RunFacts) -> Shares:
     )
 
 
-def _share_better(reports: list[UserReport], than: str) -> float | None:
+def _share_better(reports: list[UserReport], rival: str) -> float | None:
     pairs = [
-        (own, their)
+        (candidate, other)
         for report in reports
-        if (own := nll(report, "candidate", "valid")) is not None
-        and (their := nll(report, than, "valid")) is not None
+        if (candidate := nll(report, "candidate", "valid")) is not None
+        and (other := nll(report, rival, "valid")) is not None
     ]
-    return sum(own < their for own, their in pairs) / len(pairs) if pairs else None
+    return sum(candidate < other for candidate, other in pairs) / len(pairs) if pairs else None
 
 
 def stage_rates(facts: RunFacts) -> dict[str, str]:
-    """What each stage got through per second, in the unit that drives its cost."""
+    """Each stage's throughput per second, in the unit that determines its cost."""
     amounts = {
         "partition": (facts.rows_read, "rows/s"),
         "tune": (facts.tokens_trained, "tokens/s"),
@@ -322,7 +322,7 @@ def stage_rates(facts: RunFacts) -> dict[str, str]:
 
 
 def next_steps(facts: RunFacts) -> list[tuple[str, str]]:
-    """(what, command or place) of what a person does after a run; commands can be pasted."""
+    """Next steps after a run, as (purpose, command or location); commands can be pasted."""
     steps = []
     if facts.store:
         options = shlex.join(["--store", facts.store, *facts.options])
@@ -361,8 +361,8 @@ def duration_text(seconds: float) -> str:
 
 
 def print_report(console: Console, facts: RunFacts) -> None:
-    """A page for a person: outcomes, losses, time, failures, where to look next."""
-    # Text, never markup: an error message may hold brackets.
+    """Print the report: outcomes, losses, time, failures, next steps."""
+    # Text, not markup: an error message may contain brackets.
     result = summary(facts)
     console.print(Text(f"Run {facts.run_id}", style="bold"), end="\n\n")
     losses = _losses(shares(facts), result.get("nll_test"))
@@ -390,7 +390,7 @@ def _outcomes(result: dict[str, Any]) -> Table:
     table.add_row("unchanged", f"{users['unchanged']:,}", _unchanged_text(result))
     table.add_row("too few", f"{users['too_few']:,}", "too few rows to train on")
     if users["retired"]:
-        gone = "rows gone or too few now: the base model answers"
+        gone = "rows gone or too few: the base model answers"
         table.add_row("retired", f"{users['retired']:,}", gone, style="yellow")
     style = "red" if users["failed"] else ""
     table.add_row(Text("failed", style=style), Text(f"{users['failed']:,}", style=style), "")
@@ -431,8 +431,8 @@ def _unchanged_text(result: dict[str, Any]) -> str:
     again = result["judged_again"]
     if not sum(again.values()):
         return "no new rows since their last run"
-    told = ", ".join(f"{again[decision]:,} {decision}" for decision in DECISIONS)
-    return f"no new rows; judged again by another gate: {told}"
+    counts = ", ".join(f"{again[decision]:,} {decision}" for decision in DECISIONS)
+    return f"no new rows; judged again by a changed gate: {counts}"
 
 
 def _print_notices(console: Console, facts: RunFacts) -> None:
@@ -442,7 +442,7 @@ def _print_notices(console: Console, facts: RunFacts) -> None:
 
 
 def notice_lines(facts: RunFacts) -> list[str]:
-    """What was skipped, file by file with the reasons, and what was taken for granted."""
+    """Notices, and for each file with bad rows how many and why."""
     bad = [
         f"{bad.file}: {bad.rows:,} rows quarantined, most often "
         + ", ".join(f"{reason} ({count:,})" for reason, count in bad.reasons)

@@ -1,7 +1,7 @@
-"""Folders of work in progress: named after their process, and removed when it is dead.
+"""Temporary folders of work in progress, named after their process and removed once it is dead.
 
-Killing a run leaves its attempt behind; the next run of the same work removes it, without
-touching one that another process is still writing.
+A killed run leaves its folder behind. The next run of the same work removes it, but not folders
+that another process is still writing.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import uuid
 
 from ptuning.store import Store
 
-_PREFIX = "_attempt"  # readers of Parquet folders skip names that begin so
+_PREFIX = "_attempt"  # readers of Parquet folders skip names that begin with _
 _STALE_SECONDS = 24 * 3600
 
 
 def new_attempt(folder: str) -> str:
-    """A name below `folder` that no other attempt has; nothing is made yet."""
+    """A unique name below `folder`; nothing is created yet."""
     owner = f"{int(time.time())}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{socket.gethostname()}"
     return f"{folder}/{_PREFIX}-{owner}"
 
 
 def sweep(store: Store, folder: str) -> None:
-    """Remove what attempts of dead processes left below `folder`, half-written files too.
+    """Remove what dead processes left below `folder`, including half-written files.
 
-    Those of living processes are not touched. An attempt of another host is taken for dead
-    after a day.
+    Attempts of living processes are not touched. An attempt from another host counts as dead after
+    a day.
     """
     attempts = [name for name in store.list(folder) if name.startswith(f"{_PREFIX}-")]
     living = [name for name in attempts if _alive(name)]

@@ -1,10 +1,10 @@
-"""The work of partitioning on one machine: raw pieces to shards, shards to finished buckets.
+"""The partitioning tasks: raw pieces of files to shards, and shards to finished buckets.
 
-A shard holds one block of checked rows as Arrow record batches, one per bucket, so that a
-bucket later reads its own part of every shard. Which shards count is what the tasks
-returned, not what lies in the folder: a task that died and ran again is counted once. The
-rows of a bucket are then gathered whole, and only there are users put together: no block
-boundary can cut a user in two. The price is that a bucket must fit into a task's memory.
+A shard has one block of checked rows as Arrow record batches, one per bucket, so that a bucket can
+later read just its part of every shard. The shards that tasks return are used, not those found in
+the folder, so a task that died and was repeated counts once. All rows of a bucket are then gathered
+in one task, where users are assembled, so no block boundary can split a user. The trade-off: a
+bucket must fit into a task's memory.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from ptuning.errors import DataError
 from ptuning.store import Store
 from ptuning.types import Example, Message, Split
 
-BAD, NOTE = -1, -2  # buckets of quarantined rows, and of counts that are told, in a block
+BAD, NOTE = -1, -2  # in a block, the "buckets" of quarantined rows and of counts for notices
 _BUCKET_BYTES = 32 << 20
-_EXPANSION = 4  # text bytes for one byte of a compressed file, roughly
+_EXPANSION = 4  # text bytes per byte of a compressed file, roughly
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _EXAMPLE = [
@@ -82,19 +82,19 @@ INDEX_SCHEMA = pa.schema(
         ("too_few", pa.bool_()),
     ]
 )
-# In a row of bucket NOTE, `reason` is the kind of the notice, `user_id` its subject and `row`
-# the count: such rows go with the others through Ray Data, however it cuts its blocks.
+# In a row of bucket NOTE, `reason` is the kind of the notice, `user_id` its subject and `row` the
+# count. Such rows pass through Ray Data like all others, however it splits blocks.
 _SHARD_SCHEMA = pa.schema([("bucket", pa.int32()), *QUARANTINE_SCHEMA, *_EXAMPLE])
 
 
 class UserKeys(Protocol):
-    """The store's identity, as far as partitions need it."""
+    """The part of the store's identity that partitions need."""
 
     def user_key(self, user_id: str) -> str: ...
 
 
 def bucket_of(user_id: str, buckets: int) -> int:
-    """Where a user's rows lie: SHA-256 of the id as a number, modulo the number of buckets."""
+    """A user's bucket: the SHA-256 of the id as a number, modulo the number of buckets."""
     return int.from_bytes(hashlib.sha256(user_id.encode("utf-8")).digest(), "big") % buckets
 
 
@@ -109,9 +109,10 @@ def bucket_folder(partition_id: str, bucket: int) -> str:
 def read_blocks(
     pieces: Sequence[Piece], buckets: int, block_bytes: int, names: ColumnNames
 ) -> Iterator[pa.Table]:
-    """Checked rows of pieces in blocks of about `block_bytes` of text, bad rows among them.
+    """Read and check the rows of pieces, in blocks of about `block_bytes` of text that include bad
+    rows.
 
-    A file that breaks off in the middle gives a bad row numbered 0.
+    A file that cannot be read to its end gives a bad row with number 0.
     """
     block = _Block(buckets, names)
     for piece in pieces:
@@ -130,7 +131,7 @@ def read_blocks(
 
 
 class _Block:
-    """Rows of a shard's table as they gather."""
+    """Collects the rows of a shard's table."""
 
     def __init__(self, buckets: int, names: ColumnNames) -> None:
         self.columns, self.notes = Columns(names), Notes()
@@ -149,7 +150,7 @@ class _Block:
         self._folder = {field: folders[name] for field, name in layout.sources.items()}
 
     def end(self) -> None:
-        """Turn what was noted while the piece was read into rows."""
+        """Convert the notes of the piece just read to rows."""
         for name, count in self.columns.unknown().most_common(MOST_SUBJECTS):
             self.notes["unknown_column", name] = count
         for (kind, subject), count in self.notes.items():
@@ -195,7 +196,7 @@ class _Block:
         self.rows.append((bucket, self._file, number, reason, user_id, *empty))
 
     def take(self) -> pa.Table:
-        """The rows as a table; the block is empty then."""
+        """Return the rows as a table and empty the block."""
         columns = [
             pa.array(values, field.type)
             for values, field in zip(zip(*self.rows, strict=True), _SHARD_SCHEMA, strict=True)
@@ -205,7 +206,7 @@ class _Block:
 
 
 def _clean(text: str) -> str:
-    """Text that can be written as UTF-8, whatever a file or column is called."""
+    """Text that can be written as UTF-8, even if the name of a file or column cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -219,9 +220,9 @@ def examples_of(table: pa.Table) -> list[Example]:
             completion=completion,
             messages=None if turns is None else tuple(Message(**turn) for turn in turns),
             split=split,
-            init_words=words,
+            init_words=init_words,
         )
-        for timestamp, prompt, completion, turns, split, words in zip(*columns, strict=True)
+        for timestamp, prompt, completion, turns, split, init_words in zip(*columns, strict=True)
     ]
 
 
@@ -230,11 +231,11 @@ def examples_of(table: pa.Table) -> list[Example]:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One written shard: its files in the store, and what they hold.
+    """A written shard: its files in the store and their contents.
 
-    `name` has the rows of each bucket, in order ("" where there are none), `bad_name` the
-    quarantined ones. `files` gave at least one row that is not bad. `notes` are (kind, subject,
-    rows).
+    The file `name` has the rows of each bucket, in order, and `bad_name` the quarantined rows; ""
+    if there are none. `files` are the inputs with at least one good row. `notes` are (kind,
+    subject, rows).
     """
 
     name: str
@@ -252,7 +253,7 @@ class Shard:
 
 
 def write_shard(block: pa.Table, root: str, folder: str) -> pa.Table:
-    """Write a block grouped by bucket; one row that describes the Shard (for Ray Data)."""
+    """Write a block, grouped by bucket; returns the Shard as a table of one row, for Ray Data."""
     store, name = Store(root), f"{folder}/{uuid.uuid4().hex}"
     notes = block.filter(pc.equal(block["bucket"], NOTE))
     bad = block.filter(pc.equal(block["bucket"], BAD)).select(QUARANTINE_SCHEMA.names)
@@ -300,7 +301,7 @@ def shard_of(row: Mapping[str, Any]) -> Shard:
 
 
 def read_bad(root: str, shards: Sequence[Shard]) -> pa.Table:
-    """The quarantined rows of shards (QUARANTINE_SCHEMA); no other rows are read."""
+    """Read only the quarantined rows of shards (QUARANTINE_SCHEMA)."""
     store = Store(root)
     tables = [QUARANTINE_SCHEMA.empty_table()]
     for shard in shards:
@@ -311,7 +312,7 @@ def read_bad(root: str, shards: Sequence[Shard]) -> pa.Table:
 
 
 def read_shards(root: str, parts: Sequence[tuple[str, int]]) -> pa.Table:
-    """The rows of one bucket: `parts` are names of shards and the batch to take of each."""
+    """Read the rows of one bucket; `parts` are the names of shards and the batch in each."""
     store, batches = Store(root), []
     for name, position in parts:
         with open_binary(store.path(name)) as stream:
@@ -324,7 +325,7 @@ def read_shards(root: str, parts: Sequence[tuple[str, int]]) -> pa.Table:
 
 @dataclass(frozen=True, slots=True)
 class BucketJob:
-    """One bucket to finish: where its rows lie, where they go, and under which keys."""
+    """One bucket to finish: where to read its rows, where to write them, and how to make keys."""
 
     root: str
     partition_id: str
@@ -336,7 +337,7 @@ class BucketJob:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a bucket that can be encoded: as a table, as examples, their supervised tokens."""
+    """A bucket's rows that can be encoded: as a table, as examples, with supervised tokens."""
 
     table: pa.Table
     user_ids: list[str]
@@ -345,7 +346,8 @@ class _Rows:
 
 
 def survey(job: BucketJob, template: Template) -> tuple[dict[str, int], pa.Table]:
-    """Train + valid rows of each user of a bucket, and the rows that cannot be encoded."""
+    """Count the train + valid rows of each user of a bucket; also returns the rows that cannot be
+    encoded."""
     rows, bad = _measure(read_shards(job.root, job.parts), template, job.config.max_length)
     counts = dict.fromkeys(rows.user_ids, 0)
     for user_id, example in zip(rows.user_ids, rows.examples, strict=True):
@@ -356,9 +358,9 @@ def survey(job: BucketJob, template: Template) -> tuple[dict[str, int], pa.Table
 def finish(
     job: BucketJob, template: Template, keep: frozenset[str] | None
 ) -> tuple[pa.Table, pa.Table]:
-    """Write one bucket's file; its users' index rows, and the rows that cannot be encoded.
+    """Write one bucket's file; returns its users' index rows and the rows that cannot be encoded.
 
-    `keep` names the users to keep (None: all). Nothing is written for an empty bucket.
+    `keep` are the users to keep (None: all). Nothing is written for an empty bucket.
     """
     table = read_shards(job.root, job.parts)
     if keep is not None:
@@ -370,9 +372,9 @@ def finish(
     keys: list[str] = []
     index: list[dict[str, object]] = []
     for _, group in groupby(order, key=rows.user_ids.__getitem__):
-        positions, named, entry = _finish_user(list(group), rows, job)
+        positions, user_splits, entry = _finish_user(list(group), rows, job)
         kept += positions
-        splits += named
+        splits += user_splits
         keys += [str(entry["user_key"])] * len(positions)
         index.append(entry)
     if index:
@@ -395,7 +397,8 @@ def _write_bucket(job: BucketJob, table: pa.Table) -> None:
 
 
 def _measure(table: pa.Table, template: Template, max_length: int) -> tuple[_Rows, pa.Table]:
-    """The rows that can be encoded, and the others with the reason (QUARANTINE_SCHEMA)."""
+    """Split rows into those that can be encoded and the others, with reasons
+    (QUARANTINE_SCHEMA)."""
     examples, user_ids = examples_of(table), table["user_id"].to_pylist()
     fit = Fit(template, max_length)
     supervised = fit.supervised(examples)
@@ -421,7 +424,8 @@ def _measure(table: pa.Table, template: Template, max_length: int) -> tuple[_Row
 def _finish_user(
     positions: list[int], rows: _Rows, job: BucketJob
 ) -> tuple[list[int], list[Split], dict[str, object]]:
-    """Of one user's rows: the positions to keep, oldest first, their splits, the index row."""
+    """For one user, the positions of the rows to keep, oldest first, their splits, and the index
+    row."""
     examples = [rows.examples[position] for position in positions]
     splits = assign_splits(examples)
     examples = [
@@ -451,10 +455,11 @@ def _finish_user(
 
 
 def auto_buckets(files: Sequence[InputFile]) -> int:
-    """How many buckets suit these files: one for each 32 MiB of text, at least 8."""
-    packed = [bool(file.compression) or file.kind == "parquet" for file in files]
+    """The number of buckets for these files: one per 32 MiB of text, at least 8."""
+    compressed = [bool(file.compression) or file.kind == "parquet" for file in files]
     text = sum(
-        file.size * (_EXPANSION if dense else 1) for file, dense in zip(files, packed, strict=True)
+        file.size * (_EXPANSION if is_compressed else 1)
+        for file, is_compressed in zip(files, compressed, strict=True)
     )
     return min(max(8, -(-text // _BUCKET_BYTES)), 99_999)
 
@@ -462,7 +467,7 @@ def auto_buckets(files: Sequence[InputFile]) -> int:
 def largest(
     counts: list[dict[str, int]], jobs: list[BucketJob], max_users: int
 ) -> dict[int, frozenset[str]]:
-    """The users with the most rows, ties by id, as the users to keep of each bucket."""
+    """The users to keep in each bucket: those with the most rows, ties by id."""
     users = [
         (-rows, user_id, job.bucket)
         for job, table in zip(jobs, counts, strict=True)

@@ -1,8 +1,8 @@
-"""Input files: find them, name those that are not read, cut the others into pieces.
+"""Find input files, list those that are not read, and split the others into pieces.
 
-Parquet is cut at row groups and JSONL at line ends, so a large file is read by many tasks;
-CSV (a quoted field may hold line ends), JSON arrays and compressed text are streamed whole by
-one task. Knows nothing of Ray.
+Parquet is split at row groups and JSONL at line ends, so many tasks can read a large file. CSV (a
+quoted field may contain line ends), JSON arrays and compressed text are streamed by one task. Does
+not use Ray.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pipelines.rows.streams import EXPECTED, InputFile, kind_of, open_binary, re
 from ptuning.errors import DataError
 
 _BLOCK = 4 << 20
-# `column=value`, as Spark, Hive, pandas and Ray name folders of partitioned data.
+# `column=value`: the folder names of partitioned data in Spark, Hive, pandas and Ray.
 _FOLDER = re.compile(r"([A-Za-z_][\w .-]*)=([^?&]*)")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A file's content digest (SHA-256, hex) and the pieces it is read in."""
+    """A file's content digest (SHA-256, hex) and its pieces."""
 
     file: InputFile
     digest: str
@@ -39,17 +39,17 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What sources name: files to read, and those of folders and globs that are not read."""
+    """The files found: those to read, and those in folders and globs that are not read."""
 
     files: tuple[InputFile, ...]
     unread: tuple[str, ...]
 
 
 def find_files(sources: Sequence[str]) -> Listing:
-    """The files behind paths, globs, directories and URIs, sorted, each once.
+    """The files named by paths, globs, directories and URIs, sorted and without duplicates.
 
-    A directory is searched to its depths, without entries named `.x` or `_x`. Raises DataError
-    where a source yields no file that can be read, or cannot be listed.
+    Directories are searched recursively, except entries named `.x` or `_x`. Raises DataError if a
+    source has no readable file or cannot be listed.
     """
     if isinstance(sources, str):
         raise TypeError("sources is one string; pass a list of paths")
@@ -68,7 +68,7 @@ def _expand(source: str) -> Listing:
     fs, path = _filesystem(source)
     local = "file" in fs.protocol
     try:
-        if fs.isfile(path):  # before globs: a name may hold brackets
+        if fs.isfile(path):  # checked before globs, since a name may contain brackets
             file = _input_file(_url(fs, path), int(fs.size(path)))
             if file is None:
                 raise DataError(
@@ -85,7 +85,7 @@ def _expand(source: str) -> Listing:
     except Exception as error:
         if local and not isinstance(error, OSError):
             raise
-        # Each network file system raises errors of its client's.
+        # Network file systems raise their client's exceptions.
         raise DataError("the input cannot be listed", seen=f"{source}: {error}") from error
     urls = {_url(fs, name): info for name, info in infos.items() if info["type"] == "file"}
     files = {url: _input_file(url, int(info["size"])) for url, info in urls.items()}
@@ -93,7 +93,7 @@ def _expand(source: str) -> Listing:
     if not known:
         raise DataError(
             "no input file there",
-            seen=f"{source} ({len(infos)} entries of other kinds)" if infos else source,
+            seen=f"{source} ({len(infos)} other entries)" if infos else source,
             expected=f"an existing file, or a directory or glob of files with {EXPECTED}",
         )
     return Listing(known, tuple(url for url, file in files.items() if file is None))
@@ -105,7 +105,7 @@ def _filesystem(source: str) -> tuple[Any, str]:
         return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(local))
     try:
         fs, path = fsspec.core.url_to_fs(source)
-    except Exception as error:  # no package for s3, no such protocol, no credentials
+    except Exception as error:  # no package for the protocol, unknown protocol, no credentials
         raise DataError("this kind of input cannot be read", seen=f"{source}: {error}") from error
     return fs, str(path).rstrip("/")
 
@@ -123,7 +123,7 @@ def _input_file(url: str, size: int) -> InputFile | None:
 
 
 def _folders(url: str) -> tuple[tuple[str, str], ...]:
-    """Columns that folder names state: the same however the file was named."""
+    """Columns in the names of a file's folders, however the file was specified."""
     found = (_FOLDER.fullmatch(part) for part in url.split("/")[:-1])
     pairs = ((match[1], unquote(match[2])) for match in found if match)
     return tuple((name, value) for name, value in pairs if value not in ("", _NO_VALUE))
@@ -134,7 +134,7 @@ def _hidden(relative: str) -> bool:
 
 
 def inspect(file: InputFile, piece_bytes: int) -> Inspected:
-    """Read a file once for its digest and its cuts. DataError where it cannot be read."""
+    """Read a file once, for its digest and pieces. Raises DataError if it cannot be read."""
     with reading(file), open_binary(file.url) as stream:
         file = recognise(file, stream)
         lines = file.kind == "jsonl" and file.is_plain
@@ -153,7 +153,8 @@ def inspect(file: InputFile, piece_bytes: int) -> Inspected:
 
 
 def _scan(stream: IO[bytes], piece_bytes: int | None) -> tuple[str, int, list[tuple[int, int]]]:
-    """Content digest, size, and (offset, lines before it) of the cuts, if piece_bytes is set."""
+    """Content digest, size and, if `piece_bytes` is set, the start of each piece as (offset, number
+    of lines before it)."""
     digest, position, lines = hashlib.sha256(), 0, 0
     cuts = [(0, 0)]
     while block := stream.read(_BLOCK):

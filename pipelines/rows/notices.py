@@ -1,7 +1,7 @@
-"""What a reader of the data should be told: typed, counted, and few enough to print.
+"""Notices about the data: typed, counted, and few enough to print.
 
-Whatever is skipped, ignored or lost as a whole (a file, a column, a user) is named here, and
-so is every reading that somebody might not expect. A run's screen and report show the texts.
+There is a notice for every file, column or user that is skipped, ignored or lost entirely, and for
+every interpretation that might be unexpected. A run's terminal output and report show the texts.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Kind = Literal[
     "epoch_unit",
     "alpaca",
 ]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # in the order in which they are shown
-MOST_SUBJECTS = 20  # of one kind; the others are counted in one more notice
+KINDS: tuple[Kind, ...] = get_args(Kind)  # in display order
+MOST_SUBJECTS = 20  # of one kind; one more notice counts the others
 
 _TEXTS: dict[Kind, str] = {
     "unread_file": "{subject} was not read: its name has none of the known endings",
-    "lost_file": "{subject} gave nothing: all of its rows ({count}) are quarantined",
+    "lost_file": "{subject} was not used: all of its rows ({count}) are quarantined",
     "lost_user": "user {subject} (user key) has no rows left: all ({count}) are quarantined",
     "unknown_column": "column {subject!r} was not read ({count} rows have it)",
-    "weight_zero": "{count} rows of weight 0 were not learned from",
+    "weight_zero": "{count} rows of weight 0 were not used",
     "tool_call": "{count} turns that only call a tool were kept without text",
     "header_again": "{subject} repeats its header {count} times; those lines were skipped",
     "number_id": "user ids of type {subject} were taken as their decimal text ({count} rows)",
@@ -42,15 +42,15 @@ _TEXTS: dict[Kind, str] = {
 }
 _OTHERS: dict[Kind, str] = {
     "unread_file": "{more} more files were not read",
-    "lost_file": "{more} more files gave nothing ({count} rows)",
+    "lost_file": "{more} more files were not used ({count} rows)",
     "lost_user": "{more} more users have no rows left ({count} rows)",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """One thing to say. `subject` is a file, column, user key or name; `count` is of rows
-    (of files for `unread_file`). `subject` is "" where the notice sums up the rest of a kind."""
+    """One notice. `subject` is a file, column, user key or name, or "" if the notice sums up the
+    rest of its kind; `count` counts rows (for `unread_file`, files)."""
 
     kind: Kind
     subject: str
@@ -60,7 +60,7 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class BadFile:
-    """Quarantined rows of one file, and their most frequent reasons with counts."""
+    """The number of quarantined rows in a file, and the most frequent reasons with counts."""
 
     file: str
     rows: int
@@ -68,7 +68,7 @@ class BadFile:
 
 
 def make_notices(counts: Mapping[tuple[str, str], int]) -> tuple[Notice, ...]:
-    """Notices for (kind, subject) -> count, by kind and then by count, at most 21 of a kind."""
+    """Notices from (kind, subject) -> count, ordered by kind and count, at most 21 of a kind."""
     notices: list[Notice] = []
     for kind in KINDS:
         items = [(subject, count) for (name, subject), count in counts.items() if name == kind]
@@ -88,7 +88,7 @@ def _notice(kind: Kind, subject: str, count: int) -> Notice:
 
 
 def bad_files(rows: Iterable[tuple[str, str]], most: int = MOST_SUBJECTS) -> tuple[BadFile, ...]:
-    """The files with the most quarantined rows, of (file, reason) of each such row."""
+    """The files with the most quarantined rows, given (file, reason) of each such row."""
     files: dict[str, Counter[str]] = {}
     for file, reason in rows:
         files.setdefault(file, Counter())[reason] += 1

@@ -1,9 +1,9 @@
-"""Everyone's rows, put apart: input files to one sorted file per bucket of users.
+"""Partition the rows by user: from input files to one sorted file per bucket of users.
 
-Ray Data reads and checks the pieces of the files and streams them into shards; one Ray task
-per bucket then gathers that bucket's rows from all shards and finishes its users. The
-partition counts once `partition.json` is there, which is written last; its id is a hash of
-all that decides its content, so an unfinished one is simply made again over itself.
+Ray Data reads and checks pieces of files and streams them into shards. Then one Ray task per bucket
+gathers the bucket's rows from all shards and finishes its users. `partition.json` is written last
+and commits the partition. The partition's id is a hash of everything that determines its contents,
+so an unfinished partition is simply overwritten.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from ptuning.errors import DataError, RunError
 from ptuning.store import Store
 
 FORMAT = 2  # of everything below partitions/; part of the id
-BLOCK_BYTES = 16 << 20  # text of one shard, and at most of one piece of a file
+BLOCK_BYTES = 16 << 20  # text per shard, and at most per piece of a file
 
 
 def partition(
@@ -72,11 +72,11 @@ def partition(
 ) -> Partition:
     """Partition the rows of `sources` (paths, globs, directories, URIs) by user.
 
-    `backbone` names the model whose tokenizer decides which rows fit, or is its Template.
-    `identity` is the store's, which makes the users' keys. A finished partition of the same
-    data, configuration, rules and template is found again. Raises DataError (no or unreadable
-    input, too many bad rows, a file of bad rows alone), RunError where Ray is not initialised.
-    `block_bytes` bounds memory and changes nothing else. Example:
+    `backbone` is the name of the model whose tokenizer decides which rows fit, or its Template.
+    `identity` is the store's, for the users' keys. A finished partition of the same data,
+    configuration, rules and template is reused. Raises DataError (no or unreadable input, too many
+    bad rows, a file with only bad rows), or RunError if Ray is not initialised. `block_bytes`
+    limits memory and has no other effect. Example:
     `partition(["rows.jsonl"], store, DataConfig(), "smollm2", open_identity(store)).users`.
     """
     if not ray.is_initialized():
@@ -98,7 +98,8 @@ def partition(
 
 
 def _with_unread(part: Partition, unread: Sequence[str]) -> Partition:
-    """The partition with the files that lie beside its own now: they are no part of its id."""
+    """The partition with notices about unread files; these are not part of its id, so they may
+    differ each time."""
     notices = make_notices({("unread_file", url): 1 for url in unread})
     return dataclasses.replace(part, notices=(*notices, *part.notices))
 
@@ -112,16 +113,17 @@ def _template(backbone: str, config: DataConfig) -> Template:
 def partition_id_of(
     files: Sequence[Inspected], config: DataConfig, template: Template, identity: UserKeys
 ) -> str:
-    """20 hex digits: the inputs, the rules that read them, configuration, template, identity.
+    """The partition's id, 20 hex digits: a hash of the inputs, the rules for reading them, the
+    configuration, the template and the identity.
 
-    An input is its name, size, digest and the columns that its folders state. Other folders do
-    not count: the same data elsewhere is the same partition.
+    An input is identified by its name, size, digest and the columns in its folders' names. Its
+    location does not matter: the same data elsewhere is the same partition.
     """
     columns = Columns(config.columns)
     inputs = sorted(
         [item.file.name, item.file.size, item.digest, _stated(item.file, columns)] for item in files
     )
-    # A key that another salt would not give; it tells nothing of the salt.
+    # This key differs between salts but does not reveal the salt.
     keys = identity.user_key("")
     rules = [FORMAT, ROW_RULES]
     settings = config.model_dump(mode="json", exclude=set(NOT_OF_ROWS))
@@ -146,9 +148,9 @@ def _write_table(store: Store, name: str, table: pa.Table) -> None:
 
 
 def _inspect(files: Sequence[InputFile], block_bytes: int, report: Progress) -> list[Inspected]:
-    """Digests and pieces of all files, in their order; many small files share a task."""
+    """Digests and pieces of all files, in the given order; many small files share a task."""
     total = sum(file.size for file in files)
-    # Enough pieces that every CPU has some, none so small that a task costs more than it does.
+    # Enough pieces for every CPU, but none so small that a task's overhead dominates.
     piece_bytes = max(min(block_bytes, total // (2 * cpus())), min(block_bytes, 1 << 20))
     tasks = [
         partial(_inspect_files, group, piece_bytes)
@@ -162,7 +164,7 @@ def _inspect_files(files: list[InputFile], piece_bytes: int) -> list[Inspected]:
 
 
 def _groups(items: Sequence[Any], size: Callable[[Any], int], limit: int) -> list[list[Any]]:
-    """Neighbours together up to `limit` bytes and 500 items."""
+    """Group consecutive items, up to `limit` bytes and 500 items per group."""
     groups: list[list[Any]] = []
     filled = 0
     for item in items:
@@ -278,7 +280,7 @@ class _Work:
         groups = _groups(pieces, lambda piece: piece.size, self._block_bytes)
         if not groups:
             raise DataError(
-                "the inputs hold no rows", seen=f"{len(self._files)} files without content"
+                "the inputs contain no rows", seen=f"{len(self._files)} files without content"
             )
         shards, rows = [], 0
         with quiet_ray_data():
@@ -300,8 +302,8 @@ class _Work:
         return shards
 
     def _read_bad(self, shards: list[Shard], read: int) -> pa.Table:
-        """The rows that were quarantined when they were read. DataError where a file broke off,
-        a whole file is bad, or they are too many."""
+        """The rows quarantined on reading. Raises DataError if a file could not be read to its end,
+        if all rows of a file are bad, or if too many rows are bad."""
         table = read_bad(self.store.root, shards)
         broken = table.filter(pc.equal(table["row"], 0))["reason"].to_pylist()
         if broken:
@@ -313,14 +315,14 @@ class _Work:
         return table
 
     def _lost_files(self, bad: pa.Table, shards: list[Shard]) -> Counter[tuple[str, str]]:
-        """Rows by file of which every row was bad when it was read."""
-        whole = {file for shard in shards for file in shard.files}
+        """The number of rows in each file whose rows were all bad on reading."""
+        used = {file for shard in shards for file in shard.files}
         counts = pc.value_counts(bad["source_file"]).to_pylist()
         return Counter(
             {
                 ("lost_file", count["values"]): count["counts"]
                 for count in counts
-                if count["values"] not in whole
+                if count["values"] not in used
             }
         )
 
@@ -328,18 +330,18 @@ class _Work:
         name = f"{self.folder}/quarantine.parquet"
         _write_table(self.store, name, bad)
         (first,) = bad_files((file, reason) for file, reason in _reasons(bad) if file == min(files))
-        said = [f"{first.file}: {_count_reasons(first.reasons)}"]
+        details = [f"{first.file}: {_count_reasons(first.reasons)}"]
         known = {item.file.url: item.file for item in self._files}
         if first.file in known and (found := describe(known[first.file])):
-            said.append(found)
+            details.append(found)
         if len(files) > 1:
-            said.append(f"so are {len(files) - 1} more files")
+            details.append(f"so are {len(files) - 1} more files")
         raise DataError(
             "every row of an input file is bad",
-            seen="; ".join(said),
+            seen="; ".join(details),
             expected="columns user_id, prompt and completion, or user_id and messages",
-            fix="repair the file or leave it out; where its columns have other names, say "
-            "data.columns.user_id=NAME and the like; data.max_bad_fraction=1 goes on without it",
+            fix="repair or omit the file; if its columns have other names, set "
+            "data.columns.user_id=NAME etc.; data.max_bad_fraction=1 continues without the file",
             quarantine=self.store.path(name),
             files=len(files),
         )
@@ -354,7 +356,7 @@ class _Work:
     def _lost_users(
         self, quarantine: pa.Table, index: pa.Table, dropped: list[str]
     ) -> Counter[tuple[str, str]]:
-        """Quarantined rows by key of each user who has no other rows."""
+        """The number of quarantined rows of each user, by key, who has no other rows."""
         ids = quarantine["user_id"].drop_null()
         for known in (index["user_id"], pa.array(dropped, pa.string())):
             ids = ids.filter(pc.invert(pc.is_in(ids, known)))
@@ -367,7 +369,8 @@ class _Work:
         )
 
     def _finish(self, jobs: list[BucketJob]) -> tuple[pa.Table, list[pa.Table], list[str]]:
-        """The index; rows that cannot be encoded; the users among whom max_users chose."""
+        """Finish all buckets; returns the index, the rows that cannot be encoded, and the users
+        from whom max_users chose."""
         template = [ray.put(self._template)]
         digest = self._template.digest
         keep: dict[int, frozenset[str]] | None = None
@@ -386,16 +389,17 @@ class _Work:
         ]
         finished = run_all(tasks, "finish", self._report)
         index = pa.concat_tables([INDEX_SCHEMA.empty_table(), *(table for table, _ in finished)])
-        # With a survey, the rows of dropped users are in it too: theirs are the whole count.
+        # The survey includes the rows of dropped users, so its count of bad rows is complete.
         bad = bad or [unfit for _, unfit in finished]
         return index.sort_by("user_id").combine_chunks(), bad, dropped
 
     def _check_bad(self, tables: list[pa.Table], read: int) -> pa.Table:
-        """All quarantined rows in order; DataError, with them on disk, where they are too many."""
+        """All quarantined rows, sorted. If they are too many, writes them to disk and raises
+        DataError."""
         table = pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *tables])
         table = table.sort_by([("source_file", "ascending"), ("row", "ascending")])
         if not read:
-            raise DataError("the inputs hold no rows", seen=f"{len(self._files)} files")
+            raise DataError("the inputs contain no rows", seen=f"{len(self._files)} files")
         if table.num_rows / read <= self.config.max_bad_fraction:
             return table
         name = f"{self.folder}/quarantine.parquet"
@@ -424,7 +428,7 @@ def _count_reasons(reasons: Sequence[tuple[str, int]]) -> str:
 
 # --- tasks ---------------------------------------------------------------------------------
 
-_templates: dict[str, Template] = {}  # of this worker process, by digest: at most one
+_templates: dict[str, Template] = {}  # cache of this worker process by digest, at most one entry
 
 
 def _run_job(
@@ -434,9 +438,10 @@ def _run_job(
     template: list[Any],
     keep: frozenset[str] | None,
 ) -> Any:
-    """A bucket's work in a worker process, which unpickles the tokenizer once.
+    """Run a bucket's task in a worker process, which unpickles the tokenizer only once.
 
-    The template's reference comes in a list, or Ray would fetch it anew for each task.
+    The template's reference is wrapped in a list because Ray would otherwise fetch it for each
+    task.
     """
     if digest not in _templates:
         _templates.clear()

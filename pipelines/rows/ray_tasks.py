@@ -1,4 +1,4 @@
-"""Small helpers around Ray: many tasks with progress and our own errors, a quiet Ray Data."""
+"""Helpers for Ray: run many tasks with progress and our errors, and silence Ray Data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cpus() -> int:
 
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """No progress bars or advice from Ray Data: the caller shows its own progress."""
+    """No progress bars or warnings from Ray Data; the caller shows progress."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
@@ -42,14 +42,15 @@ def _call(task: Callable[[], Any]) -> Any:
 
 
 def run_all(tasks: Sequence[Callable[[], Any]], stage: str, report: Progress) -> list[Any]:
-    """Results of all tasks in order, each on one CPU. Our own errors rise as themselves."""
+    """Run all tasks, each on one CPU, and return the results in order. Errors of ours are raised
+    unwrapped."""
     remote = ray.remote(num_cpus=1, max_retries=3)(_call)
     references = [remote.remote(task) for task in tasks]
     pending = list(references)
     try:
         while pending:
             done, pending = ray.wait(pending, num_returns=1)
-            ray.get(done)  # raises a task's error as soon as it is there
+            ray.get(done)  # raises a task's error as soon as it occurs
             report(stage, len(references) - len(pending), len(references))
         return list(ray.get(references))
     except ray.exceptions.RayTaskError as error:

@@ -1,8 +1,8 @@
-"""A piece of a file to raw rows, whatever its format.
+"""Read a piece of a file as raw rows, whatever its format.
 
-Reading yields what stands in the file and never fails on a bad row: a reason takes its
-place. Every format gives rows as objects by column name; what the columns mean is decided in
-`ptuning.data.columns` alone.
+Reading yields the contents of the file and never fails on a bad row: the row is replaced by a
+reason. Every format gives rows as objects by column name; `ptuning.data.columns` decides what the
+columns mean.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from ptuning.data.values import Notes
 from ptuning.errors import DataError
 
 MAX_LINE = 32 << 20  # bytes of one JSON value
-_MAX_FIELD = 1 << 20  # characters of one CSV field; bounds what an unclosed quote swallows
+_MAX_FIELD = 1 << 20  # characters of one CSV field; limits the damage of an unclosed quote
 _BLOCK = 1 << 20
 _BAD_TEXT = "\udcff"  # stands for text that is not UTF-8; the row's check refuses it
 _MARK = "\ufeff"
 _RECORD = b"\x1e"  # begins each value of a JSON text sequence (RFC 7464)
-_BETWEEN = re.compile(r"[\s,\[\]\x1e\ufeff]*")  # what may stand between two JSON values
+_BETWEEN = re.compile(r"[\s,\[\]\x1e\ufeff]*")  # allowed between two JSON values
 _DELIMITERS = ",;\t|"
 _SEP_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 _FLOAT_ID = re.compile(r"-?[0-9]{1,15}\.0+", re.ASCII)
 _WHOLE_ID = re.compile(r"-?[0-9]{1,15}(\.0+)?", re.ASCII)
 
-RawRow = tuple[int, dict[str, object] | str]  # row number from 1; values, or why there are none
+RawRow = tuple[int, dict[str, object] | str]  # row number from 1; values, or the reason for none
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of a file: bytes of JSONL, row groups of Parquet (`start` to before `end`).
+    """A part of a file: a range of bytes in JSONL, or of row groups in Parquet (without `end`).
 
-    `first_row` is the number of its first line or row, from 1. `size` is in bytes.
+    `first_row` is the number of its first line or row, counted from 1. `size` is in bytes.
     """
 
     file: InputFile
@@ -78,7 +78,7 @@ def read_piece(piece: Piece, columns: Columns, notes: Notes) -> Iterator[RawRow]
 
 
 def _read_jsonl(stream: IO[bytes], first_row: int, length: int | None) -> Iterator[RawRow]:
-    """Numbered by line. Blank lines are counted and skipped. `length` is in bytes."""
+    """Read JSONL, numbered by line. Blank lines are counted but skipped. `length` is in bytes."""
     number, done = first_row - 1, 0
     while length is None or done < length:
         line = stream.readline(MAX_LINE)
@@ -101,23 +101,23 @@ def _parse_json(line: bytes) -> dict[str, object] | str:
     except UnicodeDecodeError:
         return "the line is not valid UTF-8"
     except (ValueError, RecursionError):
-        # Files put one behind the other have a mark within; a text sequence has one a line.
+        # Concatenated files have byte-order marks inside; a text sequence has a mark per line.
         bare = line.removeprefix(_RECORD).removeprefix(codecs.BOM_UTF8)
         return "the line is not valid JSON" if bare == line else _parse_json(bare)
     return value if isinstance(value, dict) else "the line is not a JSON object"
 
 
 def _read_values(stream: IO[bytes]) -> Iterator[RawRow]:
-    """Numbered by value: those of an array, or one after another, whatever lines they span.
+    """Read JSON values, numbered by value: those of an array or a sequence, over any lines.
 
-    There is no way to go on behind a broken one, so that is the file's fault: DataError.
+    Reading cannot continue after a broken value, so that raises DataError for the file.
     """
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     decoder = json.JSONDecoder()
     buffer, at, number, depth, ended = "", 0, 0, 0, False
     while True:
         between = _BETWEEN.match(buffer, at)
-        assert between is not None  # it matches nothing too
+        assert between is not None  # the pattern also matches the empty string
         depth += between[0].count("[") - between[0].count("]")
         at = between.end()
         try:
@@ -156,12 +156,12 @@ def _read_parquet(stream: IO[bytes], piece: Piece, columns: Columns) -> Iterator
 
 def _values(array: pa.Array) -> list[object]:
     """Python values; times as epoch milliseconds, because nanoseconds have no datetime."""
-    kind = array.type
-    if pa.types.is_date(kind):
+    arrow_type = array.type
+    if pa.types.is_date(arrow_type):
         array = array.cast(pa.timestamp("ms"))
-        kind = array.type
-    if pa.types.is_timestamp(kind):
-        per_ms = {"s": None, "ms": 1, "us": 1_000, "ns": 1_000_000}[kind.unit]
+        arrow_type = array.type
+    if pa.types.is_timestamp(arrow_type):
+        per_ms = {"s": None, "ms": 1, "us": 1_000, "ns": 1_000_000}[arrow_type.unit]
         ticks = array.cast(pa.int64()).to_pylist()
         return [
             None if tick is None else EpochMs(tick * 1_000 if per_ms is None else tick // per_ms)
@@ -169,7 +169,7 @@ def _values(array: pa.Array) -> list[object]:
         ]
     try:
         return list(array.to_pylist())
-    except ValueError:  # UnicodeDecodeError among them: find the values that are at fault
+    except ValueError:  # includes UnicodeDecodeError: find the bad values
         return [_value(scalar) for scalar in array]
 
 
@@ -181,7 +181,7 @@ def _value(scalar: pa.Scalar) -> object:
 
 
 class _Lines:
-    """Lines that can be handed back, so that a bad CSV record costs its first line alone."""
+    """Lines that can be pushed back, so that a bad CSV record costs only its first line."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines, self._again, self.used = lines, deque[str](), list[str]()
@@ -195,14 +195,14 @@ class _Lines:
         return line
 
     def hand_back(self) -> None:
-        """Give all but the first line used since the last record to the next one."""
+        """Push back all but the first line used since the last record."""
         self._again.extendleft(reversed(self.used[1:]))
 
 
 def _read_csv(
     stream: IO[bytes], file: InputFile, columns: Columns, notes: Notes
 ) -> Iterator[RawRow]:
-    """Numbered by record after the header. An empty cell is an absent value."""
+    """Read CSV, numbered by record after the header. An empty cell is a missing value."""
     records = _csv_records(stream, columns)
     header = next(records, None)
     if header is None:
@@ -218,13 +218,13 @@ def _read_csv(
         if isinstance(record, str):
             yield number, record
             continue
-        if record == names:  # files put one behind the other
+        if record == names:  # from concatenated files
             notes["header_again", file.name] += 1
             continue
         layout.uses += 1
         row: dict[str, object] = {name: record[at] for name, at in wanted if record[at]}
         if prompt is not None and completion in row:
-            row.setdefault(prompt, "")  # an empty prompt is a prompt
+            row.setdefault(prompt, "")  # an empty prompt is valid
         if user_id in row and _FLOAT_ID.fullmatch(cell := str(row[user_id])):
             if floats is None:
                 with open_content(file) as again:
@@ -236,14 +236,16 @@ def _read_csv(
 
 
 def _are_floats(records: Iterator[tuple[int, list[str] | str]], position: int) -> bool:
-    """Whether a column holds whole numbers alone: "7.0" is then how a table with gaps wrote 7."""
+    """Whether a column has only whole numbers. Then "7.0" stands for 7: a table with gaps turns
+    integers into floats."""
     next(records)
     cells = (record[position] for _, record in records if not isinstance(record, str))
     return all(_WHOLE_ID.fullmatch(cell) for cell in cells if cell)
 
 
 def _csv_records(stream: IO[bytes], columns: Columns) -> Iterator[tuple[int, list[str] | str]]:
-    """The header as record 0, then each record, or why it is none, from 1 on."""
+    """The header as record 0, then the records from 1 on, each as cells or as the reason for
+    none."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(_MAX_FIELD)
     first, delimiter, skip = _csv_form(text, columns)
@@ -279,7 +281,8 @@ def _csv_records(stream: IO[bytes], columns: Columns) -> Iterator[tuple[int, lis
 
 
 def _csv_form(text: Iterator[str], columns: Columns) -> tuple[str, str, bool]:
-    """The header's line, the delimiter that finds most columns in it, whether blanks follow it."""
+    """The header's line, the delimiter with which it has the most known columns, and whether blanks
+    follow the delimiter."""
     delimiters = _DELIMITERS
     for line in text:
         if stated := _SEP_LINE.fullmatch(line):
@@ -302,7 +305,7 @@ def _columns_found(line: str, columns: Columns, delimiter: str) -> int:
 
 
 def describe(file: InputFile) -> str:
-    """What a file begins with: its columns, or its first bytes. "" where it cannot be read."""
+    """Describe a file by its columns or its first bytes; "" if it cannot be read."""
     try:
         if file.kind == "parquet":
             with open_binary(file.url) as stream:
@@ -312,13 +315,13 @@ def describe(file: InputFile) -> str:
     except UNREADABLE:
         return ""
     names = _first_names(file, head)
-    said = _columns_text(names) if names else f"it begins with {head[:40]!r}"
+    text = _columns_text(names) if names else f"it begins with {head[:40]!r}"
     try:
-        head[:-4].decode("utf-8")  # not its end, which may be cut within a letter
+        head[:-4].decode("utf-8")  # without the end, which may be within a character
     except UnicodeDecodeError as error:
         if error.start < len(head) - 8:
-            said += f"; it is not UTF-8 (byte {head[error.start]:#04x} at {error.start})"
-    return said
+            text += f"; it is not UTF-8 (byte {head[error.start]:#04x} at {error.start})"
+    return text
 
 
 def _first_names(file: InputFile, head: bytes) -> Sequence[str]:

@@ -22,11 +22,11 @@ from ptuning.types import Example
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A finished partition: the commit record. `seconds` is what making it took.
+    """The commit record of a finished partition. `seconds` is how long it took.
 
-    `notices` name what was not read, lost or read in a way that people should know of;
+    `notices` say what was not read, was lost, or was interpreted in a way worth knowing.
     `bad_files` are the files with the most quarantined rows, with their main reasons. Rows of
-    weight 0 are read, and neither kept nor quarantined.
+    weight 0 count as read, but are neither kept nor quarantined.
     """
 
     partition_id: str
@@ -41,7 +41,7 @@ class Partition:
 
 
 def read_partition(store: Store, partition_id: str) -> Partition | None:
-    """The commit record, or None where the partition is not finished."""
+    """The commit record, or None if the partition is not finished."""
     name = f"partitions/{partition_id}/partition.json"
     if not store.exists(name):
         return None
@@ -53,10 +53,11 @@ def read_partition(store: Store, partition_id: str) -> Partition | None:
 
 
 def read_index(store: Store, partition_id: str) -> pa.Table:
-    """One row per user, sorted by id (INDEX_SCHEMA). RunError where it is not finished.
+    """The index: one row per user, sorted by id (INDEX_SCHEMA). Raises RunError if the partition is
+    not finished.
 
-    `rows`, `supervised_tokens`, `first_at`, `last_at` (epoch ms) and `data_digest` are of
-    the kept rows of all splits; `too_few` was decided before `max_rows`.
+    `rows`, `supervised_tokens`, `first_at`, `last_at` (epoch ms) and `data_digest` are of the kept
+    rows of all splits; `too_few` is decided before `max_rows` is applied.
     """
     if read_partition(store, partition_id) is None:
         raise RunError(
@@ -68,9 +69,9 @@ def read_index(store: Store, partition_id: str) -> pa.Table:
 def read_users(
     store: Store, partition_id: str, bucket: int, user_keys: Sequence[str] | None = None
 ) -> dict[str, list[Example]]:
-    """Rows of a bucket's users by user key, oldest first, splits set.
+    """Rows of a bucket's users by user key, oldest first, with splits.
 
-    `user_keys` names the users to read (None: all). RunError where one is not in the bucket.
+    `user_keys` are the users to read (None: all). Raises RunError if one is not in the bucket.
     """
     name = f"{bucket_folder(partition_id, bucket)}/part-0.parquet"
     users: dict[str, list[Example]] = {}

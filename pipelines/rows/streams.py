@@ -1,7 +1,7 @@
-"""Bytes of an input as a stream of UTF-8, whatever it was compressed and encoded with.
+"""Read an input as a stream of UTF-8, whatever its compression and encoding.
 
-What a file is is read from its first bytes where those are certain (gzip, Zstandard, bzip2,
-Parquet, ZIP, byte-order marks) and from its name otherwise.
+A file's format is determined from its first bytes if they are unambiguous (gzip, Zstandard, bzip2,
+Parquet, ZIP, byte-order marks), and otherwise from its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from ptuning.errors import DataError
 
-Kind = Literal["parquet", "jsonl", "json", "csv"]  # json: values of several lines each
+Kind = Literal["parquet", "jsonl", "json", "csv"]  # json: values may span several lines
 Compression = Literal["", "gzip", "zstd", "bz2"]
 
 KINDS: dict[str, Kind] = {
@@ -38,7 +38,7 @@ COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "
 EXPECTED = f"a name that ends in {', '.join(KINDS)}; texts also with {', '.join(COMPRESSIONS)}"
 UNREADABLE = (OSError, EOFError, UnicodeError, zlib.error, pa.ArrowException)
 
-_HEAD = 1 << 16  # bytes that are looked at
+_HEAD = 1 << 16  # bytes used to recognise a format
 _MAGIC: dict[bytes, Compression] = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -50,9 +50,9 @@ _RECORD = b"\x1e"  # begins each value of a JSON text sequence (RFC 7464)
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """One file: absolute path or URI, what it is, and its size in bytes.
+    """One file: absolute path or URI, format, and size in bytes.
 
-    `folders` are the columns that the names of its folders state (`split=test`).
+    `folders` are the columns in the names of its folders (`split=test`).
     """
 
     url: str
@@ -72,12 +72,12 @@ class InputFile:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its bytes are its text, so that it can be read from any line on."""
+        """Whether it is uncompressed UTF-8, so that reading can start at any line."""
         return not self.compression and self.encoding == "utf-8"
 
 
 def kind_of(name: str) -> tuple[Kind, Compression] | None:
-    """What a name says of a file; None where its ending is not known."""
+    """A file's format and compression according to its name; None if its ending is unknown."""
     lower = name.lower()
     for ending, compression in COMPRESSIONS.items():
         if lower.endswith(ending):
@@ -89,7 +89,7 @@ def kind_of(name: str) -> tuple[Kind, Compression] | None:
 
 @contextmanager
 def reading(file: InputFile) -> Iterator[None]:
-    """Raises what goes wrong while a file is read as a DataError that names it."""
+    """Convert errors while reading a file to a DataError that names the file."""
     try:
         yield
     except (*UNREADABLE, DataError) as error:
@@ -97,7 +97,7 @@ def reading(file: InputFile) -> Iterator[None]:
     except Exception as error:
         if not file.is_remote:
             raise
-        # Each network file system raises errors of its client's.
+        # Network file systems raise their client's exceptions.
         raise unreadable(file, error) from error
 
 
@@ -106,9 +106,9 @@ def unreadable(file: InputFile, error: Exception) -> DataError:
     return DataError(
         "an input file cannot be read",
         seen=f"{file.url}: {' '.join(str(error).split())[:300] or type(error).__name__}",
-        expected=f"a whole {file.kind} file{how}",
-        fix="repair the file or leave it out"
-        + (", or see why it cannot be reached" if file.is_remote else ""),
+        expected=f"a complete {file.kind} file{how}",
+        fix="repair or omit the file"
+        + (", or check why it cannot be reached" if file.is_remote else ""),
     )
 
 
@@ -122,7 +122,7 @@ def open_binary(url: str) -> IO[bytes]:
 
 @contextmanager
 def open_content(file: InputFile) -> Iterator[IO[bytes]]:
-    """The file's content: decompressed, and text as UTF-8."""
+    """The file's content, decompressed and, for text, as UTF-8."""
     with ExitStack() as stack:
         raw = stack.enter_context(open_binary(file.url))
         yield _content(stack, raw, file)
@@ -138,12 +138,13 @@ def _content(stack: ExitStack, raw: IO[bytes], file: InputFile) -> IO[bytes]:
         stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
         stream = stack.enter_context(stream)
     if file.encoding != "utf-8":
-        stream = stack.enter_context(io.BufferedReader(_Recoded(stream, file.encoding)))
+        stream = stack.enter_context(io.BufferedReader(_Transcoder(stream, file.encoding)))
     return cast(IO[bytes], stream)
 
 
-class _Recoded(io.RawIOBase):
-    """A stream of another encoding as UTF-8. Half a surrogate pair stays one, and so invalid."""
+class _Transcoder(io.RawIOBase):
+    """Converts a stream in another encoding to UTF-8. Lone surrogates are kept, so they stay
+    invalid."""
 
     def __init__(self, stream: IO[bytes], encoding: str) -> None:
         self._stream = stream
@@ -167,7 +168,7 @@ class _Recoded(io.RawIOBase):
 
 
 def recognise(file: InputFile, raw: IO[bytes]) -> InputFile:
-    """The file with its kind, compression and encoding as its first bytes say; seeks to 0."""
+    """The file with the format, compression and encoding that its first bytes show; seeks to 0."""
     head = raw.read(_HEAD)
     if head.startswith(b"PAR1"):
         file = replace(file, kind="parquet", compression="")
@@ -188,7 +189,8 @@ def recognise(file: InputFile, raw: IO[bytes]) -> InputFile:
 
 
 def _encoding(head: bytes) -> str:
-    """UTF-16 by its mark, or by the zero bytes of its first (ASCII) letter; else UTF-8."""
+    """UTF-16 if there is a byte-order mark or a zero byte in the first (ASCII) letter; else
+    UTF-8."""
     for mark, encoding in _MARKS.items():
         if head.startswith(mark):
             return encoding
@@ -198,30 +200,30 @@ def _encoding(head: bytes) -> str:
 
 
 def _spans_lines(head: bytes) -> bool:
-    """Whether JSON is not one object a line: an array, or objects broken over lines."""
+    """Whether JSON does not have one object per line: it is an array, or objects span lines."""
     text = head.removeprefix(codecs.BOM_UTF8).lstrip().lstrip(_RECORD).lstrip()
     lines = [line for line in text.splitlines() if line.strip(b" \t,")]
     if b"\n" not in text and b"\r" in text.rstrip():
-        return True  # line ends of one old system: no line reader finds them
+        return True  # old Mac line ends, which line readers do not recognise
     if text.startswith(b"["):
-        first = _parsed(lines[0])
+        first = _parse(lines[0])
         if not isinstance(first, list) or (not first and len(lines) == 1):
             return True
         return bool(first) and isinstance(first[0], dict)
     if not text.startswith(b"{") or (len(lines) == 1 and len(head) >= _HEAD):
         return False
-    return not any(isinstance(_parsed(line), dict) for line in lines) and _begins_whole(text)
+    return not any(isinstance(_parse(line), dict) for line in lines) and _starts_with_object(text)
 
 
-def _parsed(line: bytes) -> object:
+def _parse(line: bytes) -> object:
     try:
         return json.loads(line.lstrip(_RECORD))
     except (ValueError, RecursionError):
         return None
 
 
-def _begins_whole(text: bytes) -> bool:
-    """Whether an object of several lines stands at the text's begin."""
+def _starts_with_object(text: bytes) -> bool:
+    """Whether the text starts with a complete object, which may span lines."""
     try:
         json.JSONDecoder().raw_decode(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError):

@@ -1,12 +1,12 @@
-"""Which column of an input is which field of a row: the one place, for every format.
+"""Map input columns to fields of a row, for every format.
 
-A new name for a field is one line of ALIASES; Parquet, JSONL, CSV and folders named
-`split=test` all follow. Names are compared without case, blanks, `_` and `-`; an exact name
-goes before a similar one, and either before an alias.
+To add a name for a field, add a line to ALIASES; it applies to Parquet, JSONL, CSV and folders
+named `split=test`. Names are compared without case, blanks, `_` and `-`. An exact name takes
+precedence over a similar one, and both over an alias.
 
-Raise ROW_RULES with every change of what a raw row means (here, or in `values`, `times`,
-`messages`, `examples.check_row`): it is part of a partition's id, so that rows read by older
-rules are read again. A test compares the rules with golden values.
+Raise ROW_RULES whenever the meaning of a raw row changes (here, or in `values`, `times`,
+`messages`, `examples.check_row`): it is part of a partition's id, so rows are read again under the
+new rules. A test compares the rules with golden values.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "completion": ("output",),
     "messages": ("conversations",),  # ShareGPT
 }
-INPUT = "input"  # Alpaca's second half of a prompt, read where `instruction` is the prompt
+INPUT = "input"  # Alpaca's second part of a prompt, read if `instruction` is the prompt
 
 _SEPARATORS = re.compile(r"[\s_\-\ufeff]+")
-_MOST_LAYOUTS = 256  # JSONL rows may each have other keys
+_MOST_LAYOUTS = 256  # every JSONL row may have different keys
 
 
 class ColumnNames(Config):
-    """Names of the input's columns, where they are not those of the fields."""
+    """Names of input columns, if they differ from those of the fields."""
 
     SECTION: ClassVar[str] = "data.columns"
 
@@ -57,12 +57,12 @@ class ColumnNames(Config):
     timestamp: str | None = Field(None, description="input column of the row's time")
     split: str | None = Field(None, description="input column of the row's split")
     weight: str | None = Field(None, description="input column of the row's weight, 0 or 1")
-    init_words: str | None = Field(None, description="input column of the user's first words")
+    init_words: str | None = Field(None, description="input column of the user's init words")
 
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """Where the fields stand in rows with certain columns. `uses` counts such rows."""
+    """The columns of the fields, for rows with one set of columns. `uses` counts such rows."""
 
     sources: dict[str, str]  # field -> column
     input: str | None  # the column to append to the prompt
@@ -76,7 +76,7 @@ class Layout:
 
 
 class Columns:
-    """Finds the fields among an input's columns; remembers what it found, and what it did not."""
+    """Finds the fields among an input's columns, with a cache, and counts unknown columns."""
 
     def __init__(self, names: ColumnNames | None = None) -> None:
         chosen = (names or ColumnNames()).model_dump()
@@ -85,7 +85,7 @@ class Columns:
         self._unknown: Counter[str] = Counter()
 
     def layout(self, names: tuple[str, ...]) -> Layout:
-        """The layout of rows with these columns. DataError where a field stands there twice."""
+        """The layout of rows with these columns. Raises DataError if a field occurs twice."""
         found = self._layouts.get(names)
         if found is None:
             if len(self._layouts) >= _MOST_LAYOUTS:
@@ -95,7 +95,7 @@ class Columns:
         return found
 
     def unknown(self) -> Counter[str]:
-        """Rows by column that was not read, since the last call."""
+        """How many rows had each unknown column, since the last call."""
         self._count_unknown()
         counts, self._unknown = self._unknown, Counter()
         return counts
@@ -136,12 +136,13 @@ def _fold(name: str) -> str:
 def _pick(wanted: str, names: Sequence[str], similar: Mapping[str, list[str]]) -> str | None:
     found = [name for name in names if name == wanted] or similar.get(_fold(wanted), [])
     if len(found) > 1:
-        raise DataError("a column stands twice in an input file", seen=", ".join(found))
+        raise DataError("a column occurs twice in an input file", seen=", ".join(found))
     return found[0] if found else None
 
 
 def _clashes(field: str, sources: Mapping[str, str]) -> bool:
-    """Whether the field is of the other of a row's two shapes than the one that was found."""
+    """Whether the field does not belong to the form found so far: a row has either messages, or a
+    prompt and a completion."""
     if field == "messages":
         return "prompt" in sources or "completion" in sources
     return field in ("prompt", "completion") and "messages" in sources

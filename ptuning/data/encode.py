@@ -1,8 +1,8 @@
 """Text to tokens: the only place where a row becomes input ids and labels.
 
-Training and serving both come through here, so a request is encoded as a training row's
-prompt was. The prompt and the completion are tokenised apart: a token never straddles the
-border, at the price of a few more tokens than joint tokenisation would give.
+Training and serving both use it, so a request is encoded exactly like a training row's prompt. The
+prompt and the completion are tokenised separately, so no token spans the boundary, at the cost of
+a few more tokens than joint tokenisation.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ptuning.types import Example, Message
 IGNORE = -100  # label of an unsupervised position, as in torch.nn.functional.cross_entropy
 TemplateKind = Literal["auto", "chat", "plain"]
 
-# Texts that show how a tokenizer cuts: its digest holds the ids it gives them. Between them
-# they meet what normalizers and pre-tokenizers treat apart.
+# Texts whose ids are part of a tokenizer's digest. Together they exercise the special cases of
+# normalizers and pre-tokenizers.
 _PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two leading blanks, two trailing  ",
@@ -43,11 +43,11 @@ _PROBES = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
 )
 
-# A private-use character that no text of a template holds: it marks where a message's
-# content stands in the rendered template.
+# Private-use characters that no chat template contains: they mark the position of a message's
+# content in the rendered text.
 _MARK = "\ue0a7{}\ue0a8"
 
-# What strftime's codes give on 1 January 2025, the day on which every template is rendered.
+# strftime's results on 1 January 2025, the fixed date for which every chat template is rendered.
 _DAY = {
     "%A": "Wednesday",
     "%B": "January",
@@ -67,19 +67,19 @@ _DAY = {
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one row, and its labels: -100 where unsupervised. Both have length T."""
+    """Token ids of one row, and its labels, -100 where unsupervised. Both have length T."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def supervised(self) -> int:
-        """How many tokens are learned from."""
+        """The number of supervised tokens."""
         return sum(label != IGNORE for label in self.labels)
 
     @property
     def prompt_length(self) -> int:
-        """How many tokens come before the first supervised one (all, where there is none)."""
+        """The number of tokens before the first supervised one; all, if there is none."""
         return next(
             (at for at, label in enumerate(self.labels) if label != IGNORE), len(self.labels)
         )
@@ -87,11 +87,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer together with the way a row is written for it (`chat` or `plain`).
+    """A tokenizer with the format of its prompts (`chat` or `plain`).
 
-    `encoder_decoder`: the prompt is a text of its own, with all tokens that the tokenizer puts
-    around one, and the completion another. `vocab_size`: how many token ids the model has
-    embeddings for (None: not known); a tokenizer may know more. `parts`: the chat template takes
+    `encoder_decoder`: prompt and completion are separate texts, and the prompt gets the special
+    tokens that the tokenizer adds to a text. `vocab_size`: the number of token ids that the model
+    has embeddings for (None: unknown); a tokenizer may have more. `parts`: the chat template takes
     a message's content as a list of parts, not as text.
     """
 
@@ -110,11 +110,11 @@ class Template:
         encoder_decoder: bool = False,
         vocab_size: int | None = None,
     ) -> Template:
-        """`auto` is `chat` where the tokenizer has a chat template, else `plain`. Raises
-        TemplateError where the chat template cannot be used: it would lose what users say."""
+        """Make a template; `auto` is `chat` if the tokenizer has a chat template, else `plain`.
+        Raises TemplateError if the chat template cannot be used, or would drop what users say."""
         if kind not in get_args(TemplateKind):
             raise TemplateError(
-                "no such template",
+                "data.template has no such value",
                 seen=repr(kind),
                 expected=", ".join(get_args(TemplateKind)),
                 fix="leave data.template at auto",
@@ -127,13 +127,13 @@ class Template:
             )
         resolved: Literal["chat", "plain"] = "chat" if has_chat and kind != "plain" else "plain"
         template = cls(tokenizer, resolved, encoder_decoder, vocab_size)
-        return template._that_shows_messages() if resolved == "chat" else template
+        return template._choose_parts() if resolved == "chat" else template
 
-    def _that_shows_messages(self) -> Template:
-        """This template, or the one that hands messages over as parts: whichever renders them.
+    def _choose_parts(self) -> Template:
+        """This template, or the same with `parts`: whichever renders messages.
 
-        A template made for parts walks over the letters of a text and renders nothing, and
-        nobody would notice: every prompt would be the same.
+        A chat template that expects parts would iterate over the characters of a text and silently
+        render nothing, so every prompt would be the same.
         """
         mark = _MARK.format(0)
         for template in (self, replace(self, parts=True)):
@@ -148,17 +148,17 @@ class Template:
         raise TemplateError(
             "the chat template leaves out what a user says",
             seen=f"{mark!r} as a user's message is not in {rendered[:200]!r}",
-            expected="a template that renders a message's content, as text or as parts",
-            fix="mend the model's chat template, or set data.template to 'plain'",
+            expected="a chat template that renders a message's content, as text or as parts",
+            fix="fix the model's chat template, or set data.template to 'plain'",
         )
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides how text becomes tokens.
+        """SHA-256 of everything that determines how text becomes tokens.
 
-        Of what the tokenizer does (its vocabulary, its merges or scores, and the ids of texts that
-        meet its rules), not of how a release of the `tokenizers` package writes it down: a new
-        field in that file must not refuse every user's prefix.
+        It covers what the tokenizer does (its vocabulary, merges or scores, and the ids of test
+        texts), not how the `tokenizers` package serialises it: if a release adds a field to that
+        file, users' prefixes must stay valid.
         """
         parts = {
             "kind": self.kind,
@@ -195,31 +195,31 @@ class Template:
     @cached_property
     def _begin(self) -> list[int]:
         if self.kind == "chat":
-            return []  # chat templates write their own beginning
+            return []  # a chat template includes the first token
         if self.encoder_decoder:
-            return self._around[0]
+            return self._special_tokens[0]
         begin = self.tokenizer.bos_token_id
         adds_one = self.tokenizer("x")["input_ids"][:1] == [begin]
         return [begin] if begin is not None and adds_one else []
 
     @cached_property
     def _tail(self) -> list[int]:
-        """What ends a prompt that an encoder reads."""
-        return self._around[1] if self.encoder_decoder and self.kind == "plain" else []
+        """The special tokens at the end of an encoder's prompt."""
+        return self._special_tokens[1] if self.encoder_decoder and self.kind == "plain" else []
 
     @cached_property
-    def _around(self) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and after a text."""
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer adds before and after a text."""
         text = self.ids("x")
-        whole = list(self.tokenizer("x")["input_ids"])
-        at = next((n for n in range(len(whole)) if whole[n : n + len(text)] == text), None)
-        return ([], []) if at is None else (whole[:at], whole[at + len(text) :])
+        ids = list(self.tokenizer("x")["input_ids"])
+        at = next((n for n in range(len(ids)) if ids[n : n + len(text)] == text), None)
+        return ([], []) if at is None else (ids[:at], ids[at + len(text) :])
 
     def encode(self, example: Example, max_length: int = 512) -> Encoded:
         """Encode one row to at most `max_length` tokens (virtual tokens not counted).
 
-        The oldest tokens of the prompt's text are cut first; the template's own tokens and
-        the completion never are. Raises DataError where the completion does not fit.
+        Only the prompt's text is cut, oldest tokens first; the template's tokens and the completion
+        are kept. Raises DataError if these do not fit.
         """
         if example.completion is not None:
             completion, turns = example.completion, None
@@ -243,12 +243,11 @@ class Template:
 
     def encode_prompt(self, prompt: str | Sequence[Message], max_length: int = 512) -> list[int]:
         """Ids of a prompt (text, or the turns before the answer), at most `max_length` of them.
-        Raises DataError where the model has no embedding for one."""
+        Raises DataError if they do not fit, or if the model has no embedding for one of them."""
         if self.kind == "plain":
-            text = prompt if isinstance(prompt, str) else _plain_turns(prompt)
-            own = self.ids(text)
-            ids = [*self._begin, *own, *self._tail]
-            removable = [False] * len(self._begin) + [True] * len(own) + [False] * len(self._tail)
+            text = self.ids(prompt if isinstance(prompt, str) else _plain_turns(prompt))
+            ids = [*self._begin, *text, *self._tail]
+            removable = [False] * len(self._begin) + [True] * len(text) + [False] * len(self._tail)
         else:
             turns = (
                 [{"role": "user", "content": prompt}]
@@ -263,7 +262,7 @@ class Template:
         if excess > sum(removable):
             raise DataError(
                 "the row does not fit into the maximum length even without its prompt's text",
-                seen=f"{len(ids) - sum(removable)} tokens of template before the completion",
+                seen=f"{len(ids) - sum(removable)} template tokens before the completion",
                 expected=f"at most {max_length}",
                 fix="raise data.max_length or shorten the completion",
             )
@@ -277,38 +276,39 @@ class Template:
 
     @cached_property
     def exceeds_vocabulary(self) -> bool:
-        """Whether the tokenizer has ids that the model has no embedding for: text that holds one
-        of them cannot be read. Such tokens are usually added by hand and never used."""
+        """Whether the tokenizer has ids for which the model has no embedding; text with such a
+        token is refused. These tokens are usually added by hand and never used."""
         if self.vocab_size is None:
             return False
         return max(self.tokenizer.get_vocab().values(), default=0) >= self.vocab_size
 
     def _known(self, ids: list[int]) -> list[int]:
-        """The ids, which the model has embeddings for. On a GPU one that it has not would end the
-        process, and with it everybody's request."""
+        """The ids, after checking that the model has embeddings for them. On a GPU an id without
+        one would crash the process, with every other user's request."""
         if self.exceeds_vocabulary and ids and max(ids) >= (self.vocab_size or 0):
             unknown = next(token for token in ids if token >= (self.vocab_size or 0))
             raise DataError(
                 "the text has a token that the model has no embedding for",
                 seen=f"{self.tokenizer.convert_ids_to_tokens(unknown)!r}, id {unknown}",
                 expected=f"ids below {self.vocab_size}",
-                fix="leave that token out, or resize the model's embeddings to the tokenizer",
+                fix="remove that token, or resize the model's embeddings to the tokenizer",
             )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids, without special tokens."""
+        """The text of generated ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a piece of text, without special tokens."""
+        """The token ids of a piece of text, without special tokens. Raises DataError if the text is
+        not valid Unicode."""
         return list(self.tokenizer(_unicode(text), add_special_tokens=False)["input_ids"])
 
     def sample_ids(self, count: int, seed: int) -> list[int]:
-        """`count` ids drawn from the vocabulary's 5,000 first that are no special tokens.
+        """Draw `count` ids from the first 5,000 of the vocabulary, special tokens excluded.
 
-        Vocabularies made by merging or pruning list frequent pieces first; the most common
-        5,000 are what Lester et al. (2021, section 3) draw from.
+        Lester et al. (2021, section 3) draw from the 5,000 most common tokens; vocabularies made by
+        merging or pruning list frequent pieces first.
         """
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         common = [i for i in range(len(self.tokenizer)) if i not in special][:5000]
@@ -316,14 +316,14 @@ class Template:
 
     @cached_property
     def _undated(self) -> str:
-        """The chat template on a day that does not change: some print today's date.
+        """The chat template with a fixed date: some templates print today's.
 
-        A macro, because Transformers hands no function to a template; `+%}` keeps a line break
-        that the template may begin with.
+        The date comes from a macro because Transformers passes no function to a template; `+%}`
+        keeps a line break at the template's start.
         """
         try:
             template = str(self.tokenizer.get_chat_template())
-        except ValueError as error:  # several by name, and none of them the default
+        except ValueError as error:  # several named templates, none of them the default
             raise TemplateError(
                 "the tokenizer's chat template cannot be chosen",
                 seen=str(error),
@@ -336,32 +336,32 @@ class Template:
         return f"{{% macro strftime_now(format) %}}{{{{ {text} }}}}{{% endmacro +%}}{template}"
 
     def _render(self, turns: list[dict[str, str]], *, generation: bool) -> str:
-        shown: list[Any] = list(turns)
+        conversation: list[Any] = list(turns)
         if self.parts:
-            shown = [
+            conversation = [
                 turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns
             ]
         try:
             rendered = self.tokenizer.apply_chat_template(
-                shown,
+                conversation,
                 tokenize=False,
                 chat_template=self._undated,
                 add_generation_prompt=generation,
                 date_string="1 January 2025",
             )
-        except Exception as error:  # jinja raises what the template's author chose
+        except Exception as error:  # a template can raise any exception
             raise TemplateError(
                 "the chat template refuses these messages",
                 seen=f"roles {[turn['role'] for turn in turns]}: {type(error).__name__}: {error}",
-                expected="a template that renders these roles in this order",
-                fix="use roles the model's template knows, alternating user and assistant; where a "
-                "single user's message is refused the template itself is at fault: mend it, or set "
+                expected="a chat template that renders these roles in this order",
+                fix="use roles that the model's chat template supports, alternating user and "
+                "assistant; if it refuses even a single user message, fix the chat template or set "
                 "data.template to 'plain'",
             ) from error
         return str(rendered)
 
     def _chat_ids(self, turns: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Ids of a rendered conversation, and which of them are text of its messages."""
+        """Ids of a rendered conversation, and for each id whether it is text of a message."""
         rendered = _unicode(self._render(turns, generation=True))
         coded = self.tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         spans = self._content_spans(turns, rendered)
@@ -374,7 +374,8 @@ class Template:
         return list(coded["input_ids"]), removable
 
     def _content_spans(self, turns: list[dict[str, str]], rendered: str) -> list[tuple[int, int]]:
-        """Where each message's text stands in the rendering; [] where the template rewrites it."""
+        """The span of each message's text in the rendered conversation; [] if the template rewrites
+        the text."""
         marked = [turn | {"content": _MARK.format(n)} for n, turn in enumerate(turns)]
         rest, spans, at = self._render(marked, generation=True), [], 0
         for n, turn in enumerate(turns):
@@ -382,7 +383,7 @@ class Template:
             at += len(before)
             content = turn["content"]
             if found and not rendered.startswith(content, at):
-                content = content.strip()  # many templates trim
+                content = content.strip()  # many chat templates strip whitespace
             if not found or not rendered.startswith(content, at):
                 return []
             spans.append((at, at + len(content)))
@@ -391,7 +392,7 @@ class Template:
 
 
 def _pieces(tokenizer: Any) -> list[str]:
-    """A tokenizer's merges in order, or its pieces with their scores; [] where it has neither."""
+    """A tokenizer's merges in order, or its pieces with their scores; [] if it has neither."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return []
@@ -403,7 +404,7 @@ def _pieces(tokenizer: Any) -> list[str]:
 
 
 def _unicode(text: str) -> str:
-    """The text, unless it holds half a surrogate pair, which no tokenizer takes."""
+    """The text, after checking that it has no lone surrogate, which tokenizers reject."""
     try:
         text.isascii() or text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -416,6 +417,6 @@ def _unicode(text: str) -> str:
 
 
 def _plain_turns(turns: Sequence[Message]) -> str:
-    """Turns for a model without a chat template: one `role: text` line each."""
+    """The prompt for a model without a chat template: one `role: text` line per turn."""
     lines = [f"{turn.role}: {turn.content}" for turn in turns]
     return "\n".join([*lines, "assistant:"])

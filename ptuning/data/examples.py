@@ -1,8 +1,8 @@
-"""Rows of users: what is accepted, in which order, which split, which are kept.
+"""Users' rows: validation, order, splits and selection.
 
-Pure and without torch. Everything that depends on order uses one total order (time, then a
-hash of the row's content), never the order in which rows were read: the same rows give the
-same splits, the same selection and the same digest whatever files they came in.
+Pure functions, without torch. Everything that depends on order uses one total order (time, then a
+hash of the row's content), never the order of reading. So the same rows give the same splits,
+selection and digest, however they are spread over files.
 """
 
 from __future__ import annotations
@@ -25,72 +25,74 @@ from ptuning.data.values import Notes, kind_of, read_split, read_text, read_user
 from ptuning.errors import DataError
 from ptuning.types import SPLITS, Config, Example, Message, Split
 
-_SLACK = 16  # tokens that text and template may take more together than apart
+_SLACK = 16  # tokens that text and template may take more when tokenised together
 
 
-# Fields of DataConfig that say what a run does with users who left: no part of a partition.
+# Fields of DataConfig that concern users who left; they are not part of a partition's identity.
 NOT_OF_ROWS = ("on_shrink", "max_shrink")
 
 
 class DataConfig(Config):
-    """Which rows are learned from, and how they are laid out on disk."""
+    """Which rows are used, and how they are partitioned on disk."""
 
     SECTION: ClassVar[str] = "data"
 
     columns: ColumnNames = ColumnNames()
     delivery: Literal["snapshot"] = Field(
         default="snapshot",
-        description="the input is all there is: rows and users that it does not hold are gone",
+        description="snapshot: the input is complete; rows and users missing from it are gone",
     )
     template: TemplateKind = Field(
         default="auto",
-        description="how a row is written for the model; auto: chat if it has a template",
+        description="prompt format: chat, plain, or auto (chat if the tokenizer has a chat "
+        "template)",
     )
     max_length: int = Field(
         default=512,
         ge=8,
-        description="tokens of a row, virtual tokens not counted; longer prompts are cut",
+        description="maximum tokens of a row, virtual tokens not counted; longer prompts are cut",
     )
     max_rows: int | None = Field(
         default=None,
         ge=2,
-        description="keep each user's newest rows: 4/5 of this from train, 1/5 from valid",
+        description="keep each user's newest rows, at most this many: 4/5 train, 1/5 valid",
     )
     max_users: int | None = Field(
         default=None, ge=1, description="keep the users with the most rows (ties by id)"
     )
     min_examples: int = Field(
-        default=8, ge=1, description="users with fewer train + valid rows are not trained (too_few)"
+        default=8, ge=1, description="users with fewer train + valid rows are too_few, not trained"
     )
     max_bad_fraction: float = Field(
         default=0.05,
         ge=0.0,
         le=1.0,
-        description="a larger share of quarantined rows fails the run; below 1, so does a file "
-        "of which every row is bad",
+        description="the run fails if a larger share of rows is quarantined and, unless this is 1, "
+        "if all rows of a file are",
     )
     on_shrink: Literal["base", "keep"] = Field(
         default="base",
-        description="who answers a user whose rows are gone, or too few now: the base model, or "
-        "the prefix of the rows that were there",
+        description="for users whose rows are gone or too few now: base: serve the base model; "
+        "keep: keep serving the prefix from their earlier rows",
     )
     max_shrink: float = Field(
         default=0.2,
         ge=0.0,
         le=1.0,
-        description="a run that would take the prefix of a larger share of its users stops first",
+        description="the run stops, before it changes anything, if a larger share of the users "
+        "would lose their prefix",
     )
     buckets: int | None = Field(
         default=None,
         ge=1,
         le=99_999,
-        description="partitions of users on disk; unset: one per 32 MiB of input text, at least 8",
+        description="partitions of users on disk; none: one per 32 MiB of input text, at least 8",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One checked input row. `learned` is False where its weight is 0."""
+    """One checked input row. `learned` is False if its weight is 0."""
 
     user_id: str
     example: Example
@@ -106,12 +108,12 @@ def check_row(
     folder: Mapping[str, object] = MappingProxyType({}),
     notes: Notes | None = None,
 ) -> Row:
-    """A raw row's values, checked. Raises DataError whose `message` is a short reason.
+    """Check a raw row. Raises DataError, whose `message` is a short reason.
 
-    The error has the field `user_id` where the row could be given to a user. `columns` finds
-    the fields among the row's keys; `folder` holds fields that the names of the file's folders
-    state, for rows that lack them; `notes` counts readings that people should know of. None,
-    NaN, and an empty time, split or weight mean that a value is absent. Example:
+    The error has the field `user_id` if the row's user is known. `columns` maps the row's keys to
+    fields; `folder` has fields taken from the names of the file's folders, for rows that lack them;
+    `notes` counts interpretations worth reporting. None and NaN mean that a value is missing, and
+    so does an empty time, split or weight. Example:
     `check_row({"user_id": 7, "prompt": "2+2?", "completion": "4"}).user_id` is "7".
     """
     layout = columns.layout(tuple(raw))
@@ -132,7 +134,7 @@ def check_row(
 
 
 def _with_input(prompt: object, more: object, notes: Notes | None) -> object:
-    """Alpaca's prompt: the instruction and, where there is one, the input below it."""
+    """Alpaca's prompt: the instruction, followed by the input if there is one."""
     if notes is not None:
         notes["alpaca", ""] += 1
     if not isinstance(prompt, str) or more is None or more == "" or more != more:
@@ -150,7 +152,7 @@ def _user_of(
         return read_user_id(stated, notes)
     user_id = read_user_id(values["user_id"], notes)
     if stated is not None and stated != user_id:
-        raise DataError("user_id is not the one that the file's folder states")
+        raise DataError("user_id differs from that of the file's folder")
     return user_id
 
 
@@ -176,7 +178,7 @@ def _row_of(
     if folder and "split" in folder:
         stated = read_split(folder["split"])
         if split not in (None, stated):
-            raise DataError("split is not the one that the file's folder states")
+            raise DataError("split differs from that of the file's folder")
         split = stated
     words = values.get("init_words")
     example = Example(
@@ -194,7 +196,8 @@ def _row_of(
 
 
 def _as_turns(value: object, role: str) -> list[Turn]:
-    """A prompt or completion that is messages, or text beside one that is."""
+    """The turns of a prompt or completion; one of the two is a list of messages, the other may be
+    text."""
     if value is None:
         raise DataError(f"{'prompt' if role == 'user' else 'completion'} is missing")
     if isinstance(value, list):
@@ -203,13 +206,14 @@ def _as_turns(value: object, role: str) -> list[Turn]:
 
 
 def check_example(example: Example) -> None:
-    """A library user's row: Example's types, and the rules of `check_row`. Raises DataError."""
+    """Check an Example that a caller made: its types, and the rules of `check_row`. Raises
+    DataError."""
     if not isinstance(example, Example):
         raise DataError(
             f"the row is not an Example but {kind_of(example)}",
             seen=repr(example)[:80],
             expected="ptuning.Example(prompt=..., completion=...)",
-            fix="make Examples of the rows",
+            fix="convert the rows to Examples",
         )
     for name in ("prompt", "completion", "init_words"):
         text = getattr(example, name)
@@ -228,17 +232,17 @@ def check_example(example: Example) -> None:
                 f"timestamp is not an int but {kind_of(stamp)}",
                 seen=repr(stamp),
                 expected="epoch milliseconds",
-                fix="make an int of it",
+                fix="convert it to an int",
             )
         check_time(stamp)
 
 
 def _check_messages(turns: Any) -> None:
-    alike = isinstance(turns, (list, tuple)) and all(isinstance(turn, Message) for turn in turns)
-    messages = read_messages([vars(turn) for turn in turns] if alike else read_turns(turns))
-    if not alike:
+    typed = isinstance(turns, (list, tuple)) and all(isinstance(turn, Message) for turn in turns)
+    messages = read_messages([vars(turn) for turn in turns] if typed else read_turns(turns))
+    if not typed:
         raise DataError("messages are not ptuning.Message(role=..., content=...)", seen=turns)
-    if messages != tuple(turns):  # read in a file, but an Example is what the template gets
+    if messages != tuple(turns):  # files may use other names of roles, but Examples may not
         raise DataError(f"a message's role is not one of {', '.join(ROLES)}", seen=turns)
 
 
@@ -259,10 +263,10 @@ def _check_shape(
 
 
 def time_order(examples: Sequence[Example]) -> list[int]:
-    """Positions from oldest to newest: the one total order of a user's rows.
+    """Indices of a user's rows in their total order, oldest first.
 
-    Rows without a time come first (nothing says that they are recent). Equal times, and
-    rows without one, are ordered by a hash of their content.
+    Rows without a time come first, since nothing shows that they are recent. Rows with equal times
+    or without one are ordered by a hash of their content.
     """
 
     def time_of(position: int) -> tuple[bool, int]:
@@ -272,24 +276,24 @@ def time_order(examples: Sequence[Example]) -> list[int]:
     result: list[int] = []
     for _, same in groupby(sorted(range(len(examples)), key=time_of), key=time_of):
         group = list(same)
-        if len(group) > 1:  # hashing is the dear part, and ties are rare
+        if len(group) > 1:  # hashing is the slow part, and ties are rare
             group.sort(key=lambda position: _tie_break(examples[position]))
         result += group
     return result
 
 
 def _tie_break(example: Example) -> tuple[str, str]:
-    """Content first, split last: equal rows keep their order when splits are assigned."""
+    """The content's hash, then the split: assigning splits does not reorder rows."""
     content = _canonical([_plain(replace(example, split=None))])
     return hashlib.sha256(content).hexdigest(), example.split or ""
 
 
 def assign_splits(examples: Sequence[Example]) -> list[Split]:
-    """The split of each row of one user, in the order given.
+    """The split of each of a user's rows, in the given order.
 
-    Where no row names one, the last max(2, ceil(n / 5)) rows of `time_order` are valid, the
-    others train, none test. Where any row names one, rows without one are train: a user
-    whose validation was chosen by hand gets no further rows into it.
+    If no row has a split, the last max(2, ceil(n / 5)) rows of `time_order` are valid and the
+    others train. If any row has one, rows without a split are train: nothing is added to a
+    validation split that was chosen by hand.
     """
     if any(example.split for example in examples):
         return [example.split or "train" for example in examples]
@@ -301,11 +305,11 @@ def assign_splits(examples: Sequence[Example]) -> list[Split]:
 
 
 def select_rows(examples: Sequence[Example], max_rows: int | None) -> list[int]:
-    """Positions of the rows of one user to keep, oldest first. Splits must be assigned.
+    """Indices of the user's rows to keep, oldest first. Splits must be assigned.
 
-    The newest floor(4/5 max_rows) train rows and ceil(1/5 max_rows) valid rows (40 = 32 + 8);
-    a share that is not filled stays empty. Test rows do not count towards `max_rows`: the
-    newest ceil(1/5 max_rows) of them are kept besides.
+    Keeps the newest floor(4/5 max_rows) train rows and ceil(1/5 max_rows) valid rows (40 = 32 + 8);
+    one split does not take over what another leaves unused. Test rows do not count towards
+    `max_rows`: the newest ceil(1/5 max_rows) of them are kept in addition.
     """
     order = time_order(examples)
     if max_rows is None:
@@ -316,7 +320,7 @@ def select_rows(examples: Sequence[Example], max_rows: int | None) -> list[int]:
     for position in reversed(order):
         split = examples[position].split
         if split is None:
-            raise DataError("rows were to be selected before their splits were assigned")
+            raise DataError("rows cannot be selected before their splits are assigned")
         if left[split]:
             left[split] -= 1
             kept.append(position)
@@ -324,7 +328,7 @@ def select_rows(examples: Sequence[Example], max_rows: int | None) -> list[int]:
 
 
 def arrange(examples: Sequence[Example], max_rows: int | None = None) -> list[Example]:
-    """One user's rows as a run keeps them: splits assigned, selected, oldest first."""
+    """One user's rows as a run uses them: with splits, selected, oldest first."""
     splits = assign_splits(examples)
     rows = [replace(example, split=split) for example, split in zip(examples, splits, strict=True)]
     return [rows[position] for position in select_rows(rows, max_rows)]
@@ -333,21 +337,21 @@ def arrange(examples: Sequence[Example], max_rows: int | None = None) -> list[Ex
 def too_few(examples: Sequence[Example], min_examples: int) -> bool:
     """Whether a user cannot be trained: too few train + valid rows, or no valid row.
 
-    Ask before `select_rows`: `max_rows` below `min_examples` makes nobody untrainable.
+    Call it before `select_rows`: a `max_rows` below `min_examples` must not exclude users.
     """
     train, valid = _usable(examples)
     return train + valid < min_examples or not valid
 
 
 def why_too_few(examples: Sequence[Example], min_examples: int) -> str:
-    """What a user who is too few for `min_examples` lacks."""
+    """Why a user is `too_few`, as a sentence."""
     train, valid = _usable(examples)
     return str(
         DataError(
             "the user has too few rows",
             seen=f"{train} train and {valid} valid rows",
-            expected=f"at least {min_examples} (data.min_examples), of which 1 valid",
-            fix="give the user more rows, or leave their splits out to have some chosen as valid",
+            expected=f"at least {min_examples} (data.min_examples), including 1 valid",
+            fix="add rows for the user, or omit their splits so that valid rows are chosen",
         )
     )
 
@@ -358,7 +362,7 @@ def _usable(examples: Sequence[Example]) -> tuple[int, int]:
 
 
 def data_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of one user's rows with their splits, whatever order they come in."""
+    """SHA-256 (hex) of one user's rows with their splits, independent of the given order."""
     return hashlib.sha256(
         _canonical([_plain(examples[position]) for position in time_order(examples)])
     ).hexdigest()
@@ -372,22 +376,22 @@ def texts_of(example: Example) -> list[str]:
 
 
 class Fit:
-    """Whether rows can be encoded to `max_length` tokens, without encoding most of them.
+    """Checks whether rows can be encoded to `max_length` tokens, without encoding most of them.
 
-    A token of most tokenizers stands for at least one byte, so a row whose bytes fit, fits.
-    Only the others are encoded as training will encode them (0.5 ms each).
+    In most tokenizers a token covers at least one byte, so a row whose bytes fit also fits in
+    tokens. Only the other rows are encoded as in training (0.5 ms each).
     """
 
     def __init__(self, template: Template, max_length: int) -> None:
         self._template, self._max_length = template, max_length
         self._overheads: dict[tuple[str, ...] | None, int | str] = {}
         backend = getattr(template.tokenizer, "backend_tokenizer", None)
-        # A normalizer may make text longer; plain ASCII is left alone in practice.
+        # A normalizer may make text longer, but in practice does not change ASCII.
         self._ascii_only = backend is None or backend.normalizer is not None
         self._backend = backend
 
     def supervised(self, examples: Sequence[Example]) -> list[int]:
-        """Supervised tokens of each row: its completion and the token that ends it."""
+        """The number of supervised tokens of each row: its completion and the end token."""
         texts = [texts_of(example)[-1] for example in examples]
         if not texts:
             return []
@@ -418,7 +422,7 @@ class Fit:
         return None
 
     def _overhead(self, example: Example) -> int | str:
-        """Tokens that the template adds to turns of these roles, or why it refuses them."""
+        """How many tokens the template adds to turns with these roles, or why it refuses them."""
         turns = example.messages
         roles = None if turns is None else tuple(turn.role for turn in turns[:-1])
         if roles not in self._overheads:
@@ -432,7 +436,8 @@ class Fit:
 
 
 def _plain(example: Example) -> dict[str, object]:
-    """The row's set fields. Absent fields are left out, so that new ones change no digest."""
+    """The row's fields that are set. Unset fields are omitted, so that adding a field to Example
+    changes no digest."""
     fields: dict[str, object] = {
         "prompt": example.prompt,
         "completion": example.completion,

@@ -1,7 +1,8 @@
-"""Where virtual tokens stand among a row's real ones: `{p:3}{prompt}{p:3} So: {completion}`.
+"""The placement of virtual tokens among a row's real tokens, as text such as
+`{p:3}{prompt}{p:3} So: {completion}`.
 
-Virtual token k has the id -1-k, so a row with virtual tokens is still one list of ids, and
-whatever cuts, pads or counts rows needs no second list beside it.
+Virtual token k has the id -1-k, so a row with virtual tokens is still a single list of ids for all
+code that cuts, pads or counts rows.
 """
 
 from __future__ import annotations
@@ -20,52 +21,53 @@ _SYNTAX = "text with {p:N} (N virtual tokens, N > 0), {prompt} once and {complet
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The ids around a prompt, for one tokenizer. Negative ones are virtual tokens."""
+    """The ids before and after a prompt, for one tokenizer. Negative ids are virtual tokens."""
 
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
 
     @property
     def anchors(self) -> int:
-        """How many real tokens stand around the prompt."""
+        """The number of real tokens before and after the prompt."""
         return sum(token >= 0 for token in (*self.before, *self.after))
 
     @property
     def in_front(self) -> int:
-        """P where all virtual tokens come before every real one, else 0."""
+        """P if all virtual tokens come before every real token, otherwise 0."""
         virtual = sum(token < 0 for token in (*self.before, *self.after))
         leading = sum(1 for _ in itertools.takewhile(lambda token: token < 0, self.before))
         return virtual if leading == virtual else 0
 
     def without_front(self) -> Arrangement:
-        """What is left of it where the virtual tokens in front are already keys and values."""
+        """The arrangement without its leading virtual tokens, once they are keys and values."""
         return Arrangement(self.before[self.in_front :], self.after)
 
     def prompt(self, ids: Sequence[int]) -> list[int]:
-        """A prompt's ids with what stands around them."""
+        """The prompt's ids with the arrangement's before and after them."""
         return [*self.before, *ids, *self.after]
 
     def row(self, row: Encoded) -> Encoded:
-        """An encoded row with what stands around its prompt, unsupervised."""
+        """An encoded row with the arrangement's ids around its prompt, unsupervised."""
         at = row.prompt_length
         ids = self.prompt(row.input_ids[:at])
         return Encoded([*ids, *row.input_ids[at:]], [IGNORE] * len(ids) + row.labels[at:])
 
     def judged_row(self, row: Encoded) -> Encoded:
-        """As `row`, with the labels that the base model can predict too.
+        """As `row`, but only with labels that the base model can predict too.
 
-        Nothing precedes the first token of a row without a prompt, but for virtual tokens: it
-        counts for nobody where prefixes are compared.
+        In a row without a prompt only virtual tokens precede the first token, so the base model
+        cannot predict it; it is left out of every comparison.
         """
-        around = self.row(row)
+        arranged = self.row(row)
         if row.prompt_length == 0 and row.labels:
-            around.labels[len(self.before) + len(self.after)] = IGNORE
-        return around
+            arranged.labels[len(self.before) + len(self.after)] = IGNORE
+        return arranged
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A parsed template. `before` and `after` the prompt: numbers of virtual tokens, and text."""
+    """A parsed placement: what comes before and after the prompt, as counts of virtual tokens and
+    pieces of text."""
 
     text: str
     before: tuple[int | str, ...]
@@ -73,7 +75,7 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Raises MethodError where the template cannot be understood."""
+        """Parse a placement such as `method.template`. Raises MethodError."""
         parts = _parts(text)
         if parts.count("{prompt}") != 1:
             raise _wrong(text, f"{{prompt}} {parts.count('{prompt}')} times")
@@ -92,7 +94,7 @@ class Layout:
         return sum(part for part in (*self.before, *self.after) if isinstance(part, int))
 
     def bind(self, template: Template) -> Arrangement:
-        """The layout with its words tokenised; each piece of text apart from its neighbours."""
+        """Tokenise the layout; each piece of text is tokenised separately."""
         count, sides = 0, []
         for side in (self.before, self.after):
             ids: list[int] = []
@@ -138,7 +140,7 @@ def _parts(text: str) -> list[int | str]:
 
 def _wrong(text: str, seen: str) -> MethodError:
     return MethodError(
-        "the template of virtual tokens cannot be used",
+        "method.template cannot be used",
         seen=f"{seen} in {text!r}",
         expected=_SYNTAX,
         fix="set method.template, for instance '{p:3}{prompt}{p:3}{completion}'",

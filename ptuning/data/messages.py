@@ -1,8 +1,8 @@
-"""Conversations as files hold them, to turns with a role and text.
+"""Read conversations from files as turns with a role and text.
 
-Read are lists of objects with role and content (OpenAI) or from and value (ShareGPT), lists
-of key-value pairs (Arrow maps), one object of lists, any of these as JSON text, and content
-in parts of text, which are joined as the service joins them.
+Accepted are lists of objects with role and content (OpenAI) or from and value (ShareGPT), lists of
+key-value pairs (Arrow maps), an object of lists, any of these as JSON text, and content in several
+text parts, which are joined as in the service.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ Turn = Mapping[Any, Any]
 
 
 def read_turns(value: Any) -> list[Turn]:
-    """The conversation's turns as objects, whatever shape it has. DataError for no list."""
+    """The turns of a conversation as objects, whatever its format. Raises DataError if it is not a
+    list."""
     if isinstance(value, (str, bytes)):
         try:
             value = json.loads(value)
@@ -57,7 +58,7 @@ def _object(item: Any) -> Turn:
 
 
 def read_messages(turns: Sequence[Turn], notes: Notes | None = None) -> tuple[Message, ...]:
-    """Turns to messages; the last must be the assistant's, with text. DataError otherwise."""
+    """Convert turns to messages. Raises DataError unless the last is the assistant's, with text."""
     if not turns:
         raise DataError("messages is empty")
     messages = tuple(_message(turn, notes) for turn in turns)
@@ -76,7 +77,7 @@ def _message(turn: Turn, notes: Notes | None) -> Message:
     if name not in ROLE_NAMES:
         raise DataError(f"a message's role is not one of {', '.join(ROLE_NAMES)}")
     if content is None and (turn.get("tool_calls") or turn.get("function_call")):
-        content = ""  # the template gets texts alone, so the call itself is lost
+        content = ""  # the chat template gets only text, so the tool call is lost
         if notes is not None:
             notes["tool_call", ""] += 1
     return Message(role=ROLE_NAMES[name], content=_content(content))

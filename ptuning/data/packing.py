@@ -1,4 +1,4 @@
-"""How rows become batches: pure functions of lengths, ids and seeds."""
+"""Group rows into batches: pure functions of lengths, ids and seeds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ptuning.types import seed_of
 
 
 def epoch_batches(rows: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches of one user's row indices, shuffled by (seed, epoch) alone.
+    """One epoch's batches of a user's row indices, shuffled by (seed, epoch) only.
 
-    The last batch is the short one; every row is in exactly one batch.
+    Every row is in exactly one batch; only the last batch may be short.
     """
     order = list(range(rows))
     random.Random(seed_of(seed, "epoch", epoch)).shuffle(order)
@@ -21,9 +21,8 @@ def epoch_batches(rows: int, batch_size: int, *, seed: int, epoch: int) -> list[
 def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Group rows of similar length so that rows times longest row stays within `budget` tokens.
 
-    A row longer than the budget gets a microbatch of its own. Longest first, so that the
-    largest allocation comes first. Ties keep their order: the result depends on nothing but
-    the arguments.
+    A row longer than the budget is a microbatch by itself. The longest rows come first, so that the
+    largest allocation does. Ties keep their order, so the result depends only on the arguments.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     groups: list[list[int]] = []
@@ -38,7 +37,7 @@ def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def fill_words(ids: Sequence[int], count: int) -> list[int]:
-    """Exactly `count` ids: the first ones, repeated from the start where there are too few."""
+    """Exactly `count` ids: the first ones, repeated from the start if there are too few."""
     if not ids:
         raise ValueError("no ids to fill from")
     return [ids[n % len(ids)] for n in range(count)]

@@ -1,9 +1,9 @@
-"""Times as exports write them, to epoch milliseconds.
+"""Convert times, in the formats that exports use, to epoch milliseconds.
 
-A number says its own unit by its size: from 1973 on, seconds, milliseconds, microseconds and
-nanoseconds do not overlap, so each value is read by itself and a file may mix them. A number
-below 100 million is no time of anybody's log but a count, and only its order matters: it
-stays what it is.
+The size of a number shows its unit: from 1973 on, the ranges of seconds, milliseconds,
+microseconds and nanoseconds do not overlap. So each value is read by itself, and a file may mix
+units. A number below 100 million is taken as a counter, of which only the order matters, and is
+kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MS = timedelta(milliseconds=1)
 EARLIEST = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MS
 LATEST = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MS
 
-_SECONDS, _MILLIS, _MICROS, _NANOS = 10**8, 10**11, 10**14, 10**17  # the least of each
+_SECONDS, _MILLIS, _MICROS, _NANOS = 10**8, 10**11, 10**14, 10**17  # the smallest of each
 _NUMBER = re.compile(r"[+-]?[0-9]{1,19}(\.[0-9]*)?", re.ASCII)
 # Only the extended form: fromisoformat would also read the digits 20240131 as a date.
 _ISO = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2})([T ].*?)?( ?(?:UTC|GMT)| [+-][0-9:]{3,6})?", re.A)
@@ -35,15 +35,15 @@ _MAIL = re.compile(
 
 
 class EpochMs(int):
-    """Milliseconds of a typed column of times, whose unit is known."""
+    """Milliseconds from a typed column of times, so the unit is known."""
 
 
 def read_time(value: object, notes: Notes | None = None) -> int | None:
-    """Epoch milliseconds, rounded down; None for an empty text or NaT.
+    """Read a time as epoch milliseconds, rounded down; None for empty text or NaT.
 
-    Takes datetimes and dates, ISO 8601, RFC 2822 (all without a zone: UTC), and numbers or
-    their digits: epoch seconds, milliseconds, microseconds or nanoseconds by size.
-    Example: `read_time("2024-05-01 10:00:00 UTC")` is 1714557600000.
+    Accepts datetimes and dates, ISO 8601 and RFC 2822 (all UTC if without a zone), and numbers or
+    their digits: epoch seconds, milliseconds, microseconds or nanoseconds, by size. Raises
+    DataError. Example: `read_time("2024-05-01 10:00:00 UTC")` is 1714557600000.
     """
     if isinstance(value, EpochMs):
         return _in_range(int(value))
@@ -65,12 +65,12 @@ def read_time(value: object, notes: Notes | None = None) -> int | None:
 
 
 def check_time(value: int) -> None:
-    """DataError where milliseconds are outside the years 1 to 9999."""
+    """Raise DataError if milliseconds are outside the years 1 to 9999."""
     _in_range(value)
 
 
 def _scale(value: int | float | Decimal, notes: Notes | None) -> int:
-    # Decimal of a float's text: 1714557600.123 * 1000 would be a hair below.
+    # Decimal of the float's text, because 1714557600.123 * 1000 is slightly too small.
     exact: Any = Decimal(str(value)) if isinstance(value, float) else value
     size: Any = abs(exact)
     if size < _SECONDS or _MILLIS <= size < _MICROS:

@@ -1,7 +1,7 @@
-"""One value of a row at a time: texts, user ids, splits, weights.
+"""Read single values of a row: texts, user ids, splits, weights.
 
-What files hold is read as what it plainly means, whatever type an export gave it; what is
-ambiguous is refused with a short reason that says how to write it.
+A value is read by its plain meaning, whatever type an export gave it. An ambiguous value is
+refused with a short reason that says how to write it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from uuid import UUID
 from ptuning.errors import DataError
 from ptuning.types import Split
 
-Notes = Counter[tuple[str, str]]  # (kind, subject) -> rows: readings that people should know of
+Notes = Counter[tuple[str, str]]  # (kind, subject) -> rows: interpretations worth reporting
 
 SPLIT_NAMES: dict[str, Split] = {
     "train": "train",
@@ -28,11 +28,11 @@ SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-_EXACT = 1 << 53  # whole floats are exact below
+_EXACT = 1 << 53  # floats below this represent integers exactly
 
 
 def read_text(value: object, name: str, *, numbers: bool = False) -> str:
-    """Text, or bytes that are UTF-8; with `numbers`, whole numbers as their digits."""
+    """Read text or UTF-8 bytes, or with `numbers` an integer as digits. Raises DataError."""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -51,9 +51,10 @@ def read_text(value: object, name: str, *, numbers: bool = False) -> str:
 
 
 def read_user_id(value: object, notes: Notes | None = None) -> str:
-    """The id's text: as it is, or of a whole number, a UUID or UTF-8 bytes. Never empty.
+    """Read a user id as text, from text, an integer, a UUID or UTF-8 bytes. Raises DataError.
 
-    A text id is kept byte for byte: blanks at its ends too, and an id of blanks is an id.
+    A text id is kept byte for byte, including leading and trailing blanks; only the empty id is
+    refused.
     """
     if isinstance(value, str):
         text = read_text(value, "user_id")
@@ -79,12 +80,12 @@ def _whole(value: Any) -> int:
         number: Any = value
         if number % 1 == 0 and (isinstance(value, Decimal) or abs(number) < _EXACT):
             return int(value)
-        raise DataError("user_id is a number that is not whole (write it as text)")
+        raise DataError("user_id is not an integer (write it as text)")
     raise DataError(f"user_id is not a string but {kind_of(value)}")
 
 
 def read_split(value: object, notes: Notes | None = None) -> Split | None:
-    """A split by one of its usual names, in any case; None for an empty text."""
+    """Read a split by one of its usual names, in upper or lower case; None for empty text."""
     text = read_text(value, "split").strip()
     if not text:
         return None
@@ -97,7 +98,8 @@ def read_split(value: object, notes: Notes | None = None) -> Split | None:
 
 
 def read_weight(value: object) -> bool:
-    """Whether the row is learned from: its weight is 1 or absent, not 0. Others are refused."""
+    """Whether the row is trained on: its weight is 1 or missing, not 0. Other weights raise
+    DataError."""
     if value is None or value == "":
         return True
     try:
@@ -110,6 +112,6 @@ def read_weight(value: object) -> bool:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in a reason's words."""
+    """A value's type, as a reason names it."""
     names = {"NoneType": "missing", "dict": "an object", "list": "a list"}
     return names.get(type(value).__name__, type(value).__name__)

@@ -1,7 +1,7 @@
-"""What a tuning method is: parameters of one user, and what they become for the attention.
+"""The interface of a tuning method: a user's parameters, and how they become a prefix.
 
-Nothing here knows of training loops: the plain and the packed trainer call the same two
-functions, with U = 1 or U = the pack's size.
+Nothing here depends on a training loop: the plain and the packed trainer call the same functions,
+`initial` and `compile`, with U = 1 or U = the pack's size.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ptuning.model.batch import EMBEDDINGS, Visibility
 from ptuning.model.facts import DECODER, Facts, stack_of
 from ptuning.types import Config
 
-# Where the ids come from whose activations or embeddings a training starts from: nowhere, the
-# user's words (or given ones), tokens drawn from the vocabulary, the user's distinct completions.
+# The source of the ids whose activations or embeddings start a training: none, init words, tokens
+# drawn from the vocabulary, or the user's distinct completions.
 StartIds = Literal["none", "words", "vocab", "labels"]
-# How an ensemble answers: by the mean of its members' log-probabilities, or by their vote.
+# How an ensemble answers: by the mean of its members' log-probabilities, or by a vote.
 Combine = Literal["mean", "vote"]
 
 MAX_VIRTUAL_TOKENS = 1000  # of one prefix; Li and Liang use up to 200
@@ -31,8 +31,8 @@ MAX_VIRTUAL_TOKENS = 1000  # of one prefix; Li and Liang use up to 200
 
 @dataclass
 class Parameters:
-    """One user's parameters by name. `fixed` ones take no gradient; zeros mean the same as none,
-    since users of one pack may differ in whether they begin from something."""
+    """One user's parameters by name. `fixed` tensors take no gradient; they are added, so zeros
+    mean the same as none: in one pack some users may have a start and others not."""
 
     trained: dict[str, Tensor]
     fixed: dict[str, Tensor] = field(default_factory=dict)
@@ -40,20 +40,20 @@ class Parameters:
 
 @dataclass(frozen=True)
 class PeftForm:
-    """What a method's prefixes are in PEFT's files: its name for the kind, and what the adapter's
-    configuration says besides sizes."""
+    """How a method's prefixes are stored in PEFT's files: PEFT's name of the method, and the
+    adapter's settings other than sizes."""
 
     peft_type: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):
-    """A way to tune, and all that is asked of a prefix which it made: who visibility to it, how its
-    members answer, where it stands, what it is in PEFT's files."""
+    """A tuning method, and everything that depends on it in its prefixes: their visibility, how
+    ensemble members are combined, the placement of virtual tokens, the PEFT format."""
 
     @property
     def type(self) -> str:
-        """The name that `method.type` and prefix files give it."""
+        """The method's name in `method.type` and in prefix files."""
         ...
 
     @property
@@ -67,12 +67,12 @@ class Method(Protocol):
 
     @property
     def init_text(self) -> str | None:
-        """Words to start from where the user's rows give none."""
+        """The init words of users whose rows have none."""
         ...
 
     @property
     def layout(self) -> Layout | None:
-        """Where the virtual tokens stand at the input; None: they are keys and values only."""
+        """The placement of virtual tokens at the input; None: they are only keys and values."""
         ...
 
     @property
@@ -80,57 +80,57 @@ class Method(Protocol):
 
     @property
     def members(self) -> int:
-        """Prefixes per user, trained apart and answering together."""
+        """Prefixes per user: an ensemble's members are trained separately and answer together."""
         ...
 
     @property
     def combination(self) -> Combine:
-        """How the members answer together."""
+        """How the members' answers are combined."""
         ...
 
     @property
     def default_learning_rate(self) -> float: ...
 
     def model_dump(self, *, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
-        """The settings."""
+        """The settings, `type` included."""
         ...
 
     def check(self, facts: Facts) -> None:
-        """Raise MethodError where the settings do not fit the backbone."""
+        """Raise MethodError if the settings do not fit the backbone."""
 
     def shapes(self, facts: Facts) -> dict[str, tuple[int, ...]]:
-        """What a prefix of this method is: keys and values by group, as `Facts.kv_shapes` has
-        them, or `{"embeddings": (P, E)}`."""
+        """Shapes of a prefix's tensors: keys and values by group, as from `Facts.kv_shapes`, or
+        `{"embeddings": (P, E)}`."""
         ...
 
     def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
         """One user's parameters before training, fp32.
 
-        `start` is what the prefix is to begin as (activations of words, or a trained prefix): keys
-        and values of all layers or of those that the method has, and `start["embeddings"]`
-        `[P, E]`; None: random.
+        `start` is the initial prefix (activations of init words, or a trained prefix): keys and
+        values of all layers or only of those that the method trains, and `start["embeddings"]`
+        `[P, E]`. None: initialise at random.
         """
         ...
 
     def compile(
         self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
     ) -> dict[str, Tensor]:
-        """Tensors of `shapes` with a leading U, from parameters with one; differentiable."""
+        """The prefixes of U users: tensors of `shapes` with a leading U, from parameters with a
+        leading U; differentiable."""
         ...
 
     def to_peft(self, facts: Facts) -> PeftForm:
-        """What its prefixes are in PEFT's files. Raises WrongMethod where these have no place for
-        them."""
+        """How its prefixes are stored in PEFT's files. Raises WrongMethod if they cannot be."""
         ...
 
 
 class Tuning(Config):
-    """Settings and answers that methods share."""
+    """Settings and defaults that all methods share."""
 
     SECTION: ClassVar[str] = "method"
     ERROR: ClassVar[type[ConfigError]] = MethodError
 
-    if TYPE_CHECKING:  # each method's own, fields or properties
+    if TYPE_CHECKING:  # every method defines these, as fields, properties or methods
 
         @property
         def type(self) -> str: ...
@@ -160,12 +160,12 @@ class Tuning(Config):
         0.0,
         ge=0.0,
         lt=1.0,
-        description="share of a prefix's values that a training step drops, drawn for every row",
+        description="dropout on the prefix's values in training, drawn separately for each row",
     )
     init_text: str | None = Field(
         None,
-        description="text to start from where the user's rows have no init_words; "
-        "none: words of the user's own train rows",
+        description="init words of users whose rows have no init_words; "
+        "none: words of the user's train rows",
     )
 
     @property
@@ -185,20 +185,21 @@ class Tuning(Config):
         return "mean"
 
     def to_peft(self, facts: Facts) -> PeftForm:
-        raise peft_refusal("prefixes of this method", f"method.type={self.type}", "its own methods")
+        raise peft_refusal("prefixes of this method", f"method.type={self.type}", "PEFT's methods")
 
     @classmethod
     def from_peft(cls, peft_type: str, num_virtual_tokens: int, facts: Facts) -> Self | None:
-        """The method of an adapter that PEFT made of this kind; None: another one's."""
+        """This method, as PEFT configures it, for an adapter of type `peft_type`; None if the type
+        is another method's."""
         return None
 
 
 class InputTuning(Tuning):
-    """What methods share whose virtual tokens stand at the input only."""
+    """Base of methods whose virtual tokens are only at the input."""
 
     @property
     def visibility(self) -> Visibility:
-        return Visibility(windowed=True)  # they are tokens like others
+        return Visibility(windowed=True)  # virtual tokens at the input are tokens like others
 
     def check(self, facts: Facts) -> None:
         check_virtual_tokens(self, facts)
@@ -209,16 +210,16 @@ class InputTuning(Tuning):
 
 
 class KeysAndValuesTuning(Tuning):
-    """What methods share whose prefixes are keys and values inside attention; as it stands, keys
-    and values of every layer that are trained directly."""
+    """Base of methods whose prefixes are keys and values. By default the keys and values of every
+    layer are trained directly."""
 
     num_virtual_tokens: int = Field(
         16, ge=1, le=MAX_VIRTUAL_TOKENS, description="P, virtual tokens of a prefix (1-1000)"
     )
     init: Literal["words", "random"] = Field(
         "words",
-        description="start from the activations of real words (init_words of the user's rows, "
-        "else method.init_text, else words of their train rows) or at random",
+        description="words: start from the activations of init words (init_words of the user's "
+        "rows, or method.init_text, or words of their train rows); random: start at random",
     )
 
     @property
@@ -238,8 +239,8 @@ class KeysAndValuesTuning(Tuning):
     def start_values(
         self, facts: Facts, start: dict[str, Tensor] | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """What a prefix begins as, of its shapes, fp32: as `start`, else random with deviation
-        0.02: unit deviation (as torch's Embedding) starts far above the base model's loss."""
+        """Initial keys and values, fp32: those of `start`, or random with standard deviation 0.02.
+        With deviation 1 (as torch's Embedding) the loss would start far above the base model's."""
         check_start(self, start)
         shapes = self.shapes(facts)
         if start is None:
@@ -247,7 +248,7 @@ class KeysAndValuesTuning(Tuning):
                 name: 0.02 * torch.randn(shape, generator=generator)
                 for name, shape in shapes.items()
             }
-        # The top layers of what may be all of a group's.
+        # `start` may have all layers of a group; take the top ones.
         return {
             name: start[name][-shape[0] :].detach().float().cpu().clone()
             for name, shape in shapes.items()
@@ -269,18 +270,18 @@ class KeysAndValuesTuning(Tuning):
 
 
 def check_start(method: Method, start: dict[str, Tensor] | None) -> None:
-    """Raise MethodError where a method that starts from words was given none."""
+    """Raise MethodError if a method that starts from words was given none."""
     if start is None and method.start_ids != "none":
         raise MethodError(
             "the training starts from words, but none were given",
-            seen="no words",
-            expected="activations of words, or method.init=random",
+            seen="no init words",
+            expected="activations of init words, or method.init=random",
             fix="set method.init_text, give the user train rows, or set method.init=random",
         )
 
 
 def check_virtual_tokens(method: Method, facts: Facts) -> None:
-    """Raise MethodError where the backbone has no positions left beside the virtual tokens."""
+    """Raise MethodError if the virtual tokens leave none of the backbone's positions free."""
     limit, count = facts.max_positions, method.num_virtual_tokens
     if limit is not None and count >= limit:
         raise MethodError(
@@ -292,23 +293,23 @@ def check_virtual_tokens(method: Method, facts: Facts) -> None:
 
 
 def check_embeddings(facts: Facts) -> None:
-    """Raise MethodError where virtual tokens cannot stand at the backbone's input."""
+    """Raise MethodError if the backbone does not accept virtual tokens at its input."""
     if not facts.takes_embeddings:
         raise MethodError(
-            "the backbone takes no embeddings, so virtual tokens cannot stand at its input",
+            "the backbone accepts no input embeddings, so it cannot take virtual tokens there",
             seen="a model whose forward has no `inputs_embeds`",
-            expected="method.type=prefix, whose virtual tokens live inside attention",
+            expected="method.type=prefix, whose virtual tokens are keys and values",
             fix="use method.type=prefix or another backbone",
         )
 
 
-# PEFT's names of its kinds.
+# PEFT's names of its methods.
 PEFT_PREFIX, PEFT_PROMPT, PEFT_PTUNING = "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"
 
 
 def check_peft_keys(method: Method, facts: Facts) -> None:
-    """Raise WrongMethod unless PEFT can hold keys and values as this method makes them: of every
-    layer of the decoder's self-attention, all of one shape, which the whole prompt attends to."""
+    """Raise WrongMethod unless PEFT can store this method's keys and values: they must be of every
+    layer of the decoder's self-attention, all of the same shape, and visible to the full prompt."""
     shapes, groups = method.shapes(facts), facts.stacks[DECODER].groups
     stacks = sorted({stack_of(name) for name in shapes})
     if stacks != [DECODER]:
@@ -330,7 +331,7 @@ def check_peft_keys(method: Method, facts: Facts) -> None:
         )
     if method.visibility.infix:
         raise peft_refusal(
-            "virtual tokens that the prompt does not see",
+            "virtual tokens that the prompt does not attend to",
             "method.placement=infix",
             "prefix",
             "method.placement=prefix",
@@ -338,8 +339,8 @@ def check_peft_keys(method: Method, facts: Facts) -> None:
 
 
 def check_peft_embeddings(method: Method) -> None:
-    """Raise WrongMethod unless PEFT can hold virtual tokens at the input as this method places
-    them: all in front, none beside them, of one member."""
+    """Raise WrongMethod unless PEFT can store this method's virtual tokens at the input: they must
+    all come first, without text among them, and without an ensemble."""
     if method.members > 1:
         raise peft_refusal(
             "an ensemble", f"method.ensemble={method.members}", 1, "method.ensemble=1"
@@ -347,15 +348,15 @@ def check_peft_embeddings(method: Method) -> None:
     layout = method.layout
     if layout is None or layout.after or any(isinstance(part, str) for part in layout.before):
         raise peft_refusal(
-            "virtual tokens that are not all in front, nor words beside them",
+            "virtual tokens that are not all in front, or text beside them",
             None if layout is None else layout.text,
             front(method.num_virtual_tokens).text,
-            "that template",
+            "that layout",
         )
 
 
 def peft_refusal(what: str, seen: object, expected: object, fix: str = "") -> WrongMethod:
-    """PEFT's files have no place for something."""
+    """The error for something that PEFT's files cannot store."""
     return WrongMethod(
         f"PEFT cannot hold {what}",
         seen=seen,

@@ -1,7 +1,7 @@
-"""The registered methods by the name that `method.type` gives them.
+"""The registered methods, by their name in `method.type`.
 
-A program can register methods of its own with `register`, before it loads a configuration or a
-prefix that names them.
+A program can add methods with `register`, before it loads a configuration or a prefix that names
+them.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from ptuning.methods.base import Tuning
 
 METHODS: dict[str, type[Tuning]] = {}
 
-Kind = TypeVar("Kind", bound=Tuning)
+T = TypeVar("T", bound=Tuning)
 
 
-def type_of(kind: type[Tuning]) -> str:
+def type_of(method: type[Tuning]) -> str:
     """The name of a method in settings."""
-    return str(kind.model_fields["type"].default)
+    return str(method.model_fields["type"].default)
 
 
-def register(kind: type[Kind]) -> type[Kind]:
-    """Make a method known by its `type`; a decorator. Raises MethodError where another has it."""
-    name = type_of(kind)
-    if METHODS.get(name, kind) is not kind:
+def register(method: type[T]) -> type[T]:
+    """A class decorator that registers a method under its `type`. Raises MethodError if another
+    method has that type."""
+    name = type_of(method)
+    if METHODS.get(name, method) is not method:
         raise MethodError(
-            "two tuning methods have one name",
-            seen=f"{name}: {METHODS[name].__name__} and {kind.__name__}",
-            expected="a type of its own for each",
-            fix=f"give {kind.__name__} another type",
+            "two tuning methods have the same name",
+            seen=f"{name}: {METHODS[name].__name__} and {method.__name__}",
+            expected="a different type for each",
+            fix=f"give {method.__name__} another type",
         )
-    METHODS[name] = kind
-    return kind
+    METHODS[name] = method
+    return method
 
 
 for _name, _file in REGISTERED.items():
@@ -45,12 +46,12 @@ for _name, _file in REGISTERED.items():
 
 
 def default_method() -> Tuning:
-    """The method that is used where none is named, with its default settings."""
+    """The default method, with its default settings."""
     return METHODS[DEFAULT]()
 
 
 def parse_method(settings: object) -> Tuning:
-    """A method from its settings, `type` among them. Raises MethodError.
+    """Make a method from its settings, including `type`. Raises MethodError.
 
     >>> parse_method({"type": "prompt", "ensemble": 2}).members
     2
@@ -58,16 +59,16 @@ def parse_method(settings: object) -> Tuning:
     if isinstance(settings, Tuning):
         return settings
     name = settings.get("type") if isinstance(settings, Mapping) else settings
-    kind = METHODS.get(name) if isinstance(name, str) else None
-    if kind is None:
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
         raise MethodError(
             "no such tuning method",
             seen=f"method.type={name!r}",
             expected=", ".join(METHODS),
             fix="use one of these",
         )
-    return kind.model_validate(settings)
+    return method.model_validate(settings)
 
 
-# The type of a configuration's field that holds any registered method.
+# The type of a configuration field for any registered method.
 AnyMethod = Annotated[SerializeAsAny[Tuning], PlainValidator(parse_method)]

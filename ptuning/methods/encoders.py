@@ -1,8 +1,8 @@
 """Reparameterising encoders of U users at once: every weight has a leading U.
 
-The shapes and initial distributions are torch.nn.Linear's, torch.nn.LSTM's and
-torch.nn.Embedding's, with weights stored `[in, out]`, so that one batched product does all
-users. Tests hold them equal to torch's own modules.
+Shapes and initial distributions are those of torch.nn.Linear, torch.nn.LSTM and
+torch.nn.Embedding, except that weights are stored `[in, out]`, so one batched product serves all
+users. Tests compare them with torch's modules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def uniform(shape: tuple[int, ...], fan: int, generator: torch.Generator) -> Tensor:
-    """U(-1/sqrt(fan), 1/sqrt(fan)): torch's initial Linear (fan_in) and LSTM (hidden size)."""
+    """U(-1/sqrt(fan), 1/sqrt(fan)), as torch initialises Linear (fan_in) and LSTM (hidden size)."""
     bound = 1.0 / math.sqrt(fan)
     return (2.0 * torch.rand(shape, generator=generator) - 1.0) * bound
 
@@ -30,7 +30,7 @@ def initial_linear(
 
 
 def linear(parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """`[U, P, out]` of `x` `[U, P, in]`."""
+    """Apply a linear layer: `x` `[U, P, in]` to `[U, P, out]`."""
     return torch.baddbmm(parameters[f"b{name}"].unsqueeze(1), x, parameters[f"w{name}"])
 
 
@@ -53,8 +53,8 @@ def initial_lstm(
 
 
 def lstm(parameters: dict[str, Tensor], layers: int, x: Tensor) -> Tensor:
-    """Bidirectional LSTM (Hochreiter and Schmidhuber 1997, with forget gates): `[U, P, 2h]` of
-    `x` `[U, P, in]`."""
+    """Apply a bidirectional LSTM (Hochreiter and Schmidhuber 1997, with forget gates): `x`
+    `[U, P, in]` to `[U, P, 2h]`."""
     for layer in range(layers):
         halves = [
             _direction(parameters, f"lstm{layer}.forward", x),
@@ -77,8 +77,8 @@ def _direction(parameters: dict[str, Tensor], key: str, x: Tensor) -> Tensor:
             hidden.unsqueeze(1),
             parameters[f"{key}.w_hh"],
         ).squeeze(1)
-        enter, forget, new, leave = (from_input[:, step] + recurrent).chunk(4, dim=-1)
-        cell = torch.sigmoid(forget) * cell + torch.sigmoid(enter) * torch.tanh(new)
-        hidden = torch.sigmoid(leave) * torch.tanh(cell)
+        input_gate, forget, new, output_gate = (from_input[:, step] + recurrent).chunk(4, dim=-1)
+        cell = torch.sigmoid(forget) * cell + torch.sigmoid(input_gate) * torch.tanh(new)
+        hidden = torch.sigmoid(output_gate) * torch.tanh(cell)
         outputs.append(hidden)
     return torch.stack(outputs, dim=1)

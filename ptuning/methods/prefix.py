@@ -1,10 +1,10 @@
-"""Prefix Tuning (Li and Liang 2021): trained keys and values before every layer's own.
+"""Prefix Tuning (Li and Liang 2021): trained keys and values in front of each layer's.
 
-With `encoder_hidden_size` the keys and values come out of an MLP over a trainable matrix
-`[P, E]`, as in the paper; the MLP is dropped after training. Without it they are trained
-directly. The default was measured (infra/decisions.md): direct, from the activations of
-the user's own words. The paper's ablations are settings: embedding-only (`layers:
-embedding`), infix (`placement: infix`), the top layers only (`layers: K`).
+With `encoder_hidden_size` an MLP computes the keys and values from a trainable matrix `[P, E]`,
+as in the paper; the MLP is dropped after training. Without it they are trained directly. The
+default was chosen by measurement (infra/decisions.md): direct, starting from the activations of
+the user's words. The paper's ablations are settings: embedding-only (`layers: embedding`), infix
+(`placement: infix`) and the top layers only (`layers: K`).
 """
 
 from __future__ import annotations
@@ -36,48 +36,48 @@ Stack = Literal["encoder", "decoder", "cross"]
 
 
 class PrefixTuning(KeysAndValuesTuning):
-    """Settings of Prefix Tuning, and the method itself."""
+    """Prefix Tuning: its settings and its implementation."""
 
     type: Literal["prefix"] = Field(
-        "prefix", description="prefix (keys and values before every layer's own)"
+        "prefix", description="prefix (keys and values in front of each layer's)"
     )
     encoder_hidden_size: int | None = Field(
         None,
         ge=1,
         description="hidden size of the reparameterising MLP (512 in the paper); "
-        "none trains keys and values directly",
+        "none: train keys and values directly",
     )
     encoder_input: Literal["embedding", "keys"] = Field(
         "embedding",
-        description="width of the matrix that the MLP reads: the input embedding's, or one "
-        "layer's keys' (as PEFT has it)",
+        description="width of the matrix that the MLP reads: that of the input embeddings, or of "
+        "one layer's keys (as in PEFT)",
     )
     init: Literal["words", "random"] = Field(
         "words",
-        description="start from the activations of real words (init_words of the user's rows, "
-        "else method.init_text, else words of their train rows) or at random; with an MLP, words "
-        "are what its output is added to, and its last layer starts at zero",
+        description="words: start from the activations of init words (init_words of the user's "
+        "rows, or method.init_text, or words of their train rows); random: start at random; with "
+        "an MLP and words, its output is added to the activations and its last layer starts at 0",
     )
     layers: Literal["all", "embedding"] | Annotated[int, Field(ge=1, strict=True)] = Field(
         "all",
-        description="layers with a prefix: all, the top K (nothing below is back-propagated "
-        "through), or embedding (virtual tokens at the input only)",
+        description="layers with a prefix: all, the top K (the backward pass stops below them), or "
+        "embedding (virtual tokens at the input only)",
     )
     placement: Literal["prefix", "infix"] = Field(
         "prefix",
-        description="prefix: every token sees the virtual tokens; infix: only the completion does, "
-        "and, of keys and values, the prompt's last token",
+        description="prefix: every token attends to the virtual tokens; infix: only the completion "
+        "does and, with keys and values, the prompt's last token",
     )
     sliding_window: Literal["ignore", "respect"] = Field(
         "ignore",
-        description="in layers with a sliding window: ignore (every token attends to the keys and "
-        "values) or respect (only tokens within the window do, as PEFT and engines with a cache "
-        "compute it); virtual tokens at the input are tokens like others",
+        description="in layers with a sliding window: ignore (every token attends to the prefix's "
+        "keys and values) or respect (only tokens within the window do, as in PEFT and in engines "
+        "with a cache); virtual tokens at the input are always subject to it",
     )
     stacks: Annotated[tuple[Stack, ...], Field(min_length=1)] | None = Field(
         None,
-        description="stacks with a prefix, of an encoder-decoder model: encoder, decoder, cross; "
-        "none: every one it has",
+        description="stacks of an encoder-decoder model with a prefix: encoder, decoder, cross; "
+        "none: all of them",
     )
 
     @property
@@ -93,7 +93,7 @@ class PrefixTuning(KeysAndValuesTuning):
     @property
     def visibility(self) -> Visibility:
         if self.embedding_only:
-            return Visibility(windowed=True)  # they are tokens like others
+            return Visibility(windowed=True)  # virtual tokens at the input are tokens like others
         return Visibility(
             infix=self.placement == "infix", windowed=self.sliding_window == "respect"
         )
@@ -102,7 +102,7 @@ class PrefixTuning(KeysAndValuesTuning):
     def default_learning_rate(self) -> float:
         if self.encoder_hidden_size is not None:
             return 3e-4
-        return 3e-2 if self.embedding_only else 2e-2  # embeddings alone: as Prompt Tuning
+        return 3e-2 if self.embedding_only else 2e-2  # embeddings only: as in Prompt Tuning
 
     def check(self, facts: Facts) -> None:
         super().check(facts)
@@ -110,11 +110,11 @@ class PrefixTuning(KeysAndValuesTuning):
             check_embeddings(facts)
         if facts.decoder_start_id is not None and self.placement == "infix":
             raise MethodError(
-                "an infix stands between prompt and completion, which an encoder-decoder model "
-                "reads apart",
+                "an encoder-decoder model reads prompt and completion separately, so there is no "
+                "place for an infix",
                 seen="method.placement=infix",
                 expected="prefix",
-                fix="leave method.placement out, or use a causal backbone",
+                fix="omit method.placement, or use a causal backbone",
             )
         for stack in self.stacks or ():
             if stack not in facts.stacks:
@@ -122,7 +122,7 @@ class PrefixTuning(KeysAndValuesTuning):
                     "the backbone has no such stack",
                     seen=f"method.stacks: {stack}",
                     expected=", ".join(facts.stacks),
-                    fix="leave method.stacks out to use every stack the backbone has",
+                    fix="omit method.stacks to use every stack of the backbone",
                 )
         fewest = min(facts.stacks[stack].layers for stack in self._stacks(facts))
         if isinstance(self.layers, int) and self.layers > fewest:
@@ -130,7 +130,7 @@ class PrefixTuning(KeysAndValuesTuning):
                 "more layers with a prefix than the backbone has",
                 seen=f"method.layers={self.layers}",
                 expected=f"1 to {fewest}, all or embedding",
-                fix="set method.layers=all, or to fewer",
+                fix="set method.layers=all, or use fewer layers",
             )
 
     def _stacks(self, facts: Facts) -> tuple[str, ...]:
@@ -143,8 +143,8 @@ class PrefixTuning(KeysAndValuesTuning):
         return facts.kv_shapes(self.num_virtual_tokens, self._stacks(facts), depth)
 
     def initial(self, facts: Facts, start: dict[str, Tensor] | None, seed: int) -> Parameters:
-        """See `Method.initial`. An MLP begins as torch's modules do; words are what its output is
-        added to."""
+        """See `Method.initial`. An MLP is initialised as torch's modules are; with words, its
+        output is added to their activations."""
         if self.encoder_hidden_size is None:
             return super().initial(facts, start, seed)
         generator = torch.Generator().manual_seed(seed)
@@ -165,7 +165,7 @@ class PrefixTuning(KeysAndValuesTuning):
         return Parameters(trained, {f"start.{name}": values for name, values in given.items()})
 
     def _by_stack(self, facts: Facts) -> dict[str, dict[str, tuple[int, ...]]]:
-        """The prefix's shapes by stack: an MLP makes all groups of one."""
+        """The prefix's shapes by stack: one MLP computes all groups of a stack."""
         by_stack: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, shape in self.shapes(facts).items():
             by_stack.setdefault(stack_of(name), {})[name] = shape
@@ -205,7 +205,7 @@ class PrefixTuning(KeysAndValuesTuning):
 
     @classmethod
     def from_peft(cls, peft_type: str, num_virtual_tokens: int, facts: Facts) -> Self | None:
-        """PEFT's prefix leaves a sliding window, and is the decoder's alone."""
+        """PEFT's prefix respects sliding windows, and only the decoder has one."""
         if peft_type != PEFT_PREFIX:
             return None
         stacks = None if facts.decoder_start_id is None else (DECODER,)
@@ -216,8 +216,8 @@ _MLP = ("embedding", "w1", "b1", "w2", "b2")
 
 
 def _unflatten(flat_UPO: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Keys and values by group `[U, Lg, H, P, D]` of an MLP's output: group by group, in each
-    layer by layer, keys before values (as PEFT orders them)."""
+    """Split an MLP's output into keys and values by group, `[U, Lg, H, P, D]`. The output is
+    ordered by group, then by layer, keys before values (as in PEFT)."""
     tensors, at = {}, 0
     names = list(shapes)
     for keys, values in zip(names[::2], names[1::2], strict=True):

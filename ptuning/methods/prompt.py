@@ -1,7 +1,7 @@
 """Prompt Tuning (Lester, Al-Rfou and Constant 2021): trained embeddings before the input.
 
-Nothing but `[P, E]` values per user, no encoder. Several prompts per user (`ensemble`) are
-trained apart from their own seeds and answer together (paper, section 6).
+A user has just `[P, E]` values, without an encoder. Several prompts per user (`ensemble`) are
+trained separately from different seeds and answer together (paper, section 6).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ptuning.model.facts import Facts
 
 
 class PromptTuning(InputTuning):
-    """Settings of Prompt Tuning, and the method itself."""
+    """Prompt Tuning: its settings and its implementation."""
 
     type: Literal["prompt"] = Field("prompt", description="prompt (embeddings before the input)")
     num_virtual_tokens: int = Field(
@@ -37,18 +37,18 @@ class PromptTuning(InputTuning):
     )
     init: Literal["text", "vocab", "labels", "random"] = Field(
         "text",
-        description="start from the embeddings of words (init_words of the user's rows, else "
-        "method.init_text, else words of their train rows), of tokens drawn from the "
-        "vocabulary, of the user's distinct completions (class labels, each the mean of its "
-        "tokens), or from uniform random values",
+        description="text: start from the embeddings of init words (init_words of the user's "
+        "rows, or method.init_text, or words of their train rows); vocab: of tokens drawn from the "
+        "vocabulary; labels: of the user's distinct completions (class labels, each the mean of "
+        "its tokens); random: from uniform random values",
     )
     ensemble: int = Field(
-        1, ge=1, le=16, description="prompts per user, trained apart and answering together"
+        1, ge=1, le=16, description="prompts per user, trained separately and answering together"
     )
     combine: Combine = Field(
         "mean",
-        description="how an ensemble answers: by the mean of the log-probabilities at each token, "
-        "or by a vote: each member answers alone, and the commonest answer is given",
+        description="how an ensemble answers: mean: by the mean of the members' log-probabilities "
+        "at each token; vote: each member answers alone and the most common answer is returned",
     )
 
     @property

@@ -1,9 +1,8 @@
-"""P-Tuning (Liu et al. 2021): trained embeddings at any place of a template.
+"""P-Tuning (Liu et al. 2021): trained embeddings at any place of a prompt template.
 
-The virtual tokens' embeddings come out of a prompt encoder, a bidirectional LSTM with an MLP
-or an MLP alone, over a trainable matrix `[P, E]` (paper, section 3.2); the encoder is dropped
-after training. Words in the template are anchors. Where the virtual tokens stand is kept in
-the prefix file.
+A prompt encoder (a bidirectional LSTM with an MLP, or just an MLP) computes the virtual tokens'
+embeddings from a trainable matrix `[P, E]` (paper, section 3.2); it is dropped after training.
+Text in the template is kept as anchor tokens. The prefix file records the template.
 """
 
 from __future__ import annotations
@@ -32,21 +31,21 @@ from ptuning.model.facts import Facts
 
 
 class PTuning(InputTuning):
-    """Settings of P-Tuning, and the method itself."""
+    """P-Tuning: its settings and its implementation."""
 
     type: Literal["ptuning"] = Field(
-        "ptuning", description="ptuning (embeddings at any place of a template)"
+        "ptuning", description="ptuning (embeddings at any place of a prompt template)"
     )
     template: str = Field(
         "{p:8}{prompt}{p:8}{completion}",
-        description="where virtual tokens stand: {p:N} is N of them, {prompt} the whole encoded "
-        "prompt (a chat template's tokens too), other text is kept as it is (anchors), "
-        "{completion} ends it",
+        description="placement of virtual tokens: {p:N} is N of them, {prompt} the encoded prompt "
+        "(with the chat template's tokens), other text is kept (anchor tokens), and {completion} "
+        "comes last",
     )
     encoder: Literal["lstm", "mlp", "none"] = Field(
         "mlp",
-        description="prompt encoder: bidirectional LSTM with an MLP, an MLP, or none (the "
-        "embeddings themselves are trained)",
+        description="prompt encoder: a bidirectional LSTM with an MLP, an MLP, or none (the "
+        "embeddings are trained directly)",
     )
     encoder_hidden_size: int = Field(
         256, ge=1, description="hidden size of the prompt encoder (of each LSTM direction)"
@@ -54,8 +53,8 @@ class PTuning(InputTuning):
     encoder_num_layers: int = Field(2, ge=1, le=8, description="layers of the LSTM")
     init: Literal["words", "random"] = Field(
         "words",
-        description="start from the embeddings of real words (as method.type=prompt does), to "
-        "which an encoder's output is added from zero on, or at random",
+        description="words: start from the embeddings of init words (as method.type=prompt does); "
+        "an encoder's output, initially 0, is added to them; random: start at random",
     )
 
     @field_validator("template")
@@ -63,7 +62,7 @@ class PTuning(InputTuning):
     def _can_be_read(cls, text: str) -> str:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise MethodError(
-                "the template of virtual tokens is no Unicode text",
+                "method.template is not valid Unicode",
                 seen=ascii(text),
                 expected="text without lone surrogates",
                 fix="write method.template in UTF-8",
@@ -127,8 +126,8 @@ class PTuning(InputTuning):
     def compile(
         self, trained: dict[str, Tensor], fixed: dict[str, Tensor], facts: Facts
     ) -> dict[str, Tensor]:
-        """h_i = MLP([LSTM_forward(h_0..i) : LSTM_backward(h_i..m)]) (paper, equation 7), or the
-        MLP alone."""
+        """h_i = MLP([LSTM_forward(h_0..i) : LSTM_backward(h_i..m)]) (paper, equation 7), or just
+        the MLP."""
         if self.encoder == "none":
             return {EMBEDDINGS: trained[EMBEDDINGS]}
         x = trained["embedding"]

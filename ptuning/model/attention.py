@@ -1,11 +1,11 @@
-"""The one place where a prefix meets the model: the attention function that layers call.
+"""The attention function through which a prefix enters the model.
 
-Transformers calls a registered attention function in every attention layer and hands down the
-keyword arguments of `model(...)`. Ours reads, from the plan of the call (attention_plan.py), the
-tensors of its layer: virtual keys and values to put before the row's, and the mask over both. It
-decides nothing and changes nothing. Transformers makes no mask of its own for it, since no mask
-function is registered under its name. What is traded: a model that does not use the interface is
-refused rather than silently run without a prefix.
+Transformers calls a registered attention function in every attention layer and passes it the
+keyword arguments of `model(...)`. Ours reads its layer's tensors from the call's plan
+(attention_plan.py): virtual keys and values to put before the row's, and the mask over both. It
+makes no decisions and keeps no state. Transformers builds no mask for it, because no mask
+function is registered under its name. The trade-off: a model that does not use this interface is
+refused rather than silently run without its prefix.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Plan(Protocol):
-    """What layers read their inputs from: an AttentionPlan, or one that takes notes as well."""
+    """Gives each layer its inputs: an AttentionPlan, or a wrapper that also records the reads."""
 
     @property
     def positions(self) -> Tensor | None: ...
 
     def read(self, layer: AttentionLayer, key: Tensor, value: Tensor) -> AttentionInputs:
-        """The inputs of a layer that has these keys and values of its own, `[R, H, S, D]`."""
+        """The inputs of a layer; `key` and `value`, `[R, H, S, D]`, are those of the row."""
         ...
 
 
 class Capture:
-    """A plan that keeps what passes: the keys and values of every layer, and the embeddings."""
+    """A plan that records the keys and values of every layer, and the input embeddings."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         self._plan = plan
@@ -56,7 +56,7 @@ class Capture:
 
 
 class EntryCheck:
-    """A plan that counts which layers took their inputs."""
+    """A plan that records which layers read their inputs."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         self._plan = plan
@@ -68,8 +68,12 @@ class EntryCheck:
         return self._plan.read(layer, key, value)
 
     def verify(self) -> None:
-        """Raise UnsupportedModel unless every layer of the call took its inputs."""
-        planned = {(stack, n) for stack, own in self._plan.layers.items() for n in range(len(own))}
+        """Raise UnsupportedModel unless every layer of the call read its inputs."""
+        planned = {
+            (stack, number)
+            for stack, layers in self._plan.layers.items()
+            for number in range(len(layers))
+        }
         if self._entered != planned:
             raise UnsupportedModel(
                 "the prefix did not enter every attention layer",
@@ -80,12 +84,12 @@ class EntryCheck:
 
 
 def mark_layer(module: nn.Module, layer: AttentionLayer) -> None:
-    """Tell an attention module which layer it is: encoder and decoder share layer indices."""
+    """Mark an attention module with its layer; its `layer_idx` is not unique across stacks."""
     setattr(module, _LAYER, layer)
 
 
 def find_layer(module: nn.Module) -> AttentionLayer | None:
-    """The layer that `mark_layer` made of a module, if it did."""
+    """The layer that a module was marked with, or None."""
     layer: AttentionLayer | None = getattr(module, _LAYER, None)
     return layer
 
@@ -96,7 +100,7 @@ def _layer_of(module: nn.Module) -> AttentionLayer:
         raise UnsupportedModel(
             "an attention module was called that was not there when the backbone was loaded",
             seen=type(module).__name__,
-            fix="load the backbone anew",
+            fix="reload the backbone",
         )
     return layer
 
@@ -107,13 +111,13 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
         query: Tensor,  # [R, heads, T, D]
         key: Tensor,  # [R, H, S, Dk]
         value: Tensor,  # [R, H, S, Dv]
-        attention_mask: Tensor | None,  # the model's own: none was made
+        attention_mask: Tensor | None,  # from the model, which makes none
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         plan: Plan | None = kwargs.pop(PLAN, None)
         if plan is None:
             raise UnsupportedModel(
-                "the model was called without a plan of its attention",
+                "the model was called without an attention plan",
                 seen=type(module).__name__,
                 fix="call it through the backbone's methods",
             )
@@ -121,7 +125,7 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
         if inputs.keys is not None and inputs.values is not None:
             key = torch.cat([inputs.keys, key], dim=2)
             value = torch.cat([inputs.values, value], dim=2)
-        if inputs.bias is not None:  # the layer's own is [1, heads, T, S]
+        if inputs.bias is not None:  # the layer's is [1, heads, T, S]
             kwargs["position_bias"] = torch.cat([inputs.bias, kwargs["position_bias"]], dim=-1)
         return base(module)(module, query, key, value, inputs.mask, **kwargs)
 
@@ -129,7 +133,7 @@ def _with_prefix(base: Callable[[nn.Module], AttentionFunction]) -> AttentionFun
 
 
 def eager_of(module: nn.Module) -> AttentionFunction:
-    """The eager attention of the model's own file: exact for soft caps, sinks and biases."""
+    """The eager attention from the model's source file: exact for soft caps, sinks and biases."""
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
         raise UnsupportedModel(
@@ -149,7 +153,7 @@ BASES: dict[str, Callable[[nn.Module], AttentionFunction]] = {"eager": eager_of,
 
 
 def implementation(kind: str) -> str:
-    """The name to load a model with (`attn_implementation=`); registers it at first use."""
+    """Register a kind of attention and return its name, for `attn_implementation=`."""
     if kind not in KINDS:
         raise ValueError(f"attention is one of {KINDS}, not {kind!r}")
     name = f"ptuning_{kind}"
@@ -158,8 +162,8 @@ def implementation(kind: str) -> str:
 
 
 def kind_of(model: Any) -> str:
-    """The kind of attention that a model was loaded with. Raises UnsupportedModel where it does
-    not use this library's (any more), so that a prefix would silently stay out."""
+    """The kind of attention that a model uses. Raises UnsupportedModel if it is not (or no longer)
+    this library's, since a prefix would then have no effect."""
     name = str(getattr(model.config.get_text_config(), "_attn_implementation", None))
     kind = name.removeprefix("ptuning_")
     if name == kind or kind not in KINDS:
@@ -173,5 +177,5 @@ def kind_of(model: Any) -> str:
 
 
 def mask_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
-    """Transformers' eager attention adds its mask to the scores, SDPA takes a boolean one."""
+    """Transformers' eager attention adds its mask to the scores; SDPA takes a boolean mask."""
     return dtype if kind == "eager" else torch.bool

@@ -1,12 +1,11 @@
-"""Plan a call's attention before the model is called: masks, positions, and who sees a prefix.
+"""Plan a call's attention before the model is called: masks, positions and prefix visibility.
 
-Everything here is a pure function of the rows' tokens, their prefixes and the model's layers. Real
-tokens of a row are numbered from 0, its virtual ones -P_r..-1, wherever they lie: in columns put
-before the keys, or in the first columns of a cache. Masks then compare numbers and nothing else,
-so that training, generation and the service's slots share every line, and padding on either side
-is no matter.
+Everything here is a pure function of the rows' tokens, their prefixes and the model's layers. A
+row's real tokens are numbered from 0 and its virtual tokens -P_r..-1, whether these are columns
+put before the keys or the first columns of a cache. Masks only compare numbers, so training,
+generation and the service's slots share the same code, and rows may be padded on either side.
 
-What is traded: masks are always materialised, one for all layers that see alike.
+The trade-off: masks are always materialised, one for all layers with the same visibility.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ from ptuning.model.facts import CROSS, DECODER, ENCODER
 
 
 class Reach(NamedTuple):
-    """Which tokens a layer lets each token attend to: those at most `back` tokens before it and
-    `ahead` after it, in the same chunk of `chunk` tokens. None: no limit."""
+    """How far a layer's attention reaches: at most `back` tokens before the query and `ahead`
+    after it, within the same chunk of `chunk` tokens. None: no limit."""
 
     back: int | None = None
     ahead: int | None = None
     chunk: int | None = None
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Bool, of the shape to which the two tensors of real tokens' numbers broadcast."""
+        """Whether each query attends to each key, given the numbers of real tokens: bool, of the
+        broadcast shape."""
         conditions = []
         if self.back is not None:
             conditions.append(queries - keys <= self.back)
@@ -50,8 +50,8 @@ class AttentionLayer(NamedTuple):
     """One attention layer of a model, number `number` of `layers` in its stack.
 
     `bias`, `[heads, N]`: the relative-position bias of each head for a virtual token n positions
-    before the query, clamped at N-1; zeros `[heads, 1]` where virtual tokens stand nowhere.
-    None where the layer takes no bias.
+    before the query, clamped at N-1; zeros `[heads, 1]` if virtual tokens have no position.
+    None if the layer takes no bias.
     """
 
     stack: str
@@ -62,14 +62,14 @@ class AttentionLayer(NamedTuple):
 
     @property
     def below_top(self) -> int:
-        """How many layers stand above it."""
+        """How many layers are above it."""
         return self.layers - 1 - self.number
 
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """A model's attention layers by stack, in order, and the dtype of its masks: bool, True where
-    a token attends, or that of the scores to which they are added."""
+    """A model's attention layers by stack, in order, and the dtype of its masks: bool (True: the
+    token attends), or the dtype of the scores that an additive mask is added to."""
 
     layers: Mapping[str, tuple[AttentionLayer, ...]]
     mask_dtype: torch.dtype
@@ -77,11 +77,11 @@ class AttentionFacts:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one stack's call, by their numbers.
+    """The tokens in a call of one stack, by number.
 
-    `queries`, Long `[R, T]`: the new ones; `keys`, Long `[R, S]`: those in the key columns, new
-    ones included, and virtual ones where these lie in the columns already (`cached`). `real`,
-    bool `[R, S]`: False where a column is padding; None: nothing is that could be seen.
+    `queries`, Long `[R, T]`: the new tokens. `keys`, Long `[R, S]`: the tokens in the key columns,
+    new ones included; with `cached`, virtual tokens are among them. `real`, bool `[R, S]`: False
+    where a column is padding; None: no query can attend to padding.
     """
 
     queries: Tensor
@@ -91,15 +91,15 @@ class Tokens:
 
     @classmethod
     def of_mask(cls, mask: Tensor, new: int) -> Tokens:
-        """Of a mask Long `[R, S]` over old and new tokens, the last `new` of which are new."""
-        # Padding gets any valid number.
+        """From a mask, Long `[R, S]`, over all tokens; the last `new` columns are new."""
+        # The number given to padding does not matter, as long as it is valid.
         numbers = (mask.cumsum(-1) - 1).clamp_min(0)
         return cls(numbers[:, -new:], numbers, mask.bool())
 
     @classmethod
     def of_columns(cls, queries: int, mask: Tensor) -> Tokens:
-        """Of an encoder-decoder model, whose rows are padded on the right: columns count. `mask`,
-        Long `[R, S]`, is that of the keys."""
+        """For an encoder-decoder model: its rows are padded on the right, so a token's number is
+        its column. `mask`, Long `[R, S]`, is the mask of the keys."""
         rows, device = len(mask), mask.device
         at = torch.arange(max(queries, mask.shape[1]), device=device).expand(rows, -1)
         return cls(at[:, :queries], at[:, : mask.shape[1]], mask.bool())
@@ -108,9 +108,9 @@ class Tokens:
     def of_slots(
         cls, columns: Tensor, lengths: Tensor, width: int, last: Tensor | None = None
     ) -> Tokens:
-        """Of cache slots: new tokens at `columns`, Long `[R, T]`, row r's prefix in the first
-        `lengths[r]` columns; the first `width` columns are read. What was not written yet is
-        ahead of every query. New tokens beyond number `last[r]`, if given, are padding."""
+        """For cache slots: new tokens at `columns`, Long `[R, T]`, after row r's prefix in the
+        first `lengths[r]` columns; the first `width` columns are read. Columns not yet written lie
+        ahead of every query. With `last`, new tokens beyond number `last[r]` are padding."""
         moved = lengths[:, None]
         queries = columns - moved
         if last is not None:
@@ -119,8 +119,8 @@ class Tokens:
 
 
 def pair_tokens(mask: Tensor, answers: int) -> dict[str, Tokens]:
-    """Of an encoder-decoder model's three stacks: sources under a mask Long `[R, T]`, and answers
-    of so many columns."""
+    """The tokens of an encoder-decoder model's three stacks: sources with a mask, Long `[R, T]`,
+    and answers of `answers` columns."""
     columns = torch.ones((len(mask), answers), dtype=torch.bool, device=mask.device)
     return {
         ENCODER: Tokens.of_columns(mask.shape[1], mask),
@@ -130,9 +130,8 @@ def pair_tokens(mask: Tensor, answers: int) -> dict[str, Tokens]:
 
 
 class AttentionInputs(NamedTuple):
-    """What one layer's attention reads: keys and values of virtual tokens to put before its own,
-    `[R, H, P, Dk]` and `[R, H, P, Dv]`, their bias `[1, heads, T, P]`, and the mask
-    `[R, 1, T, P + S]`."""
+    """What one layer's attention reads: the mask `[R, 1, T, P + S]`, and the keys `[R, H, P, Dk]`,
+    values `[R, H, P, Dv]` and bias `[1, heads, T, P]` of virtual tokens, put before the row's."""
 
     mask: Tensor
     keys: Tensor | None = None
@@ -142,8 +141,8 @@ class AttentionInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What every attention layer of one call reads, and where the decoder's tokens stand, Long
-    `[R, T]`."""
+    """What every attention layer of one call reads, and the positions of the decoder's tokens,
+    Long `[R, T]`."""
 
     layers: Mapping[str, tuple[AttentionInputs, ...]]
     positions: Tensor | None
@@ -160,8 +159,8 @@ def plan_attention(
 ) -> AttentionPlan:
     """Plan a call over the stacks that `tokens` names.
 
-    `prompt_lengths`, Long `[R]`: how many real tokens of each row are its prompt; an infix needs
-    them. Raises UnsupportedModel where a prefix has more layers than the model.
+    `prompt_lengths`, Long `[R]`: the number of real tokens in each row's prompt; an infix needs
+    it. Raises UnsupportedModel if a prefix has more layers than the model.
     """
     prefix = prefix or RowPrefix({})
     first = prefix.first_with_prefix(prompt_lengths)
@@ -186,7 +185,7 @@ def _check_depth(stack: str, prefix: RowPrefix, facts: AttentionFacts) -> None:
 
 
 def _positions(tokens: Tokens, prefix: RowPrefix, first: Tensor | None) -> Tensor:
-    """Real tokens stand where the prefix ends, those before an infix at the start."""
+    """Real tokens are positioned after the prefix; those before an infix start at 0."""
     queries = tokens.queries
     if not tokens.cached and DECODER not in prefix.layers:
         return queries
@@ -194,7 +193,7 @@ def _positions(tokens: Tokens, prefix: RowPrefix, first: Tensor | None) -> Tenso
         moved: Tensor | int = prefix.length
     else:
         moved = prefix.lengths[:, None]
-        if DECODER in prefix.depths:  # some rows' prefixes are in other stacks alone
+        if DECODER in prefix.depths:  # some rows' prefixes are only in other stacks
             moved = moved * (prefix.depths[DECODER] > 0)[:, None]
     return queries + (moved if first is None else moved * (queries >= first[:, None]))
 
@@ -211,7 +210,7 @@ def _plan_stack(
     for layer in layers:
         kv = prefix.layers.get(layer.stack, ())
         enters = layer.below_top < len(kv)
-        # Where rows' prefixes differ in depth, a layer has a mask of its own.
+        # If the rows' prefixes differ in depth, every layer needs its own mask.
         depths = prefix.depths.get(layer.stack)
         key = (layer.reach, enters, None if depths is None else layer.below_top)
         if key not in masks:
@@ -235,8 +234,8 @@ def _sees(
     enters: bool,
     reached: Tensor | None,
 ) -> Tensor:
-    """Bool `[R, T, S]`, or `[R, T, P + S]` where a prefix enters: which keys each token sees.
-    `reached`, bool `[R]`: the rows whose prefix is that deep."""
+    """Which keys each token attends to, bool `[R, T, S]`, or `[R, T, P + S]` if a prefix enters.
+    `reached`, bool `[R]`: the rows whose prefix extends down to this layer."""
     queries, keys = tokens.queries[:, :, None], tokens.keys[:, None, :]
     text = reach.sees(queries, keys)
     if tokens.real is not None:
@@ -259,7 +258,7 @@ def _sees_prefix(
     reach: Reach,
     reached: Tensor | None,
 ) -> Tensor:
-    """Bool, of a shape that expands to `[R, T, P]`: which virtual tokens each token sees."""
+    """Which virtual tokens each token attends to: bool, of a shape that expands to `[R, T, P]`."""
     sees = virtual < 0
     if prefix.lengths is not None:
         sees = sees & (virtual >= -prefix.lengths[:, None, None])
@@ -274,7 +273,7 @@ def _sees_prefix(
 
 
 def _as_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[R, 1, T, S]` as the attention takes it."""
+    """The mask `[R, 1, T, S]` in the form that the attention function takes."""
     if dtype == torch.bool:
         return sees[:, None]
     shown = torch.zeros((), dtype=dtype, device=sees.device)
@@ -282,8 +281,9 @@ def _as_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bias(layer: AttentionLayer, queries: int, length: int) -> Tensor | None:
-    """Virtual tokens end where the real ones begin. Shorter prefixes are padded on the left, so a
-    column is as far from a token in every row."""
+    """The relative-position bias of the virtual columns, `[1, heads, T, P]`. Virtual tokens end
+    where real tokens begin, and shorter prefixes are padded on the left, so the distances are the
+    same in every row."""
     if layer.bias is None:
         return None
     at = torch.arange(queries, device=layer.bias.device)[:, None]

@@ -1,15 +1,15 @@
 """The frozen language model: loaded once, never changed, called through one seam.
 
-`Backbone` is what everything else talks to. Its three calls (`token_nll`, `capture`,
-`step`) all go through one module, frozen_pass.py's, which DeepSpeed can shard.
+All other code uses `Backbone`. Every call but `encode_source` goes through `_run` and the single
+module of frozen_pass.py, which DeepSpeed can shard.
 
-No code names a family. Where models differ in more than shapes, the difference is looked for,
-by discover.py when a model is loaded, and:
+No code names a model family. Where models differ in more than shapes, the difference is detected,
+by discover.py at load time and in these places:
 
-    whether positions may be given, to a causal model or to a decoder, here (`_takes_positions`,
-    `_takes_answer_positions`), and what else tells an answer where it begins (`moves_answers`)
-    layers that drop out by a mode of their own, here (`_checkpoint_in_eval`): OPT
-    decoders that count their tokens themselves (frozen_pass.py, `_decoder_positions`): BART
+    whether a causal model or a decoder accepts position ids (`_takes_positions`,
+    `_takes_answer_positions`), and if not, how an answer's positions move (`moves_answers`)
+    layers that check `self.training` for dropout themselves (`_checkpoint_in_eval`): OPT
+    decoders that compute their own positions (frozen_pass.py, `_decoder_positions`): BART
     the order in which PEFT reads a decoder's layers (peft_format.py, `_read_by_pairs`)
 """
 
@@ -65,8 +65,8 @@ class Backbone:
         shard: Callable[[nn.Module], nn.Module] | None = None,
         debug: bool | None = None,
     ) -> None:
-        """`debug`: hold every call to it that each attention layer took its inputs, which is
-        otherwise checked once, here. None: as `PTUNING_DEBUG=1` in the environment says."""
+        """`debug`: check on every call that each attention layer read its inputs; otherwise this
+        is checked once, here. None: on if `PTUNING_DEBUG=1` is set in the environment."""
         model.requires_grad_(False)
         model.eval()
         self.model, self.tokenizer, self.name, self.fingerprint = (
@@ -81,8 +81,8 @@ class Backbone:
             encoder_decoder=bool(model.config.is_encoder_decoder),  # type: ignore[union-attr]
             vocab_size=_embeddings_of(model),
         )
-        self._whole = FrozenPass(model, always_embed=shard is not None)
-        self.runner: nn.Module = self._whole if shard is None else shard(self._whole)
+        self._frozen_pass = FrozenPass(model, always_embed=shard is not None)
+        self.runner: nn.Module = self._frozen_pass if shard is None else shard(self._frozen_pass)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
@@ -102,29 +102,32 @@ class Backbone:
 
     @property
     def moves_answers(self) -> bool:
-        """Whether real tokens of the decoder stand behind its virtual ones. A decoder that counts
-        its tokens in a way of its own (M2M100's) ignores the prefix."""
+        """Whether the decoder's real tokens are positioned after its virtual ones. A decoder that
+        computes positions internally (M2M100's) ignores the prefix length."""
         if not self._is_encoder_decoder or self._takes_answer_positions:
             return True
         biased = any(layer.bias is not None for layer in self.attention.layers[DECODER])
-        return self._whole.moves_decoder or biased
+        return self._frozen_pass.moves_decoder or biased
 
     def _checkpoint_layers(self) -> None:
-        # The second name is that of Transformers before 5.23.
+        # Transformers before 5.23 uses the second name.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable: Any = next(getattr(self.model, name) for name in names if hasattr(self.model, name))
         enable({"use_reentrant": False})
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                inside = partial(_checkpoint_in_eval, module)
-                module._gradient_checkpointing_func = inside  # type: ignore[assignment]
+                run_in_eval = partial(_checkpoint_in_eval, module)
+                module._gradient_checkpointing_func = run_in_eval  # type: ignore[assignment]
                 self._checkpointed.append(module)
 
     @contextmanager
     def _checkpointing(self, active: bool) -> Iterator[None]:
-        """Layers are checkpointed in training mode only, and silently drop a cache then: they are
-        in that mode while a gradient is wanted, themselves and not what they contain (dropout must
-        stay off)."""
+        """Put the checkpointed layers, but not their submodules, into training mode.
+
+        Transformers checkpoints in training mode only, and then silently drops the cache, so the
+        mode is on only while gradients are needed. The submodules stay in evaluation mode to keep
+        dropout off.
+        """
         layers = self._checkpointed if active else []
         for layer in layers:
             layer.training = True
@@ -142,11 +145,14 @@ class Backbone:
             with torch.no_grad():
                 self.runner(AttentionPlan({}, None), None, None, 1, None, None, **inputs)
 
-        whole = self._whole
-        return discover(self.model, whole.table, whole.takes_embeddings, run, self.device)
+        frozen_pass = self._frozen_pass
+        return discover(
+            self.model, frozen_pass.table, frozen_pass.takes_embeddings, run, self.device
+        )
 
     def _check_entry(self) -> None:
-        """A tiny call with a prefix in every layer. Raises UnsupportedModel where one stays out."""
+        """Make a tiny call with a prefix in every layer. Raises UnsupportedModel if a layer does
+        not read it."""
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
         answers = ids if self._is_encoder_decoder else None
         mask, prefix = torch.ones_like(ids), self.empty_prefix(1)
@@ -160,7 +166,7 @@ class Backbone:
         prompt_lengths: Tensor | None,
         answers: Tensor | None,
     ) -> AttentionPlan:
-        """The attention of a call without a cache; `mask` is Long `[R, T]`."""
+        """Plan the attention of a call without a cache; `mask` is Long `[R, T]`."""
         if answers is not None:
             tokens = pair_tokens(mask, answers.shape[1])
             return plan_attention(tokens, prefix, self.attention)
@@ -181,8 +187,8 @@ class Backbone:
         members: int = 1,
         cache: Any = None,
     ) -> Tensor:
-        """The seam: every call of the backbone is this line, whatever it is for (but for
-        `encode_source`, which calls the encoder alone and never trains)."""
+        """The seam: every call of the backbone goes through here, except `encode_source`, which
+        calls the encoder alone and never trains."""
         kind_of(self.model)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
@@ -214,7 +220,7 @@ class Backbone:
 
     @contextmanager
     def _entry_checked(self, plan: Plan) -> Iterator[Plan]:
-        """In a backbone with `debug`, a plan that holds layers to reading it."""
+        """With `debug`, check that every layer reads the plan."""
         if not self._debug or not isinstance(plan, AttentionPlan):
             yield plan
             return
@@ -223,17 +229,17 @@ class Backbone:
         check.verify()
 
     def _answer_positions(self, plan: Plan, prefix: RowPrefix | None) -> Tensor | None:
-        """Long `[R, S]`: an encoder-decoder model's answer begins where its decoder's prefix
-        ends, as behind a cache of P keys. None: at 0, which the model does by itself."""
+        """Positions of an encoder-decoder model's answer, Long `[R, S]`: they start after the
+        decoder's prefix, as after a cache of P keys. None: they start at 0, the model's default."""
         if prefix is None or DECODER not in prefix.layers or plan.positions is None:
             return None
-        # What pads a short answer may stand anywhere.
+        # The padding of short answers may get any valid position.
         limit = self.facts.max_positions
         return plan.positions if limit is None else plan.positions.clamp_max(limit - 1)
 
     def token_nll(self, batch: Batch, prefix: RowPrefix | None, members: int = 1) -> Tensor:
-        """Negative log-likelihood of each supervised token in nats, fp32 `[N]`; of `[N / members]`
-        where the batch holds the rows of an ensemble (see `Score`).
+        """Negative log-likelihood of each supervised token in nats, fp32 `[N]`, or `[N / members]`
+        if the batch repeats its rows for the members of an ensemble (see `Score`).
 
         Differentiable with respect to the prefix; the weights never take a gradient.
         """
@@ -252,17 +258,17 @@ class Backbone:
     def capture(
         self, input_ids: Tensor, prefix: RowPrefix | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What tokens are inside the model: keys and values of all layers by group (as PackPrefix
-        has them, with R in place of U) at positions 0..P-1, and `embeddings` `[R, P, E]` where the
-        model takes such; fp32.
+        """The activations of some tokens: keys and values of all layers by group (as in PackPrefix,
+        with R in place of U) at positions 0..P-1, and `embeddings` `[R, P, E]` if the model accepts
+        input embeddings; fp32.
 
-        What a prefix that consists of these words would be before any training (Li and Liang
-        2021, section 7.4, initialisation with activations of real words); of virtual tokens
-        (negative ids), what they are in every layer. The second value is one logit row: what a
-        sharded backbone needs to run a backward pass beside its peers.
+        These initialise a prefix from real words (Li and Liang 2021, section 7.4). For virtual
+        tokens (negative ids) they are the keys and values that the tokens have in every layer. The
+        second value is one row of logits, which a sharded backbone needs to run a backward pass
+        together with its peers.
         """
         mask = torch.ones_like(input_ids)
-        # The words stand at the decoder's input too: its own prefix is what they are there.
+        # The decoder reads the same ids: its part of the prefix is their activations there.
         answers = input_ids.clamp_min(0) if self._is_encoder_decoder else None
         first = torch.zeros(1, dtype=torch.long, device=self.device)
         capture = Capture(self._plan(mask, prefix, None, answers))
@@ -278,10 +284,10 @@ class Backbone:
 
     def keys_and_values(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Keys and values (see `capture`) of virtual tokens `[R, P, E]` that come before all real
-        ones.
+        tokens.
 
-        On a causal stack they see one another and nothing else, so one pass says for good what
-        they are in every layer.
+        On a causal stack virtual tokens attend only to one another, so their keys and values do
+        not depend on what follows and one pass computes them for all prompts.
         """
         rows, length, _ = embeddings.shape
         ids = torch.arange(-1, -1 - length, -1, device=self.device).expand(rows, -1)
@@ -297,10 +303,10 @@ class Backbone:
         *,
         requires_grad: bool = False,
     ) -> RowPrefix:
-        """A prefix that changes nothing, but can carry a gradient: no virtual tokens inside, and
-        none of those at the input stands anywhere.
+        """A prefix that changes nothing but can carry a gradient: it has no keys and values, and
+        no row refers to its input embedding.
 
-        `shapes` are a method's (`Method.shapes`); None: on every layer of every stack.
+        `shapes` are a method's (`Method.shapes`); None: keys and values in every layer.
         """
         tensors = {}
         for name, shape in (shapes or self.facts.kv_shapes(0)).items():
@@ -321,11 +327,10 @@ class Backbone:
         *,
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Logits `[R, V]` at the last column, fp32; `cache` is updated in place.
+        """One generation step: logits `[R, V]` at the last column, fp32; updates `cache` in place.
 
-        For generation. `tokens` says what the new ids and the key columns are, cached ones
-        included. `last`, Long `[R]`, names each row's last column where rows are padded on the
-        right.
+        `tokens` describes the new ids and the key columns, cached columns included. `last`, Long
+        `[R]`, is each row's last column if rows are padded on the right.
         """
         rows = torch.arange(input_ids.shape[0], device=self.device)
         if last is None:
@@ -345,7 +350,9 @@ class Backbone:
         plan = plan_attention(tokens, prefix, self.attention)
         encoder: Any = self.model.get_encoder()  # type: ignore[operator]
         with torch.no_grad(), self._entry_checked(plan) as read:
-            embedded = self._whole.embed(input_ids, None if prefix is None else prefix.embeddings)
+            embedded = self._frozen_pass.embed(
+                input_ids, None if prefix is None else prefix.embeddings
+            )
             output = encoder(inputs_embeds=embedded, attention_mask=attention_mask, **{PLAN: read})
         hidden: Tensor = output.last_hidden_state
         return hidden
@@ -358,8 +365,8 @@ class Backbone:
         prefix: RowPrefix | None,
         last: Tensor,
     ) -> Tensor:
-        """Logits `[R, V]` at column `last[r]` of each row's answer so far, fp32, with the
-        encoder's hidden states at hand. Nothing is cached: the plain way."""
+        """Logits `[R, V]` at column `last[r]` of each row's answer so far, fp32, given the
+        encoder's hidden states. Nothing is cached: each step reads the whole answer again."""
         rows = torch.arange(decoder_input_ids.shape[0], device=self.device)
         tokens = pair_tokens(attention_mask, decoder_input_ids.shape[1])
         del tokens[ENCODER]
@@ -375,9 +382,9 @@ class Backbone:
             ).float()
 
     def checksum(self) -> str:
-        """A digest of the weights that are in memory now (this rank's, where sharded).
+        """A digest of the weights in memory (of this rank's shard, if sharded).
 
-        Computed anew at each call, so that two calls show whether anything changed between.
+        Each call recomputes it, so comparing two calls shows whether the weights changed.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict(keep_vars=True).items()):
@@ -386,7 +393,7 @@ class Backbone:
         return digest.hexdigest()
 
     def verify_unchanged(self, before: str) -> None:
-        """Raise BackboneChanged unless the weights are those that had checksum `before`."""
+        """Raise BackboneChanged unless the weights still have the checksum `before`."""
         now = self.checksum()
         if now != before:
             raise BackboneChanged(
@@ -398,7 +405,7 @@ class Backbone:
 
 
 def _embeddings_of(model: Any) -> int | None:
-    """How many token ids the input embedding has rows for."""
+    """The number of rows of the input embedding."""
     rows: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return rows
 
@@ -407,9 +414,11 @@ _CHUNK = 1 << 24  # 64-bit words that a checksum reads at once
 
 
 def _sums(weights: Tensor) -> tuple[int, int]:
-    """A sum and a position-weighted sum of a tensor's 64-bit words, exact modulo 2**64: about the
-    speed of memory, and any single changed weight changes both. Read in chunks, since a large
-    embedding table has no room for copies of itself."""
+    """A sum and a position-weighted sum of a tensor's 64-bit words, exact modulo 2**64.
+
+    It runs at about memory speed, and any single changed weight changes both sums. The tensor is
+    read in chunks because there may be no memory for a copy of a large embedding table.
+    """
     octets = weights.contiguous().flatten().view(torch.uint8)
     plain = weighted = 0
     for start in range(0, max(1, len(octets)), 8 * _CHUNK):
@@ -425,8 +434,8 @@ def _sums(weights: Tensor) -> tuple[int, int]:
 
 
 def _checkpoint_in_eval(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Checkpoint a layer that runs, and is recomputed, in evaluation mode: some layers (OPT's)
-    ask their own mode whether to drop out."""
+    """Checkpoint a layer, and run and recompute it in evaluation mode: some layers (OPT's) apply
+    dropout according to their own `training` flag."""
 
     def run(*inputs: Any) -> Any:
         mode, layer.training = layer.training, False

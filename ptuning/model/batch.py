@@ -1,6 +1,6 @@
-"""What a call of the backbone takes: a batch's tokens, and the prefix of every row.
+"""The inputs of a backbone call: a batch's tokens and the prefix of every row.
 
-Torch alone: configuration and methods know these, and load without Transformers.
+Imports torch only, because configuration and methods use this and must load without Transformers.
 Shapes: U users, R rows, K layers, H key-value heads, P virtual tokens, D head dimension, E hidden
 size.
 """
@@ -16,7 +16,7 @@ from ptuning.model.facts import Facts
 from ptuning.model.groups import Layers, split_groups
 from ptuning.types import seed_of
 
-EMBEDDINGS = "embeddings"  # the name, among stacks, of virtual tokens at the input
+EMBEDDINGS = "embeddings"  # the key, beside those of stacks, of virtual tokens at the input
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Batch:
     `input_ids`, `attention_mask`: Long `[R, T]`; negative ids are virtual tokens.
     `prompt_lengths`: Long `[R]`. Supervised position n predicts `targets[n]` from the hidden
     state at `(rows[n], cols[n])`; all three are Long `[N]`. With an encoder-decoder model
-    `input_ids` are the encoder's and `decoder_input_ids` `[R, S]` the answer's, moved by one.
+    `input_ids` are the encoder's and `decoder_input_ids` `[R, S]` the answer's, shifted right.
     """
 
     input_ids: Tensor
@@ -48,11 +48,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which real tokens attend to the virtual ones.
+    """Which real tokens attend to the virtual tokens.
 
-    `infix`: only the last prompt token and those after it; else all. `windowed`: in layers with
-    a sliding window only those within it, counted in positions, as where a prefix lies in a
-    cache; else all.
+    `infix`: only the last prompt token and those after it; otherwise all. `windowed`: in layers
+    with a sliding window, only tokens within the window, counted in positions, as if the prefix
+    were in a cache; otherwise all.
     """
 
     infix: bool = False
@@ -63,8 +63,8 @@ class Visibility:
 class Dropout:
     """Zero each value with probability `rate` and scale the rest.
 
-    Whether a value stays is a hash of its row's seed and its place in the row, computed where the
-    values are: it depends on no neighbour, and is the same on every device.
+    A hash of the row's seed and the value's index decides whether it is kept. It is computed on
+    the values' device, does not depend on other rows, and is the same on every device.
     """
 
     rate: float
@@ -72,39 +72,39 @@ class Dropout:
 
     def __call__(self, name: str, values_R: Tensor) -> Tensor:
         device, count = values_R.device, values_R[0].numel()
-        words = [seed_of(seed, name) for seed in self.seeds]
-        low_R1 = torch.tensor([_signed(word) for word in words], dtype=torch.int32, device=device)
+        seeds = [seed_of(seed, name) for seed in self.seeds]
+        low_R1 = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int32, device=device)
         high_R1 = torch.tensor(
-            [_signed(word >> 32) for word in words], dtype=torch.int32, device=device
+            [_signed(seed >> 32) for seed in seeds], dtype=torch.int32, device=device
         )
-        places = _mixed(torch.arange(count, dtype=torch.int32, device=device))
-        draws = _mixed((places ^ low_R1[:, None]) + high_R1[:, None])
-        # A uniform 32-bit word, as an integer from -2**31.
-        stays = draws >= int(self.rate * 2**32) - 2**31
-        return values_R * stays.view(values_R.shape).to(values_R) / (1.0 - self.rate)
+        indices = _mix(torch.arange(count, dtype=torch.int32, device=device))
+        draws = _mix((indices ^ low_R1[:, None]) + high_R1[:, None])
+        # A draw is a uniform 32-bit integer, the smallest being -2**31.
+        keep = draws >= int(self.rate * 2**32) - 2**31
+        return values_R * keep.view(values_R.shape).to(values_R) / (1.0 - self.rate)
 
 
 def _signed(word: int) -> int:
-    """The low 32 bits of a word as a signed integer, which is all that torch has."""
+    """The low 32 bits of a word as a signed integer: torch computes with signed integers only."""
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def _mixed(words: Tensor) -> Tensor:
-    """MurmurHash3's finaliser on int32 words, a new tensor: every bit depends on every bit."""
-    words = words ^ ((words >> 16) & 0xFFFF)
-    words.mul_(_signed(0x85EBCA6B))
-    words.bitwise_xor_((words >> 13) & 0x7FFFF)
-    words.mul_(_signed(0xC2B2AE35))
-    return words.bitwise_xor_((words >> 16) & 0xFFFF)
+def _mix(bits: Tensor) -> Tensor:
+    """MurmurHash3's finaliser on int32 integers, as a new tensor: every bit affects every bit."""
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    bits.mul_(_signed(0x85EBCA6B))
+    bits.bitwise_xor_((bits >> 13) & 0x7FFFF)
+    bits.mul_(_signed(0xC2B2AE35))
+    return bits.bitwise_xor_((bits >> 16) & 0xFFFF)
 
 
 @dataclass(frozen=True)
 class PackPrefix:
-    """The prefixes of U users (slots), all of one kind, for a backbone of these facts.
+    """The prefixes of U users (slots), all of the same shapes, for a backbone with these facts.
 
-    `tensors["decoder.0.keys"]` `[U, Lg, H, P, Dk]` and `….values` `[U, Lg, H, P, Dv]` are those of
-    the top layers of a stack's first group (facts.py), keys as after rotary embedding;
-    `tensors["embeddings"]` is `[U, P, E]`, virtual tokens at the input.
+    `tensors["decoder.0.keys"]` `[U, Lg, H, P, Dk]` and `….values` `[U, Lg, H, P, Dv]` belong to the
+    top layers of a stack's first group (facts.py), with rotary embedding already applied to keys;
+    `tensors["embeddings"]`, `[U, P, E]`, are virtual tokens at the input.
     """
 
     tensors: dict[str, Tensor]
@@ -136,14 +136,14 @@ def _flags(value: bool, rows: int, device: torch.device) -> Tensor | None:
 class RowPrefix:
     """The prefix of every row of one batch.
 
-    `layers[stack]` are the keys (as after rotary embedding) `[R, H, P, Dk]` and values
-    `[R, H, P, Dv]` of the stack's top K layers; empty where the prefixes lie in the first columns
-    of a cache already. `lengths`, Long `[R]`: how many virtual tokens each row has; the columns
-    before them, on the left, are padding. None: all P. `embeddings` `[R, P, E]` stand where the
-    row's ids are negative (data/layout.py).
-    `infix` and `windowed`, bool `[R]`: see Visibility; None where it holds for no row.
-    `depths[stack]`, Long `[R]`: how many of the stack's top layers row r's prefix has, where
-    rows differ.
+    `layers[stack]` are the keys (rotary embedding applied) `[R, H, P, Dk]` and values
+    `[R, H, P, Dv]` of the stack's top K layers; empty if the prefixes are already in the first
+    columns of a cache. `lengths`, Long `[R]`: the number of virtual tokens of each row, whose
+    columns are padded on the left. None: all have P. `embeddings` `[R, P, E]` replace the row's
+    negative ids (data/layout.py).
+    `infix` and `windowed`, bool `[R]`: see Visibility; None: False for all rows.
+    `depths[stack]`, Long `[R]`: how many of the stack's top layers row r's prefix covers, given
+    if rows differ.
     """
 
     layers: dict[str, Layers]
@@ -155,12 +155,12 @@ class RowPrefix:
 
     @property
     def length(self) -> int:
-        """P, the columns put before the row's own keys."""
+        """P, the number of columns put before the row's keys."""
         first = next(iter(self.layers.values()), None)
         return 0 if first is None else int(first[0][0].shape[-2])
 
     def first_with_prefix(self, prompt_lengths_R: Tensor | None) -> Tensor | None:
-        """Each row's first real token that attends to the prefix, Long `[R]`; None: all do."""
+        """The first real token of each row that attends to the prefix, Long `[R]`; None: all do."""
         if self.infix is None or prompt_lengths_R is None:
             return None
         return torch.where(self.infix, (prompt_lengths_R - 1).clamp_min(0), 0)

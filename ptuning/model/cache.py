@@ -1,4 +1,4 @@
-"""Where this machine keeps what can be made again: converted models, verdicts of probes."""
+"""Where this machine caches what it can recompute: converted models, digests, probe results."""
 
 from __future__ import annotations
 

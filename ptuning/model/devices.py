@@ -15,7 +15,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_device(device: str) -> torch.device:
-    """The named device, which need not be on this machine; `auto` is one that is."""
+    """The named device, which need not exist on this machine; `auto` picks one that does."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +25,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def usable_device(device: str) -> torch.device:
-    """As `choose_device`. Raises ConfigError where this machine cannot use it."""
+    """As `choose_device`. Raises ConfigError if this machine cannot use the device."""
     chosen = choose_device(device)
     try:
         torch.empty(1, device=chosen)
@@ -48,8 +48,8 @@ def _no_device(device: str, error: Exception) -> ConfigError:
 
 
 def choose_attention(kind: str, device: torch.device, model_class: type | None = None) -> str:
-    """The named kernel. `auto` is eager on a CPU, where it is faster in the backward pass than
-    SDPA with a mask (infra/decisions.md), and for models that were not built for SDPA."""
+    """The named kernel. `auto` is eager on a CPU, where its backward pass is faster than that of
+    SDPA with a mask (infra/decisions.md), and for models that do not support SDPA."""
     if kind in attention_module.KINDS:
         return kind
     if kind != "auto":
@@ -64,20 +64,19 @@ def choose_attention(kind: str, device: torch.device, model_class: type | None =
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The named dtype. `auto` is bfloat16 on a GPU that computes in it; on a CPU it is what a
-    short probe says, since the same product is four times faster on some and ten times slower
-    on others."""
+    """The named dtype. `auto` is bfloat16 on a GPU that supports it. On a CPU it is measured:
+    bfloat16 makes the same product four times faster on some and ten times slower on others."""
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != "auto":
         raise ConfigError(
-            "no such dtype of a backbone",
+            "no such backbone dtype",
             seen=repr(dtype),
             expected="auto, " + ", ".join(_DTYPES),
             fix="leave backbone.dtype at auto",
         )
     if device.type == "cuda":
-        # No probe: a product small enough for one takes as long as its launch in either dtype.
+        # Not measured: launch time would dominate a product small enough for a probe.
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     faster = _probe(torch.float32, device) > 1.3 * _probe(torch.bfloat16, device)
     return torch.bfloat16 if faster else torch.float32
@@ -97,7 +96,7 @@ def _probe(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on the device, None where that cannot be told."""
+    """Free bytes on the device, or None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -1,9 +1,9 @@
-"""What a model is, read off one pass of it: its attention's layers, and whether a prefix can enter.
+"""Discover a model's attention layers from one forward pass, and whether a prefix can enter them.
 
-Reading the facts off a real pass works for every family without naming one. What each layer lets
-a token attend to (a window, a chunk, all before it) is read off the mask function that
-Transformers would have used. Models are refused here in which a prefix would not enter every
-layer, or whose masks are of a kind that attention_plan.py does not plan.
+Recording a real pass works for every family without naming any. The reach of each layer (a window,
+a chunk, all earlier tokens) is derived from the mask function that Transformers would use. Models
+are refused here if a prefix would not enter every layer, or if attention_plan.py cannot plan their
+masks.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ptuning.model.attention import BASES, PLAN, kind_of, mark_layer, mask_dtype
 from ptuning.model.attention_plan import AttentionFacts, AttentionLayer, Reach
 from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 
-# Transformers' names of layers whose memory is keys and values.
+# Transformers' names of layer types that cache keys and values.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Its name of layers without a memory of their own: they attend to another's keys (Gemma 3n), or
-# do not attend at all (caught by counting the layers that do).
+# Its name of layers without a cache: they attend to another layer's keys (Gemma 3n), or do not
+# attend at all (caught by counting the layers that do).
 NO_MEMORY = "dummy"
-# Of models that take a prefix, for errors about those that do not.
+# Models that take a prefix, for errors about those that do not.
 EXAMPLES = "for instance Llama, Qwen, Mistral, Gemma, GPT-2, GPT-NeoX, OPT, Phi, BART or T5"
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # batch, head, query, key
@@ -38,29 +38,29 @@ Run = Callable[[Tensor, Tensor | None], None]
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What one attention module was called with. Shapes are (H, D); `queries` and `keys` are
-    numbers of tokens; `sees` is the function that its mask was made with, None: some other way;
-    `bias`, `[1, heads, T, S]`: what it adds to its scores, if anything."""
+    """The arguments of one attention module's call. Shapes are (H, D); `queries` and `keys` are
+    token counts. `mask_function` is the function that made its mask, or None if the mask was made
+    in another way. `bias`, `[1, heads, T, S]`, is added to the scores, if given."""
 
     module: nn.Module
     key_shape: tuple[int, int]
     value_shape: tuple[int, int]
     queries: int
     keys: int
-    sees: MaskFunction | None
+    mask_function: MaskFunction | None
     bias: Tensor | None
 
 
 @dataclass
 class Recorder:
-    """Attention and mask functions that note what a model's layers are called with."""
+    """Attention and mask functions that record the calls of a model's layers."""
 
     kind: str
     calls: list[AttentionCall] = field(default_factory=list)
     _masks: list[tuple[Tensor, MaskFunction]] = field(default_factory=list)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Transformers' mask, never None, so that its layers can be told by it."""
+        """Transformers' mask, never None, so that each layer can be matched to its mask."""
         make: Any = eager_mask if self.kind == "eager" else sdpa_mask
         no_skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         mask: Tensor = make(*args, **kwargs | no_skips)
@@ -77,7 +77,9 @@ class Recorder:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         kwargs.pop(PLAN)
-        sees = next((sees for mask, sees in self._masks if _is_same(mask, attention_mask)), None)
+        mask_function = next(
+            (function for mask, function in self._masks if _is_same(mask, attention_mask)), None
+        )
         self.calls.append(
             AttentionCall(
                 module,
@@ -85,7 +87,7 @@ class Recorder:
                 (value.shape[1], value.shape[3]),
                 query.shape[2],
                 key.shape[2],
-                sees,
+                mask_function,
                 kwargs.get("position_bias"),
             )
         )
@@ -93,8 +95,9 @@ class Recorder:
 
 
 def _is_same(mask: Tensor, given: Tensor | None) -> bool:
-    """Whether a layer was given this mask. DeepSpeed's hooks hand a module's positional arguments
-    on as other tensors of the same memory. (On `meta` there is no memory: its pointer is 0.)"""
+    """Whether a layer was given this mask. DeepSpeed's hooks replace a module's positional
+    arguments by other tensors over the same memory. (`meta` tensors have no memory; their pointer
+    is 0.)"""
     if given is None or mask is given:
         return mask is given
     return mask.data_ptr() == given.data_ptr() != 0 and mask.shape == given.shape
@@ -102,7 +105,7 @@ def _is_same(mask: Tensor, given: Tensor | None) -> bool:
 
 @contextmanager
 def _recording(model: Any) -> Iterator[Recorder]:
-    """Record a model's attention in place of the attention that it was loaded with."""
+    """Record a model's attention calls; its own attention is restored at the end."""
     recorder = Recorder(kind_of(model))
     name = f"ptuning_recorder_{id(recorder)}"
     configs = {
@@ -129,12 +132,12 @@ def _recording(model: Any) -> Iterator[Recorder]:
 def discover(
     model: Any, table: nn.Module, takes_embeddings: bool, run: Run, device: torch.device
 ) -> tuple[Facts, AttentionFacts]:
-    """Run a few tokens, note which modules attend, in which order and with which shapes and masks,
-    and mark them with their layers. Raises UnsupportedModel.
+    """Run a few tokens, record which modules attend, in which order and with which shapes and
+    masks, and mark each module with its layer. Raises UnsupportedModel.
 
-    `table` is the input embedding. `run` is given ids and, of an encoder-decoder model, an
-    answer's ids. An encoder gets three tokens and a decoder two, so that the numbers of queries
-    and keys tell apart a decoder's self-attention (2, 2), an encoder's (3, 3) and cross-attention
+    `table` is the input embedding. `run` takes ids and, for an encoder-decoder model, an answer's
+    ids. The encoder gets three tokens and the decoder two, so the numbers of queries and keys
+    identify decoder self-attention (2, 2), encoder self-attention (3, 3) and cross-attention
     (2, 3).
     """
     start = _decoder_start(model) if model.config.is_encoder_decoder else None
@@ -142,16 +145,16 @@ def discover(
     ids = torch.zeros((1, length), dtype=torch.long, device=device)
     with _recording(model) as recorder:
         run(ids, None if start is None else torch.full_like(ids[:, :2], start))
-    kinds = {(2, 2): DECODER, (3, 3): ENCODER, (2, 3): CROSS}
+    stack_of_counts = {(2, 2): DECODER, (3, 3): ENCODER, (2, 3): CROSS}
     calls: dict[str, list[AttentionCall]] = {}
     for call in recorder.calls:
-        calls.setdefault(kinds[(call.queries, call.keys)], []).append(call)
+        calls.setdefault(stack_of_counts[(call.queries, call.keys)], []).append(call)
     if DECODER not in calls:
         raise _unsupported(model, set())
     layers = {stack: _mark_layers(model, stack, found, device) for stack, found in calls.items()}
     if not all(layer.reach.ahead == 0 for layer in layers[DECODER]):
         raise UnsupportedModel(
-            "the model's tokens attend to the ones after them, so it cannot predict these",
+            "the model's tokens attend to later tokens, so it cannot predict the next one",
             seen=type(model).__name__,
             expected="a causal language model, or an encoder with a decoder",
             fix="use another backbone",
@@ -173,7 +176,7 @@ def discover(
 
 
 def _decoder_start(model: Any) -> int:
-    """The token that begins every answer, as generation takes it."""
+    """The token that begins every answer; the generation config comes first, as in `generate`."""
     for holder in (getattr(model, "generation_config", None), model.config):
         start = getattr(holder, "decoder_start_token_id", None)
         if start is not None:
@@ -187,8 +190,8 @@ def _decoder_start(model: Any) -> int:
 
 
 def _check_every_layer_attends(model: Any, attending: int) -> None:
-    """Raise where some layers of a causal model do not attend: recurrent ones remember a text in
-    states of their own, which no prefix is in."""
+    """Raise if some layers of a causal model do not attend: recurrent layers keep their own state,
+    which a prefix does not reach."""
     config = model.config.get_text_config(decoder=True)
     types = {*get_layer_types_and_kwargs(config)[0]}
     if types - ATTENTION_LAYERS - {NO_MEMORY} or attending < config.num_hidden_layers:
@@ -202,7 +205,7 @@ def _check_every_layer_attends(model: Any, attending: int) -> None:
 
 
 def _stack_facts(model: Any, calls: Sequence[AttentionCall]) -> StackFacts:
-    """Raises where shapes differ."""
+    """The facts of one stack. Raises UnsupportedModel if its layers' shapes differ."""
     shapes = {shape for call in calls for shape in (call.key_shape, call.value_shape)}
     if len(shapes) != 1:
         raise _unsupported(model, shapes)
@@ -213,51 +216,54 @@ def _stack_facts(model: Any, calls: Sequence[AttentionCall]) -> StackFacts:
 def _mark_layers(
     model: Any, stack: str, calls: Sequence[AttentionCall], device: torch.device
 ) -> tuple[AttentionLayer, ...]:
-    """Tell a stack's attention modules which layers they are."""
+    """Mark a stack's attention modules with their layers."""
     layers, bias, reaches = [], None, dict[MaskFunction | None, Reach]()
     for number, call in enumerate(calls):
-        # The first layer's is all layers', unless they have their own. In an encoder virtual
-        # tokens stand nowhere: its rows may be padded on either side.
+        # T5 has one bias table, in its first layer, for all; other models have one in every layer.
+        # In an encoder virtual tokens have no position: its rows may be padded on either side.
         if stack == DECODER and getattr(call.module, "has_relative_attention_bias", False):
             bias = _relative_bias(call.module)
         elif call.bias is not None and bias is None:
             bias = call.bias.new_zeros((call.bias.shape[1], 1))
-        if call.sees not in reaches:
-            reaches[call.sees] = _reach(model, call, device)
-        layers.append(AttentionLayer(stack, number, len(calls), reaches[call.sees], bias))
+        if call.mask_function not in reaches:
+            reaches[call.mask_function] = _reach(model, call, device)
+        reach = reaches[call.mask_function]
+        layers.append(AttentionLayer(stack, number, len(calls), reach, bias))
         mark_layer(call.module, layers[-1])
     return tuple(layers)
 
 
 def _relative_bias(module: Any) -> Tensor:
-    """`AttentionLayer.bias` of a layer's relative biases (T5's), which stay the same from its
-    maximal distance on."""
+    """`AttentionLayer.bias` from a layer's relative-position biases (T5's), which are constant
+    beyond its maximum distance."""
     count = int(module.relative_attention_max_distance) + 1
     with torch.no_grad():
         bias = module.compute_bias(1, count, past_seen_tokens=count - 1)  # [1, heads, 1, N]
     return bias[0, :, 0].flip(-1).detach()
 
 
-FARTHEST = 1 << 17  # tokens; a window beyond it is none
+FARTHEST = 1 << 17  # tokens; a larger window counts as none
 _PROBED = (0, 1, 2, 3, 1000, FARTHEST - 1)
 
 
 def _reach(model: Any, call: AttentionCall, device: torch.device) -> Reach:
-    """The Reach that a layer's mask function amounts to. Raises where it is none."""
+    """The Reach that is equivalent to a layer's mask function. Raises UnsupportedModel if no Reach
+    is."""
     refused = UnsupportedModel(
-        "the model masks its attention in a way of its own, so a prefix cannot be made visible "
-        "safely",
+        "the model uses an attention mask of an unknown kind, so prefix visibility cannot be "
+        "guaranteed",
         seen=f"{type(model).__name__}, {type(call.module).__name__}",
         expected="Transformers' causal, sliding-window, chunked or bidirectional masks",
         fix="use another backbone",
     )
-    if call.sees is None:
+    if call.mask_function is None:
         raise refused
-    # Functions may hold tensors of the device; on `meta` there is nothing to read.
+    # Mask functions may close over tensors on the device; `meta` tensors cannot be read.
     numbers = torch.arange(FARTHEST, device="cpu" if device.type == "meta" else device)
     try:
-        lost = ~_evaluate(call.sees, numbers, numbers[:1])[:, 0]  # who does not see token 0
-        ahead = _evaluate(call.sees, numbers[:1], numbers)[0]  # whom token 0 sees
+        # The queries that do not attend to token 0, and the keys that token 0 attends to.
+        lost = ~_evaluate(call.mask_function, numbers, numbers[:1])[:, 0]
+        ahead = _evaluate(call.mask_function, numbers[:1], numbers)[0]
         back = int(lost.nonzero()[0, 0]) if bool(lost.any()) else None
         reach = Reach(
             back=None if back is None else back - 1,
@@ -265,8 +271,8 @@ def _reach(model: Any, call: AttentionCall, device: torch.device) -> Reach:
         )
         near = () if back is None else (back - 1, back, back + 1, 2 * back, 3 * back + 1)
         queries = numbers[sorted({n for n in (*_PROBED, *near) if n < FARTHEST})]
-        actual = _evaluate(call.sees, queries, numbers)
-    except (RuntimeError, IndexError, TypeError) as error:  # not a function of numbers alone
+        actual = _evaluate(call.mask_function, queries, numbers)
+    except (RuntimeError, IndexError, TypeError) as error:  # it reads more than token numbers
         raise refused from error
     for candidate in (reach, Reach(ahead=reach.ahead, chunk=back)):
         if bool((candidate.sees(queries[:, None], numbers) == actual).all()):
@@ -274,11 +280,11 @@ def _reach(model: Any, call: AttentionCall, device: torch.device) -> Reach:
     raise refused
 
 
-def _evaluate(sees: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
-    """Bool `[queries, keys]` of one row and head."""
+def _evaluate(function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
+    """The mask of one row and head, bool `[queries, keys]`."""
     zero = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=queries.device)
-    found = sees(zero, zero, queries[None, None, :, None], keys[None, None, None, :])
-    return found.expand(1, 1, len(queries), len(keys))[0, 0]
+    mask = function(zero, zero, queries[None, None, :, None], keys[None, None, None, :])
+    return mask.expand(1, 1, len(queries), len(keys))[0, 0]
 
 
 def _unsupported(model: nn.Module, shapes: set[tuple[int, int]]) -> UnsupportedModel:

@@ -1,8 +1,8 @@
-"""A backbone's identity: what its files compute, not how they are written down.
+"""A backbone's identity: what its files compute, not how they are written.
 
-A prefix is refused on another backbone, so the fingerprint must change with anything that
-changes an answer, and with nothing else: a newer Transformers that saves one more empty key
-must not orphan the prefixes of every user.
+A prefix is refused on any other backbone. So the fingerprint must change with everything that can
+change an answer and with nothing else: a newer Transformers that saves one more empty key must
+not orphan every user's prefix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from ptuning.model.locate import CONVERTED, Source, sha256_of, weight_files
 
-# Settings that no forward pass of a frozen model in evaluation mode reads.
+# Settings that the forward pass of a frozen model in evaluation mode never reads.
 _COSMETIC = frozenset(
     {
         "architectures",
@@ -59,9 +59,11 @@ _COSMETIC = frozenset(
 
 
 def fingerprint_of(source: Source, config: Any) -> str:
-    """SHA-256 identity of a backbone, the same for every dtype it is loaded in: of the weight
-    files that are loaded (of a GGUF file itself, where they were converted from one) and the
-    settings in `config`, a Transformers configuration, that decide what they compute."""
+    """SHA-256 identity of a backbone, the same for every dtype it is loaded in.
+
+    It covers the weight files that are loaded (the GGUF file itself if they were converted from
+    one) and the settings in `config`, a Transformers configuration, that affect the computation.
+    """
     path = Path(source.path)
     if (path / CONVERTED).is_file():
         return str(json.loads((path / CONVERTED).read_text())["fingerprint"])
@@ -72,7 +74,7 @@ def fingerprint_of(source: Source, config: Any) -> str:
 
 
 def fingerprint_of_weights(model: torch.nn.Module, config: Any) -> str:
-    """The identity of a model that is in memory already: of its values, in its dtype."""
+    """The identity of a model already in memory, from its values in their current dtype."""
     digest = hashlib.sha256(settings_text(config).encode())
     for name, tensor in sorted(model.state_dict().items()):
         octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -82,12 +84,12 @@ def fingerprint_of_weights(model: torch.nn.Module, config: Any) -> str:
 
 
 def settings_text(config: Any) -> str:
-    """A configuration's settings that decide what the weights compute, in one fixed form: those
-    that differ from their class's defaults (a release that adds one adds it with a default),
-    sorted, without the cosmetic ones."""
+    """The settings of a configuration that affect the computation, as sorted JSON: those that
+    differ from the class's defaults, without cosmetic ones. A setting added by a later release
+    has its default, so it changes nothing."""
     try:
         defaults = type(config)().to_dict()
-    except (TypeError, ValueError):  # a class that cannot be made without its parts
+    except (TypeError, ValueError):  # the class needs arguments
         defaults = {}
     settings = _relevant(config.to_dict(), defaults)
     return json.dumps(settings | {"model_type": config.model_type}, sort_keys=True, default=str)
@@ -100,9 +102,9 @@ def _relevant(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
         if cosmetic or "layerdrop" in key or value is None or value == defaults.get(key):
             continue
         if isinstance(value, Mapping):
-            # Only a part that is a configuration itself has defaults of its own.
-            parts = defaults.get(key) if "model_type" in value else None
-            kept[key] = _relevant(value, parts or {})
+            # Only a nested configuration has defaults.
+            nested = defaults.get(key) if "model_type" in value else None
+            kept[key] = _relevant(value, nested or {})
         else:
             kept[key] = value
     return kept

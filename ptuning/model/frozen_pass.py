@@ -1,4 +1,4 @@
-"""One forward pass of the frozen model: the only module that is ever called or sharded."""
+"""One forward pass of the frozen model, as the only module that is called or sharded."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from ptuning.model.attention import PLAN, Capture, Plan
 
 
 class FrozenPass(nn.Module):
-    """The model, called with what a prefix needs of it.
+    """The frozen model, wrapped with what a prefix needs.
 
-    Logits are computed where they are asked for and nowhere else: a hook on the output
-    embedding picks the hidden states, so whatever a model does after it (scaling, soft caps)
-    still happens.
+    Logits are computed only at the selected positions. A hook on the output embedding selects the
+    hidden states, so that everything the model does after it (scaling, soft caps) still applies.
     """
 
     def __init__(self, model: nn.Module, *, always_embed: bool = False) -> None:
-        """`always_embed`: look embeddings up here in every call, so that the ranks of a sharded
-        model visit its modules in one order whatever each of them computes."""
+        """`always_embed`: look up embeddings here in every call, so that all ranks of a sharded
+        model visit its modules in the same order, whatever each computes."""
         super().__init__()
         self._always_embed = always_embed
         self.model = model
         self.takes_embeddings = "inputs_embeds" in inspect.signature(model.forward).parameters
-        # Each thread its own: a service compiles a prefix while its engine takes a step.
+        # Thread-local: a service may compile a prefix while its engine runs a step.
         self._local = threading.local()
         head = model.get_output_embeddings()  # type: ignore[operator]
         if head is None:
@@ -55,8 +54,8 @@ class FrozenPass(nn.Module):
     def _at_positions(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """A decoder that counts its own tokens gets the positions of ours, one long row of them:
-        it has one list of positions for a whole batch, and our rows' differ."""
+        """Pass our positions to a decoder that computes its own. They are flattened into one row,
+        because such a decoder has one list of positions for all rows of a batch and ours differ."""
         positions = getattr(self._local, "answer_positions", None)
         if positions is None:
             return None
@@ -78,16 +77,17 @@ class FrozenPass(nn.Module):
         answer_positions: Tensor | None,
         **inputs: Any,
     ) -> Tensor:
-        """nll `[N]` in nats where `targets` are given, else logits `[N, V]` or `[R, T, V]`.
+        """nll `[N]` in nats if `targets` are given, otherwise logits `[N, V]` or `[R, T, V]`.
 
-        With `members` the rows are an ensemble's, all of one member after all of another, and
-        its nll is `[N / members]`. `virtual`, `[R, P, E]`, stand where ids are negative.
+        With `members` > 1 the batch repeats its rows once per ensemble member, member by member,
+        and the nll is the ensemble's, `[N / members]`. `virtual`, `[R, P, E]`, are the embeddings
+        of negative ids.
         """
-        ids = inputs["input_ids"]  # None where the encoder has read them already
+        ids = inputs["input_ids"]  # None if the encoder has already read them
         here = isinstance(plan, Capture) or self._always_embed
         if ids is not None and (virtual is not None or (here and self.takes_embeddings)):
-            # The ids themselves stay away from the model: sharded ranks must all look their
-            # embeddings up equally often.
+            # The model must not look them up again: all ranks of a sharded model must make the
+            # same number of lookups.
             inputs["input_ids"] = None
             inputs["inputs_embeds"] = self.embed(ids, virtual)
             if isinstance(plan, Capture):
@@ -106,25 +106,25 @@ class FrozenPass(nn.Module):
 
     @property
     def table(self) -> nn.Module:
-        """The input embedding. An encoder's own, which need not be shared with the decoder's."""
+        """The input embedding: the encoder's if there is one (the decoder may have another)."""
         model: Any = self.model
         reader = model.get_encoder() if model.config.is_encoder_decoder else model
         table: nn.Module = reader.get_input_embeddings()
         return table
 
     def embed(self, ids: Tensor, virtual: Tensor | None) -> Tensor:
-        """Input embeddings `[R, T, E]`; id -1-k is row r's `virtual[r, k]`."""
+        """Input embeddings `[R, T, E]`; id -1-k in row r is `virtual[r, k]`."""
         real: Tensor = self.table(ids.clamp_min(0))
         if virtual is None:
             return real
         index = (-1 - ids).clamp_min(0)[..., None].expand(-1, -1, virtual.shape[-1])
-        own = virtual.gather(1, index).to(real.dtype)
-        return torch.where((ids < 0)[..., None], own, real)
+        gathered = virtual.gather(1, index).to(real.dtype)
+        return torch.where((ids < 0)[..., None], gathered, real)
 
 
 def _decoder_positions(model: Any) -> list[nn.Module]:
-    """The position embeddings of a decoder (BART's and its kin's) that can be told where its
-    tokens stand, but not through the model's own arguments."""
+    """The position embeddings of a decoder (BART's and similar) that accept positions, though the
+    model's `forward` does not."""
     if not model.config.is_encoder_decoder:
         return []
     encoder = set(model.get_encoder().modules())
@@ -138,7 +138,7 @@ def _decoder_positions(model: Any) -> list[nn.Module]:
 
 
 def _ensemble_nll(logits_NV: Tensor, targets: Tensor, members: int) -> Tensor:
-    """-log of the normalised mean (geometric) of the members' probabilities, `[N / members]`."""
+    """-log of the normalised geometric mean of the members' probabilities, `[N / members]`."""
     log_p = functional.log_softmax(logits_NV.float(), dim=-1).unflatten(0, (members, -1)).mean(0)
     wanted = targets[: len(log_p), None]
     return log_p.logsumexp(-1) - log_p.gather(-1, wanted)[:, 0]

@@ -1,7 +1,7 @@
-"""Keys and values by group, as they are kept and trained, and by layer, as attention reads them.
+"""Convert keys and values between groups (for storage and training) and layers (for attention).
 
-`decoder.0.keys` `[…, Lg, H, P, Dk]` holds the layers of one shape (facts.py, GroupFacts); a model
-whose layers differ has several such groups, and its layers take turns among them.
+`decoder.0.keys` `[…, Lg, H, P, Dk]` holds the layers of one shape (facts.py, GroupFacts). A model
+whose layers differ in shape has several groups, whose layers may alternate.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Layers = tuple[tuple[Tensor, Tensor], ...]  # each layer's keys and values, the 
 
 
 def split_groups(tensors: Mapping[str, Tensor], facts: Facts, dim: int) -> dict[str, Layers]:
-    """`{stack: Layers}` of the top layers of each stack; `dim` is that of Lg, which is taken away.
+    """Split groups into `{stack: Layers}` of each stack's top layers; `dim` is the dimension Lg,
+    which is removed.
 
-    `unbind` rather than a slice per layer: the backward of L slices would add L tensors of the
-    full size. Raises WrongShape where a layer below the top one is left out: a prefix covers a
-    stack's top layers, all of them.
+    Uses `unbind` rather than a slice per layer: the backward pass of L slices would add L tensors
+    of full size. Raises WrongShape if the layers are not exactly the stack's top layers.
     """
     found: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for stack, stack_facts in facts.stacks.items():
@@ -37,7 +37,7 @@ def split_groups(tensors: Mapping[str, Tensor], facts: Facts, dim: int) -> dict[
     for stack, layers_found in found.items():
         if set(layers_found) != set(range(len(layers_found))):
             raise WrongShape(
-                "a prefix leaves out layers below its stack's top one",
+                "a prefix skips layers of its stack",
                 seen=f"{stack}, layers from the top: {sorted(layers_found)}",
                 expected=f"all of 0 to {max(layers_found)}",
                 fix="give every group of the stack a prefix down to the same layer",
@@ -51,7 +51,7 @@ def split_groups(tensors: Mapping[str, Tensor], facts: Facts, dim: int) -> dict[
 def stack_groups(
     layers: Mapping[str, Sequence[tuple[Tensor, Tensor]]], facts: Facts, dim: int
 ) -> dict[str, Tensor]:
-    """The inverse of `split_groups`, of all layers of the stacks that are given."""
+    """The inverse of `split_groups`, for all layers of the given stacks."""
     tensors = {}
     for stack, of_layer in layers.items():
         for number, group in enumerate(facts.stacks[stack].groups):

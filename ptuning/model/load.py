@@ -1,4 +1,4 @@
-"""Load a frozen model with the prefix attention in it."""
+"""Load a frozen model with prefix attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ptuning.model.quiet import quiet_transformers
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The tokenizer alone, without weights."""
+    """Load only the tokenizer, without weights."""
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
@@ -31,7 +31,7 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def load_template(name: str, kind: TemplateKind = "auto") -> Template:
-    """How rows are written for a model, without its weights."""
+    """Load a model's prompt template, without its weights."""
     source = locate(name)
     config = read_config(source)
     return Template.of(
@@ -43,15 +43,16 @@ def load_template(name: str, kind: TemplateKind = "auto") -> Template:
 
 
 def outline(name: str) -> Facts:
-    """What a model's configuration alone says of its shape: stacks, layers, positions. Enough to
-    check a method before anything is loaded; key-value heads are not known (1 of 1)."""
-    whole = read_config(locate(name))
-    config = whole.get_text_config()
+    """The facts known from a model's configuration alone: stacks, layers, positions. Enough to
+    check a method before loading weights; key-value heads and widths are unknown (set to 1)."""
+    full_config = read_config(locate(name))
+    config = full_config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     layers = {DECODER: _layers(config, "decoder_layers", "num_decoder_layers")}
     start = None
-    if whole.is_encoder_decoder:
-        reader = getattr(whole, "encoder", None) or config  # T5Gemma's halves have their own
+    if full_config.is_encoder_decoder:
+        # T5Gemma has a configuration for each half.
+        reader = getattr(full_config, "encoder", None) or config
         layers[ENCODER] = _layers(reader, "encoder_layers", "num_layers")
         layers[CROSS], start = layers[DECODER], 0
     return Facts(
@@ -87,12 +88,12 @@ def load_backbone(
     template: TemplateKind = "auto",
     **settings: Any,
 ) -> Backbone:
-    """Load a causal or encoder-decoder language model, frozen, with the prefix attention in it.
+    """Load a causal or encoder-decoder language model, frozen, with prefix attention.
 
     `model` is an alias, a directory, a hub id or a .gguf file; a BackboneConfig; or a loaded
-    Transformers model with its `tokenizer`. `settings` are BackboneConfig's: `dtype`,
-    `attention`, `device`, `gradient_checkpointing`. A loaded model keeps its dtype and device; it
-    is frozen, and its identity is that of its values in memory, not of the files they came from.
+    Transformers model with its `tokenizer`. `settings` are those of BackboneConfig: `dtype`,
+    `attention`, `device`, `gradient_checkpointing`. A loaded model is frozen and keeps its dtype
+    and device; its fingerprint is of its values in memory, not of the files they came from.
     Raises ModelNotFound, UnsupportedModel, OutOfMemory, ConfigError.
 
         backbone = ptuning.load_backbone("smollm2", dtype="float32")
@@ -102,10 +103,10 @@ def load_backbone(
         return _adopt(model, tokenizer, template, _settings(BackboneConfig(), settings))
     if tokenizer is not None:
         raise ConfigError(
-            "a tokenizer was given beside the name of a model",
+            "a tokenizer was given together with a model's name",
             seen=f"{model!r} and a {type(tokenizer).__name__}",
-            expected="a name alone, or a loaded model with its tokenizer",
-            fix="leave the tokenizer out: it comes with the model's files",
+            expected="just a name, or a loaded model with its tokenizer",
+            fix="omit the tokenizer: it is loaded with the model's files",
         )
     config = _settings(model if isinstance(model, BackboneConfig) else None, settings, model)
     source = locate(config.name)
@@ -132,13 +133,13 @@ def load_backbone(
 def _settings(
     config: BackboneConfig | None, settings: dict[str, Any], name: object = None
 ) -> BackboneConfig:
-    """`config` (or the defaults, for a model's name) with `settings` over it."""
+    """`config`, or the defaults for a model's name, overridden by `settings`."""
     if unknown := sorted(set(settings) - set(BackboneConfig.model_fields)):
         raise ConfigError(
             "load_backbone has no such setting",
             seen=", ".join(unknown),
             expected=", ".join(BackboneConfig.model_fields),
-            fix="correct the name, or leave it out",
+            fix="correct the name, or remove it",
         )
     values = {} if config is None else config.model_dump()
     if config is None:
@@ -149,28 +150,28 @@ def _settings(
 def _adopt(
     model: torch.nn.Module, tokenizer: Any, template: TemplateKind, config: BackboneConfig
 ) -> Backbone:
-    """A backbone of a model that the caller has loaded."""
+    """Make a backbone from a model that the caller has loaded."""
     if tokenizer is None:
         raise ConfigError(
             "a loaded model was given without its tokenizer",
             seen=type(model).__name__,
             expected="load_backbone(model, tokenizer=tokenizer)",
-            fix="give the tokenizer that the model was trained with",
+            fix="pass the tokenizer that the model was trained with",
         )
-    found: Any = model
+    configurable: Any = model  # nn.Module declares none of the attributes used here
     parameter = next(model.parameters())
     kind = choose_attention(config.attention, parameter.device, type(model))
     name = attention_module.implementation(kind)
     with quiet_transformers():
         try:
-            found.set_attn_implementation(name)
+            configurable.set_attn_implementation(name)
         except (AttributeError, ValueError) as error:
             raise _without_interface(type(model).__name__, "use another backbone") from error
     return Backbone(
         model,
         tokenizer,
-        name=str(getattr(found.config, "_name_or_path", "") or type(model).__name__),
-        fingerprint=fingerprint_of_weights(model, found.config),
+        name=str(getattr(configurable.config, "_name_or_path", "") or type(model).__name__),
+        fingerprint=fingerprint_of_weights(model, configurable.config),
         template=template,
         gradient_checkpointing=config.gradient_checkpointing,
     )
@@ -181,7 +182,7 @@ def _family(config: Any) -> Any:
 
 
 def model_class(config: Any) -> type | None:
-    """The Transformers class that a configuration is loaded as, if there is one."""
+    """The Transformers class that loads a configuration, if there is one."""
     try:
         found: type = _family(config)._model_mapping[type(config)]
     except KeyError:
@@ -190,7 +191,7 @@ def model_class(config: Any) -> type | None:
 
 
 def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.Module:
-    """`from_pretrained` with our attention; errors say what can be done."""
+    """`from_pretrained` with our attention, and with errors that say how to fix them."""
     implementation = attention_module.implementation(attention)
     config = read_config(source)
     try:
@@ -218,12 +219,12 @@ def read_model(source: Source, dtype: torch.dtype, attention: str) -> torch.nn.M
             raise _without_interface(seen, refused) from error
         raise _not_loadable(source.name, error) from error
     model, info = loaded
-    # Transformers fills what a checkpoint lacks with random numbers and only warns.
+    # Transformers initialises missing weights at random and only warns.
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedModel(
             "the model's files lack weights that a causal language model needs",
             seen=f"{source.name}: no {', '.join(missing[:3])} ({len(missing)} in all)",
-            fix="give the directory of a whole causal language model",
+            fix="use the directory of a complete causal language model",
         )
     return model
 
@@ -239,10 +240,11 @@ def _without_interface(seen: str, fix: str) -> UnsupportedModel:
 
 
 def _refused_attention(error: Exception, attention: str) -> str | None:
-    """What to do where a model was not built for the attention that it was asked to use; None:
-    something else is wrong."""
+    """The fix if a model does not support the requested attention; None if the error has another
+    cause."""
     text = str(error).lower()
-    if isinstance(error, KeyError) and "ptuning_" in text:  # it has a class for each that it knows
+    # Some models look up a class by the name of the attention.
+    if isinstance(error, KeyError) and "ptuning_" in text:
         return "use another backbone"
     if "attention" not in text or "support" not in text:
         return None
@@ -254,16 +256,16 @@ def _not_loadable(name: str, error: Exception) -> BackboneError:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return UnsupportedModel(
-            "the model needs code of its own, and ptuning runs none that comes with a model",
+            "the model needs custom code, and ptuning does not run code that comes with a model",
             seen=name,
-            expected=f"a model of a family that Transformers has, {EXAMPLES}",
-            fix="load it yourself and give load_backbone the model and its tokenizer",
+            expected=f"a model of a family that Transformers supports, {EXAMPLES}",
+            fix="load it yourself and pass the model and its tokenizer to load_backbone",
         )
     if isinstance(error, OSError):
         return ModelNotFound(
             "the model's files cannot be read",
             seen=f"{name}: {text[:300]}",
-            expected="what save_pretrained writes",
+            expected="files written by save_pretrained",
             fix="check the name; for a hub id, network access and HF_HUB_OFFLINE",
         )
     return UnsupportedModel(
@@ -275,7 +277,7 @@ def _not_loadable(name: str, error: Exception) -> BackboneError:
 
 
 def weight_bytes(source: Source, config: Any, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights in a dtype, from the files that are loaded."""
+    """Size of a model's weights in a dtype, in bytes, computed from the files that are loaded."""
     files = sum(file.stat().st_size for file in weight_files(Path(source.path)))
     stored = getattr(config, "dtype", None) or torch.float32
     return int(files * dtype.itemsize // stored.itemsize)

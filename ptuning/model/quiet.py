@@ -1,4 +1,4 @@
-"""Transformers without its bars and advice."""
+"""Silence Transformers' progress bars and warnings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from transformers.utils import logging as hf_logging
 
 
 class quiet_transformers:
-    """No progress bars or advice from Transformers while it loads; errors still raise."""
+    """Context manager: no progress bars or warnings from Transformers; errors still raise."""
 
     def __enter__(self) -> None:
         self._level = hf_logging.get_verbosity()

@@ -1,10 +1,9 @@
-"""The prefix file: one user's prefix with what it belongs to. Safetensors, no pickle.
+"""The prefix file: one user's prefix and its metadata. Safetensors, no pickle.
 
-A Prefix is its file's bytes, and nothing of it can change: their SHA-256, the digest, is its
-identity everywhere, and every tensor that is handed out is a copy. They are a pure function of the
-training (no times, no metrics). Who attends to a prefix, how its members answer and what it is
-elsewhere is what its method says. Loading refuses a file of another backbone, user, shape or
-method.
+A Prefix is an immutable value made of its file's bytes. Their SHA-256, the digest, identifies it
+everywhere, and tensors are returned as copies. The bytes are a pure function of the training (no
+times, no metrics). The method in the metadata determines which tokens attend to the prefix and how
+ensemble members are combined. Loading refuses a prefix of another backbone, user, shape or method.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from ptuning.model.batch import PackPrefix
 from ptuning.system.files import write_atomic
 from ptuning.types import Config
 
-if TYPE_CHECKING:  # it brings in Transformers
+if TYPE_CHECKING:  # it imports Transformers
     from ptuning.model.backbone import Backbone
 
 FORMAT = "2"
@@ -70,10 +69,10 @@ class ArtifactConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixMeta:
-    """What a prefix belongs to: a pure function of its training.
+    """A prefix's metadata, a pure function of its training.
 
-    `layers`: the layers of each group of keys and values, counted from the top, the lowest first
-    (`(("decoder.0", (1, 0)),)`). `imported_from`: what made it, if it was not trained here.
+    `layers`: the layers of each group of keys and values, counted from the top, lowest layer first
+    (`(("decoder.0", (1, 0)),)`). `imported_from`: the tool that trained it, if not this one.
     """
 
     method: Method
@@ -90,7 +89,7 @@ class PrefixMeta:
 
     @classmethod
     def of(cls, backbone: Backbone, method: Method, *, user_key: str, **more: str) -> PrefixMeta:
-        """Of a prefix that a method makes for a backbone; `more`: the other fields."""
+        """The metadata of a prefix that `method` makes for `backbone`; `more` sets other fields."""
         layers = backbone.facts.layers_of(method.shapes(backbone.facts))
         return cls(
             method=method,
@@ -103,7 +102,7 @@ class PrefixMeta:
         )
 
     def to_texts(self) -> dict[str, str]:
-        """As the prefix file's metadata."""
+        """The metadata as the prefix file stores it."""
         texts = {name: getattr(self, name) for name in _TEXT_FIELDS}
         texts["method"] = json.dumps(self.method.model_dump(mode="json"), sort_keys=True)
         if self.layers:
@@ -119,7 +118,7 @@ class PrefixMeta:
         """The inverse of `to_texts`. Raises CorruptArtifact or WrongMethod."""
         if texts.get("format") != FORMAT:
             raise WrongMethod(
-                "not a prefix file of a format this version reads",
+                "not a prefix file in a format that this version reads",
                 seen=texts.get("format"),
                 expected=FORMAT,
                 fix="check that the file is a ptuning prefix; update ptuning if it is newer",
@@ -131,7 +130,7 @@ class PrefixMeta:
         layout = "" if method.layout is None else method.layout.text
         if texts.get("layout", "") != layout:
             raise WrongMethod(
-                "the prefix does not stand where its method puts it",
+                "the prefix's layout is not that of its method",
                 seen=f"layout {texts.get('layout', '')!r}",
                 expected=f"layout {layout!r}",
                 fix=_RESTORE,
@@ -146,26 +145,26 @@ class PrefixMeta:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a prefix file says and holds, but for the values."""
+    """The contents of a prefix file without the values."""
 
     meta: PrefixMeta
-    shapes: tuple[dict[str, tuple[int, ...]], ...]  # of each member
+    shapes: tuple[dict[str, tuple[int, ...]], ...]  # one dict per ensemble member
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prefix:
-    """One user's prefix: a value, equal to every other of the same digest.
+    """One user's prefix, an immutable value; prefixes with the same digest are equal.
 
     Made by `make_prefix`, `Prefix.load` or `Prefix.from_bytes`. Its tensors are
     `decoder.0.keys` `[Lg, H, P, Dk]` and `decoder.0.values` `[Lg, H, P, Dv]` for each group of each
-    stack (keys as after rotary embedding, of the group's top Lg layers), or `embeddings` `[P, E]`;
-    of an ensemble those of each member, as `0.embeddings`.
+    stack (of the group's top Lg layers, with rotary embedding applied to the keys), or `embeddings`
+    `[P, E]`. An ensemble has those of each member, as `0.embeddings`.
     """
 
     _data: bytes
 
     def __post_init__(self) -> None:
-        self._contents  # noqa: B018 - a file that cannot be read is refused at once
+        self._contents  # noqa: B018 - refuse unreadable bytes at construction
 
     @cached_property
     def _contents(self) -> _Contents:
@@ -190,22 +189,22 @@ class Prefix:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of a member's tensors, as `Method.shapes` has them."""
+        """The shapes of one member's tensors, as from `Method.shapes`."""
         return dict(self._contents.shapes[0])
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Every tensor by its name in the file, on the CPU: a read-only mapping of copies, made at
-        each call; what is done to them changes nothing here."""
+        """Every tensor by its name in the file, on the CPU: a read-only mapping to new copies, so
+        changing them does not change the prefix."""
         return MappingProxyType(load_safetensors(self._data))
 
     @property
     def members(self) -> tuple[dict[str, Tensor], ...]:
-        """What answers together, each as `batch.PackPrefix` has it without U; copies."""
+        """Copies of each member's tensors, in the form of `batch.PackPrefix` without U."""
         return tuple(_split_members(self.tensors))
 
     def arrangement(self, template: Template) -> Arrangement:
-        """The ids that stand around a prompt with this prefix."""
+        """The ids to put before and after a prompt with this prefix."""
         layout = self.method.layout
         return Arrangement() if layout is None else layout.bind(template)
 
@@ -229,7 +228,7 @@ class Prefix:
         return self._data
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the prefix file; a reader or a crash never meets half of it."""
+        """Write the prefix file atomically: neither a reader nor a crash leaves half of it."""
         return write_atomic(path, self._data)
 
     @classmethod
@@ -242,8 +241,9 @@ class Prefix:
         prefix_name: str | None = None,
         digest: str | None = None,
     ) -> Prefix:
-        """Read and check a prefix file. Raises CorruptArtifact, WrongBackbone, WrongUser,
-        WrongShape or WrongMethod, each saying what was seen and expected."""
+        """Read and check a prefix file; `user_key`, `prefix_name` and `digest` are checked if
+        given. Raises CorruptArtifact, WrongBackbone, WrongUser, WrongShape or WrongMethod, each
+        with what was seen and expected."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -265,11 +265,11 @@ class Prefix:
         digest: str | None = None,
     ) -> Prefix:
         """As `load`, from bytes already read."""
-        seen = hashlib.sha256(data).hexdigest()
-        if digest is not None and seen != digest:
+        actual = hashlib.sha256(data).hexdigest()
+        if digest is not None and actual != digest:
             raise CorruptArtifact(
                 "the prefix file is not the one that was asked for",
-                seen=seen,
+                seen=actual,
                 expected=digest,
                 fix=_RESTORE,
             )
@@ -279,7 +279,7 @@ class Prefix:
         return prefix
 
     def check(self, backbone: Backbone) -> None:
-        """Raise unless this prefix was trained on this backbone and has its shape."""
+        """Raise an ArtifactError unless this prefix was trained on this backbone and fits it."""
         meta = self.meta
         if meta.backbone_fingerprint != backbone.fingerprint:
             raise WrongBackbone(
@@ -299,72 +299,73 @@ class Prefix:
         self.check_finite()
 
     def _check_method(self, backbone: Backbone) -> None:
-        """Raise unless the backbone can do the method, and it makes prefixes like this one."""
+        """Raise an ArtifactError unless the backbone supports the method, and the method makes
+        prefixes of this form."""
         facts, contents = backbone.facts, self._contents
         try:
             self.method.check(facts)
         except MethodError as error:
             raise WrongBackbone(
-                f"the prefix is of a method that this backbone cannot do: {error.message}",
+                f"the prefix is of a method that this backbone does not support: {error.message}",
                 seen=error.seen,
                 expected=error.expected,
                 fix=error.fix,
             ) from error
         if len(contents.shapes) != self.method.members:
             raise WrongMethod(
-                "the prefix is not what its method makes",
+                "the prefix has the wrong number of members for its method",
                 seen=f"{len(contents.shapes)} members",
                 expected=f"{self.method.members} members",
                 fix=_RESTORE,
             )
         shapes = self.method.shapes(facts)
         expected = (shapes, facts.layers_of(shapes))
-        for of_member in contents.shapes:
-            if (seen := (of_member, dict(self.meta.layers))) != expected:
+        for member_shapes in contents.shapes:
+            if (actual := (member_shapes, dict(self.meta.layers))) != expected:
                 raise WrongShape(
                     "the prefix's stacks, layers or sizes do not fit the backbone and its method",
-                    seen=seen,
+                    seen=actual,
                     expected=expected,
                     fix="load the backbone it was trained on, or train the user on this one",
                 )
 
     def check_finite(self) -> None:
-        """Raise CorruptArtifact where a value is not finite: fp16 holds none beyond 65504."""
+        """Raise CorruptArtifact if a value is not finite (in fp16 none can be beyond 65504)."""
         for name, values in self.tensors.items():
             if not bool(torch.isfinite(values).all()):
                 raise CorruptArtifact(
-                    "the prefix holds values that are not finite",
+                    "the prefix has values that are not finite",
                     seen=f"{int((~values.isfinite()).sum())} of {values.numel()} in {name}, "
                     f"as {values.dtype}",
                     expected="finite values",
-                    fix="train the user again, at a lower learning rate or with another "
+                    fix="train the user again with a lower learning rate or another "
                     "artifact.dtype, or keep the prefix that was served before",
                 )
 
 
 def check_owner(meta: PrefixMeta, what: str, user_key: str | None, prefix_name: str | None) -> None:
-    """Raise WrongUser unless a prefix is this user's and has this name; None: any. `what` was
-    read: "prefix" or "adapter"."""
+    """Raise WrongUser unless a prefix belongs to this user and has this name; None: any. `what` is
+    the word for it in the message: "prefix" or "adapter"."""
     if user_key is not None and meta.user_key != user_key:
         raise WrongUser(
             f"the {what} belongs to another user",
             seen=meta.user_key,
             expected=user_key,
-            fix=f"give the {what} of the user who is meant; ptuning.user_key makes keys of ids",
+            fix=f"use the {what} of the intended user; ptuning.user_key computes a user's key",
         )
     if prefix_name is not None and meta.prefix_name != prefix_name:
         raise WrongUser(
             f"the {what} has another name",
             seen=meta.prefix_name,
             expected=prefix_name,
-            fix=f"give the {what} of that name",
+            fix=f"use the {what} with that name",
         )
 
 
 def make_prefix(
     members: Sequence[Mapping[str, Tensor]], meta: PrefixMeta, config: ArtifactConfig | None = None
 ) -> Prefix:
-    """A prefix of what was trained, in the configured dtype; the tensors are copied."""
+    """Make a prefix from each member's trained tensors, copied in the configured dtype."""
     dtype = _DTYPES[(config or ArtifactConfig()).dtype]
     tensors = {
         name if len(members) == 1 else f"{number}.{name}": values.detach().to(
@@ -378,7 +379,7 @@ def make_prefix(
 
 
 def pack_prefix(prefixes: Sequence[Prefix], backbone: Backbone) -> PackPrefix:
-    """All members of prefixes of one kind, one after another, as slots; fp32."""
+    """Stack the members of prefixes of the same form as slots, one after another; fp32."""
     members = [member for prefix in prefixes for member in prefix.members]
     tensors = {
         name: torch.stack([member[name].float() for member in members]).to(backbone.device)
@@ -388,16 +389,16 @@ def pack_prefix(prefixes: Sequence[Prefix], backbone: Backbone) -> PackPrefix:
 
 
 def training_digest(*parts: object) -> str:
-    """SHA-256 of all that decides a training's result: settings, data, backbone, seed."""
+    """SHA-256 of everything that determines a training's result: settings, data, backbone, seed."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def _canonical(data: bytes) -> bytes:
-    """The same safetensors file with its header in sorted order.
+    """The same safetensors file with a sorted header.
 
-    The writer keeps metadata in a hash map, whose order differs from process to process; a
-    digest needs one order. Offsets in the header are relative, so only its length matters.
+    The writer keeps metadata in a hash map, whose order differs between processes, but the digest
+    needs a fixed order. The offsets in the header are relative to its end, so it may change length.
     """
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(
@@ -419,10 +420,10 @@ def _read_contents(data: bytes) -> _Contents:
     meta = PrefixMeta.from_texts(texts)
     members = _split_members(tensors)
     same_names = len({frozenset(member) for member in members}) == 1
-    whole = same_names and sum(map(len, members)) == len(tensors)
-    if not whole or not all(map(_is_values, tensors.values())):
+    complete = same_names and sum(map(len, members)) == len(tensors)
+    if not complete or not all(map(_is_values, tensors.values())):
         raise WrongShape(
-            "the prefix file does not hold keys and values, or embeddings, and only these",
+            "the prefix file must contain keys and values, or embeddings, and nothing else",
             seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
             expected="keys and values [L, H, P, D] or embeddings [P, E] of each member, P > 0",
             fix=_RESTORE,
@@ -432,8 +433,8 @@ def _read_contents(data: bytes) -> _Contents:
 
 
 def _split_members(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors of each member of an ensemble, which begin with its number; all of them of a
-    prefix that is none."""
+    """The tensors of each ensemble member, whose names begin with its number; a prefix that is not
+    an ensemble has one member without a number."""
     members: dict[int, dict[str, Tensor]] = {}
     for name in sorted(tensors):
         number, _, rest = name.partition(".")
@@ -469,7 +470,7 @@ def _read_layers(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
         groups = json.loads(text).items()
         return tuple((str(name), tuple(map(int, layers))) for name, layers in groups)
     except (ValueError, TypeError, AttributeError) as error:
-        raise _broken("the prefix file does not say which layers it is for", str(error)) from error
+        raise _broken("the prefix file's layers cannot be read", str(error)) from error
 
 
 def _broken(what: str, seen: str) -> CorruptArtifact:

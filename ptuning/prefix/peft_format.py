@@ -1,21 +1,21 @@
-"""To and from PEFT's checkpoints of its three kinds, without importing PEFT.
+"""Read and write PEFT adapters of its three prompt-tuning methods, without importing PEFT.
 
-Prefix Tuning: PEFT keeps `prompt_embeddings` `[P, L * 2 * H * D]` (a row is a virtual token's
-keys and values, layer by layer, keys before values) and hands them to the model as
-`past_key_values`, so its keys are as after rotary embedding, as ours are: the two files hold
-the same numbers. H are key-value heads (PEFT calls them `num_attention_heads`) and `token_dim`
-is H * D. With a sliding window PEFT's prefix leaves the window, which ours does only with
-`sliding_window: respect`: one that PEFT made is read as such, one of ours that ignores the window
-gives other logits there once a text is longer than it. Of an encoder-decoder model PEFT gives
-a prefix to the decoder's self-attention alone (`stacks: [decoder]`), in an order of its own.
+Prefix Tuning: PEFT stores `prompt_embeddings` `[P, L * 2 * H * D]` (a row is a virtual token's keys
+and values, layer by layer, keys before values) and passes them to the model as `past_key_values`.
+So rotary embedding is already applied to its keys, as to ours, and both files have the same
+numbers. H is the number of key-value heads (PEFT's `num_attention_heads`) and `token_dim` is H * D.
+In PEFT a prefix is subject to sliding windows; ours is only with `sliding_window: respect`. An
+adapter made by PEFT is read with that setting; a prefix of ours that ignores the window gives
+different logits in PEFT once a text is longer than the window. For an encoder-decoder model PEFT
+supports only the decoder's self-attention (`stacks: [decoder]`), with a layer order of its own.
 
-Prompt Tuning and P-Tuning: `prompt_embeddings` `[P, E]`, of P-Tuning the encoder's output, put
-before everything else at the input (the encoder's, of an encoder-decoder model). What stands
-elsewhere, in some layers only, in layers of several shapes, or answers as an ensemble has no place
-in PEFT's files. Which of these a prefix is, its method says (`Method.to_peft`).
+Prompt Tuning and P-Tuning: `prompt_embeddings` `[P, E]` (for P-Tuning the encoder's output) come
+before everything else at the input (of the encoder, for an encoder-decoder model). Other
+placements, prefixes on some layers only or with several shapes, and ensembles cannot be stored in
+PEFT's files. `Method.to_peft` says which format a prefix has.
 
-A PEFT adapter does not say whose it is or what it was trained on, so ours has one file more,
-which PEFT ignores; with it the way there and back loses nothing, the digest included.
+A PEFT adapter does not record its user or its training, so `save_peft` adds one file, which PEFT
+ignores. With it, saving and loading loses nothing: even the digest is the same.
 """
 
 from __future__ import annotations
@@ -60,24 +60,24 @@ CONFIG, WEIGHTS, OURS = "adapter_config.json", "adapter_model.safetensors", "ptu
 TENSOR = "prompt_embeddings"
 CAUSAL_TASK, PAIR_TASK = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 _PICKLE = "adapter_model.bin"
-_KEYS, _VALUES = keys_name(DECODER, 0), values_name(DECODER, 0)  # PEFT knows one shape
+_KEYS, _VALUES = keys_name(DECODER, 0), values_name(DECODER, 0)  # PEFT supports one group only
 
 
 def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backbone) -> Path:
-    """Write a directory that `peft.PeftModel.from_pretrained` reads; returns it.
+    """Write a directory that `peft.PeftModel.from_pretrained` can read, and return it.
 
-    Each file appears whole, the configuration last. Raises an ArtifactError where the prefix
-    is not of this backbone, WrongMethod where PEFT's files cannot express it; warns where PEFT
-    will compute something else beyond a sliding window.
+    Each file is written atomically, the configuration last. Raises an ArtifactError if the prefix
+    is not of this backbone and WrongMethod if PEFT's files cannot express it; warns if PEFT's
+    results differ beyond a sliding window.
     """
     prefix.check(backbone)
     form = prefix.method.to_peft(backbone.facts)
-    inside = form.peft_type == PEFT_PREFIX
-    if inside:
+    has_keys = form.peft_type == PEFT_PREFIX
+    if has_keys:
         _check_answers_move(backbone)
         _warn_of_window(prefix, backbone)
     task, (tensors,) = _task(backbone), prefix.members
-    if inside:
+    if has_keys:
         layers = torch.stack([tensors[_KEYS], tensors[_VALUES]], dim=1)
         tensor = flattened(layers if task == CAUSAL_TASK else _for_pairs(layers))
     else:
@@ -85,12 +85,12 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
     config = {
         "task_type": task,
         "base_model_name_or_path": prefix.meta.backbone,
-        # Without it PEFT builds the encoder that was dropped, and sends the values through it.
+        # Otherwise PEFT would build an encoder again and pass the values through it.
         "inference_mode": True,
         "num_virtual_tokens": prefix.num_virtual_tokens,
-        # 2 where PEFT must make an encoder-decoder model's cache; virtual tokens at the input are
-        # the encoder's alone, and a second half of them would be read by nothing.
-        "num_transformer_submodules": 2 if inside and task == PAIR_TASK else 1,
+        # 2 for an encoder-decoder model's keys and values, so that PEFT makes its cache. Virtual
+        # tokens at the input go to the encoder only; nothing would read a second copy.
+        "num_transformer_submodules": 2 if has_keys and task == PAIR_TASK else 1,
         **_sizes(form, tensor, backbone),
         **form.settings,
     }
@@ -111,9 +111,9 @@ def load_peft(
 ) -> Prefix:
     """Read a PEFT adapter of this backbone (Prefix Tuning, Prompt Tuning or P-Tuning).
 
-    One that `save_peft` wrote comes back as it was. One made by PEFT is taken to be of this
-    backbone and template if its shape fits (nothing in it says so), belongs to `user_key`
-    (default: nobody, the empty key) and is called `prefix_name` (default: `default`). Raises
+    An adapter written by `save_peft` gives the original prefix. One made by PEFT records neither
+    backbone nor template, so it is accepted if its shape fits; the prefix gets the given
+    `user_key` (default: none, the empty key) and `prefix_name` (default: `default`). Raises
     CorruptArtifact, WrongBackbone, WrongMethod, WrongShape or WrongUser.
     """
     source = Path(directory)
@@ -132,14 +132,14 @@ def load_peft(
         same = prefix.digest == expected
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifact(
-            f"{OURS} is not what save_peft writes",
+            f"{OURS} was not written by save_peft, or is damaged",
             seen=f"{source / OURS}: {error}",
             expected="digest and meta of a prefix",
             fix=f"remove {OURS} to read the directory as an adapter made by PEFT",
         ) from error
     if not same:
         raise CorruptArtifact(
-            f"the adapter's weights are not those that {OURS} was written for",
+            f"the adapter's weights do not match {OURS}",
             seen=prefix.digest,
             expected=expected,
             fix=f"remove {OURS} to read the directory as an adapter made by PEFT",
@@ -150,30 +150,31 @@ def load_peft(
 
 
 def flattened(layers_L2HPD: Tensor) -> Tensor:
-    """PEFT's `[P, L * 2 * H * D]` of a stack's keys and values by layer `[L, 2, H, P, D]`."""
+    """Flatten a stack's keys and values `[L, 2, H, P, D]` into PEFT's `[P, L * 2 * H * D]`."""
     layers = layers_L2HPD.detach().cpu()
     return layers.permute(3, 0, 1, 2, 4).reshape(layers.shape[3], -1).contiguous()
 
 
 def unflattened(flat: Tensor, backbone: Backbone, layers: int | None = None) -> Tensor:
-    """The decoder's `[L, 2, H, P, D]` of PEFT's tensor, which has `layers` (default: L). Raises
-    WrongShape, or WrongMethod where the decoder's layers have several shapes."""
+    """The decoder's keys and values `[L, 2, H, P, D]` from PEFT's tensor, which has `layers` layers
+    (default: L). Raises WrongShape, or WrongMethod if the decoder's layers have several shapes."""
     group = _only_group(backbone)
-    every = len(group.layers)
-    layers = every if layers is None else layers
+    decoder_layers = len(group.layers)
+    layers = decoder_layers if layers is None else layers
     width = layers * 2 * group.heads * group.key_width
-    if flat.ndim != 2 or flat.shape[1] != width or not len(flat) or layers < every:
+    if flat.ndim != 2 or flat.shape[1] != width or not len(flat) or layers < decoder_layers:
         raise _does_not_fit(
             flat,
             f"[P, {width}] = [P, {layers} layers x 2 x {group.heads} key-value heads x "
-            f"{group.key_width}], of at least {every} layers",
+            f"{group.key_width}], of at least {decoder_layers} layers",
         )
     parts = flat.view(len(flat), layers, 2, group.heads, group.key_width)
     return parts.permute(1, 2, 3, 0, 4).contiguous()
 
 
 def _only_group(backbone: Backbone) -> GroupFacts:
-    """The shape of the decoder's keys and values, of which PEFT knows one."""
+    """The only group of the decoder's layers. Raises WrongMethod if there are several shapes, which
+    PEFT does not support."""
     first, *others = backbone.facts.stacks[DECODER].groups
     if others or first.key_width != first.value_width:
         shapes = [(group.heads, group.key_width, group.value_width) for group in (first, *others)]
@@ -182,15 +183,15 @@ def _only_group(backbone: Backbone) -> GroupFacts:
 
 
 def _read_by_pairs(layers: int, count: int) -> list[int]:
-    """The layers of PEFT's tensor (it has `count`) that it hands to each layer of an
-    encoder-decoder model's decoder: it lists them twice, takes two for each and drops the second
-    (PEFT 0.21)."""
+    """Which of the `count` layers in its tensor PEFT passes to each layer of an encoder-decoder
+    model's decoder: it lists the layers twice, takes two for each and drops the second (PEFT 0.21).
+    """
     return [2 * layer % count for layer in range(layers)]
 
 
 def _for_pairs(kv_L2HPD: Tensor) -> Tensor:
-    """The layers in the order from which PEFT picks them again. Of an even number it would read
-    half of them twice and the rest never, so that a layer more is written, which nothing reads."""
+    """Reorder layers so that PEFT reads them correctly. With an even count PEFT would read half of
+    them twice and the others never, so one unused layer is added."""
     layers = len(kv_L2HPD)
     count = layers + 1 - layers % 2
     spread = torch.zeros((count, *kv_L2HPD.shape[1:]), dtype=kv_L2HPD.dtype)
@@ -203,10 +204,11 @@ def _task(backbone: Backbone) -> str:
 
 
 def _check_answers_move(backbone: Backbone) -> None:
-    """An answer begins at position P in PEFT; a few decoders cannot be told so."""
+    """Raise WrongMethod if the decoder ignores the prefix length: in PEFT an answer begins at
+    position P."""
     if not backbone.moves_answers:
         raise peft_refusal(
-            "keys and values for this model, whose decoder counts its positions itself",
+            "keys and values for this model, whose decoder computes its own positions",
             type(backbone.model).__name__,
             "BART or T5",
             "method.type=prompt",
@@ -216,18 +218,18 @@ def _check_answers_move(backbone: Backbone) -> None:
 def _warn_of_window(prefix: Prefix, backbone: Backbone) -> None:
     config = backbone.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     _, settings = get_layer_types_and_kwargs(config)
-    windows = [own["sliding_window"] for own in settings if own.get("sliding_window")]
+    windows = [layer["sliding_window"] for layer in settings if layer.get("sliding_window")]
     if windows and not prefix.method.visibility.windowed:
         warnings.warn(
-            f"in PEFT this prefix leaves the sliding window: beyond {min(windows)} tokens it "
-            "computes something else; train with method.sliding_window=respect for the same",
+            f"in PEFT this prefix leaves the sliding window: beyond {min(windows)} tokens PEFT's "
+            "results differ; train with method.sliding_window=respect for equal results",
             stacklevel=3,
         )
 
 
 def _sizes(form: PeftForm, tensor: Tensor, backbone: Backbone) -> dict[str, Any]:
-    """Layers and heads are in no formula of embeddings, but PEFT wants them, and does not find
-    them where a model's own configuration nests them (T5Gemma)."""
+    """The sizes that PEFT requires. It does not use layers and heads for embeddings, but requires
+    them, and does not find them in nested configurations (T5Gemma)."""
     facts = backbone.facts.stacks[DECODER]
     heads = facts.groups[0].heads
     if form.peft_type != PEFT_PREFIX:
@@ -248,7 +250,7 @@ def _named_sizes(form: PeftForm, layers: int, heads: int, width: int) -> dict[st
 
 
 def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: PrefixMeta) -> Prefix:
-    """A prefix of PEFT's tensor, in its dtype."""
+    """Make a prefix from PEFT's tensor, in the tensor's dtype."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in get_args(ArtifactConfig.model_fields["dtype"].annotation):
         dtype = "float32"
@@ -258,8 +260,8 @@ def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: Pr
             layers = unflattened(tensor, backbone)
         else:
             layers = unflattened(tensor, backbone, config.get("num_layers"))
-            every = backbone.facts.stacks[DECODER].layers
-            layers = layers[_read_by_pairs(every, len(layers))]
+            decoder_layers = backbone.facts.stacks[DECODER].layers
+            layers = layers[_read_by_pairs(decoder_layers, len(layers))]
         return make_prefix([{_KEYS: layers[:, 0], _VALUES: layers[:, 1]}], meta, stored)
     width = backbone.facts.hidden_size
     if tensor.ndim != 2 or tensor.shape[1] != width or not len(tensor):
@@ -270,11 +272,11 @@ def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: Pr
 def _adopt(
     peft_type: str, length: int, backbone: Backbone, user_key: str | None, prefix_name: str | None
 ) -> PrefixMeta:
-    """What there is to say of an adapter that says nothing of its origin."""
+    """Metadata for an adapter made by PEFT, which records no origin."""
     method: Method | None = None
-    for kind in METHODS.values():
-        method = method or kind.from_peft(peft_type, length, backbone.facts)
-    assert method is not None, peft_type  # _check_config knows the kinds
+    for candidate in METHODS.values():
+        method = method or candidate.from_peft(peft_type, length, backbone.facts)
+    assert method is not None, peft_type  # _check_config has refused other types
     return PrefixMeta.of(
         backbone,
         method,
@@ -285,7 +287,7 @@ def _adopt(
 
 
 def _read_meta(texts: Any) -> PrefixMeta:
-    """Raises TypeError where it is not what `save_peft` writes, or an ArtifactError."""
+    """Parse the metadata written by `save_peft`. Raises TypeError or an ArtifactError."""
     meta = PrefixMeta.from_texts(texts)
     if meta.to_texts() != texts:
         raise TypeError(f"meta has {sorted(texts)}")
@@ -302,11 +304,11 @@ def _does_not_fit(tensor: Tensor, expected: str) -> WrongShape:
 
 
 def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
-    kind, task = config.get("peft_type"), _task(backbone)
-    if kind not in (PEFT_PREFIX, PEFT_PROMPT, PEFT_PTUNING):
+    peft_type, task = config.get("peft_type"), _task(backbone)
+    if peft_type not in (PEFT_PREFIX, PEFT_PROMPT, PEFT_PTUNING):
         raise WrongMethod(
             "the PEFT adapter is of another method",
-            seen=kind,
+            seen=peft_type,
             expected=f"{PEFT_PREFIX}, {PEFT_PROMPT} or {PEFT_PTUNING}",
             fix="train the adapter with one of these",
         )
@@ -317,20 +319,21 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             expected=task,
             fix="load the backbone that the adapter was trained on",
         )
-    if kind == PEFT_PREFIX and not backbone.moves_answers:
+    if peft_type == PEFT_PREFIX and not backbone.moves_answers:
         raise WrongMethod(
-            "PEFT's Prefix Tuning moves an answer's positions, which this model counts itself",
-            seen=f"{kind} of {type(backbone.model).__name__}",
+            "PEFT's Prefix Tuning shifts an answer's positions, but this model computes its own",
+            seen=f"{peft_type} of {type(backbone.model).__name__}",
             expected=f"{PEFT_PROMPT} or {PEFT_PTUNING}, or another model",
             fix="train the adapter with one of these, or train the prefix here",
         )
-    # At the input PEFT keeps one copy or two of an encoder-decoder model; as a cache always two.
-    counts = (1,) if task == CAUSAL_TASK else (2,) if kind == PEFT_PREFIX else (1, 2)
+    # For an encoder-decoder model PEFT stores one or two copies of embeddings, but always two of
+    # keys and values.
+    counts = (1,) if task == CAUSAL_TASK else (2,) if peft_type == PEFT_PREFIX else (1, 2)
     if _copies(config, backbone) not in counts:
         raise WrongMethod(
             "the PEFT adapter is of an encoder-decoder model"
             if task == CAUSAL_TASK
-            else "the PEFT adapter is not one that PEFT makes for this kind of model",
+            else "PEFT does not make such adapters for this kind of model",
             seen=f"num_transformer_submodules {config['num_transformer_submodules']}",
             expected=" or ".join(map(str, counts)),
             fix="load the backbone that the adapter was trained on",
@@ -343,14 +346,14 @@ def _check_config(config: dict[str, Any], backbone: Backbone) -> None:
             expected=f"at most {MAX_VIRTUAL_TOKENS}",
             fix="train it again with fewer",
         )
-    if kind == PEFT_PREFIX:
+    if peft_type == PEFT_PREFIX:
         _check_geometry(config, backbone)
 
 
 def _check_geometry(config: dict[str, Any], backbone: Backbone) -> None:
-    """Raise WrongShape where what PEFT says of layers and heads is not the backbone's: another
-    model's values can have as many columns. PEFT keeps as many layers of an encoder-decoder model
-    as its encoder has."""
+    """Raise WrongShape if the adapter's layers and heads are not the backbone's: another model's
+    values can have the same number of columns. For an encoder-decoder model PEFT stores as many
+    layers as the encoder has."""
     group, pairs = _only_group(backbone), _task(backbone) == PAIR_TASK
     wanted = {
         "num_layers": len(group.layers),
@@ -358,12 +361,12 @@ def _check_geometry(config: dict[str, Any], backbone: Backbone) -> None:
         "token_dim": group.heads * group.key_width,
     }
     for name, count in wanted.items():
-        seen = config.get(name)
-        more = pairs and name == "num_layers" and _is_count(seen) and seen > count
-        if seen is not None and not more and not (_is_count(seen) and seen == count):
+        stated = config.get(name)
+        more = pairs and name == "num_layers" and _is_count(stated) and stated > count
+        if stated is not None and not more and not (_is_count(stated) and stated == count):
             raise WrongShape(
                 "the PEFT adapter does not fit the backbone",
-                seen=f"{name} {seen!r}",
+                seen=f"{name} {stated!r}",
                 expected=f"at least {count}" if pairs and name == "num_layers" else count,
                 fix="load the backbone that the adapter was trained on",
             )
@@ -374,17 +377,17 @@ def _is_count(value: Any) -> TypeGuard[int]:
 
 
 def _copies(config: dict[str, Any], backbone: Backbone) -> int | None:
-    """How many stacks PEFT means the adapter for; unsaid: all that the model has. None: it says
-    nothing that is a number."""
-    said = config.get("num_transformer_submodules")
-    if said is None:
+    """For how many stacks the adapter has virtual tokens; by default for all of the model's. None:
+    the setting is not a number."""
+    stated = config.get("num_transformer_submodules")
+    if stated is None:
         return 1 if _task(backbone) == CAUSAL_TASK else 2
-    return said if _is_count(said) else None
+    return stated if _is_count(stated) else None
 
 
 def _rows(config: dict[str, Any], backbone: Backbone) -> int | None:
-    """How many rows the tensor has; None: nothing says so. Of virtual tokens at the input PEFT
-    keeps P for each stack, and reads the first P."""
+    """How many rows the tensor should have; None: unknown. For virtual tokens at the input PEFT
+    stores P for each stack and reads the first P."""
     length, copies = config.get("num_virtual_tokens"), _copies(config, backbone)
     if not _is_count(length) or copies is None:
         return None
@@ -394,7 +397,7 @@ def _rows(config: dict[str, Any], backbone: Backbone) -> int | None:
 def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Tensor:
     if not (source / WEIGHTS).is_file() and (source / _PICKLE).is_file():
         raise CorruptArtifact(
-            "the PEFT adapter is a pickle, which can run code when it is read",
+            "the PEFT adapter is a pickle, which can run code when it is loaded",
             seen=str(source / _PICKLE),
             expected=WEIGHTS,
             fix="save it again with safe_serialization=True",
@@ -411,16 +414,16 @@ def _read_tensor(source: Path, config: dict[str, Any], backbone: Backbone) -> Te
         ) from error
     if set(tensors) != {TENSOR} or not torch.is_floating_point(tensors[TENSOR]):
         raise WrongShape(
-            "the PEFT adapter does not hold one tensor of keys and values, or of embeddings",
+            "the PEFT adapter must contain just one tensor, of keys and values or of embeddings",
             seen={name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()},
             expected=f"{TENSOR} [P, L * 2 * H * D] or [P, E]",
-            fix="give an adapter of Prefix Tuning, Prompt Tuning or P-Tuning alone",
+            fix="use an adapter of just Prefix Tuning, Prompt Tuning or P-Tuning",
         )
     tensor, length = tensors[TENSOR], config.get("num_virtual_tokens")
     rows = tensor.shape[0] if tensor.ndim else 0
     if not _is_count(length) or length < 1 or rows != _rows(config, backbone):
         raise WrongShape(
-            "the PEFT adapter's weights have another length than its configuration says",
+            "the PEFT adapter's weights do not have the length that its configuration states",
             seen=f"{TENSOR} {tuple(tensor.shape)}",
             expected=f"num_virtual_tokens {length}",
             fix="save the adapter again, weights and configuration together",
@@ -452,9 +455,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _no_object(seen: str) -> CorruptArtifact:
     return CorruptArtifact(
-        "the PEFT adapter's file holds no JSON object",
+        "the PEFT adapter's file is not a JSON object",
         seen=seen,
-        expected="what PEFT or save_peft writes",
+        expected="a file written by PEFT or save_peft",
         fix="save the adapter again",
     )
 

@@ -1,7 +1,7 @@
-"""Prefixes made ready to answer with: what generation and the service put into the model.
+"""Prefixes prepared for inference, as generation and the service pass them to the model.
 
-Virtual tokens at the input that come before all real ones are turned, once, into the keys and
-values that they are in every layer; others stay embeddings and travel with the prompt.
+Virtual tokens at the input that come before all real tokens are converted once to keys and values
+in every layer. Others stay embeddings and are processed with the prompt.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ptuning.prefix.artifact import Prefix
 class Member:
     """One prefix of an ensemble, in the backbone's dtype and on its device.
 
-    `layers[stack]` are the keys `[H, P, Dk]` and values `[H, P, Dv]` of the stack's top K layers;
-    or `embeddings` `[P, E]`.
+    It has `layers[stack]`, the keys `[H, P, Dk]` and values `[H, P, Dv]` of the stack's top K
+    layers, or `embeddings` `[P, E]`.
     """
 
     layers: dict[str, Layers]
@@ -37,11 +37,11 @@ class Member:
 
     @property
     def length(self) -> int:
-        """P, the columns of its keys and values; 0 where it is at the input."""
+        """P, the columns of its keys and values; 0 if it has only embeddings."""
         return max((self.length_in(stack) for stack in self.layers), default=0)
 
     def length_in(self, stack: str) -> int:
-        """P in one stack; 0 where it has nothing there."""
+        """P in one stack; 0 if it has no keys and values there."""
         layers = self.layers.get(stack)
         return int(layers[0][0].shape[-2]) if layers else 0
 
@@ -55,13 +55,13 @@ class Member:
 
     @property
     def _tensors(self) -> list[Tensor]:
-        inside = [p for layers in self.layers.values() for pair in layers for p in pair]
-        return inside if self.embeddings is None else [*inside, self.embeddings]
+        tensors = [p for layers in self.layers.values() for pair in layers for p in pair]
+        return tensors if self.embeddings is None else [*tensors, self.embeddings]
 
 
 @dataclass(frozen=True)
 class ReadyPrefix:
-    """A user's prefix as the model takes it. `around` is what stands around a prompt's ids."""
+    """A user's prefix prepared for inference. `around` puts ids before and after a prompt's."""
 
     members: tuple[Member, ...]
     around: Arrangement = field(default_factory=Arrangement)
@@ -69,7 +69,7 @@ class ReadyPrefix:
 
     @property
     def voices(self) -> int:
-        """How many answers are made, of which one is given: each member's where they vote."""
+        """How many answers are generated: one per member of an ensemble that votes, else one."""
         return len(self.members) if self.combine == "vote" else 1
 
     @property
@@ -84,7 +84,7 @@ class ReadyPrefix:
 def check_positions(
     backbone: Backbone, ready: ReadyPrefix | None, prompt: Sequence[int], answer: int
 ) -> None:
-    """Raise DataError unless a prompt (its virtual tokens included) and `answer` more tokens fit
+    """Raise DataError unless a prompt (virtual tokens included) and `answer` more tokens fit into
     the backbone's positions."""
     limit = backbone.facts.max_positions
     inside = 0 if ready is None else ready.members[0].length_in(DECODER)
@@ -93,7 +93,7 @@ def check_positions(
         raise DataError(
             "the backbone has too few positions",
             seen=f"{needed}: {len(prompt)} tokens of prompt, {answer} of answer, and "
-            f"{ready.length if ready else 0} virtual ones",
+            f"{ready.length if ready else 0} virtual tokens",
             expected=f"at most {limit} positions",
             fix="shorten the prompt or ask for fewer tokens",
         )
@@ -109,8 +109,8 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
         moved = {name: values.to(backbone.device) for name, values in tensors.items()}
         embeddings = moved.pop(EMBEDDINGS, None)
         if embeddings is not None and compiles:
-            made = backbone.keys_and_values(embeddings[None])
-            moved = {name: values[0] for name, values in made.items()}
+            compiled = backbone.keys_and_values(embeddings[None])
+            moved = {name: values[0] for name, values in compiled.items()}
             embeddings = None
         member = Member(
             split_groups({n: p.to(backbone.dtype) for n, p in moved.items()}, facts, 0),
@@ -119,9 +119,9 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
         )
         if not member.finite:
             raise CorruptArtifact(
-                "the prefix has values that this backbone's numbers cannot hold",
-                seen=f"values that are not finite, once they are {backbone.dtype}",
-                fix="train it again, with a lower learning rate",
+                "the prefix has values that overflow the backbone's dtype",
+                seen=f"values that are not finite as {backbone.dtype}",
+                fix="train it again with a lower learning rate",
             )
         members.append(member)
     return ReadyPrefix(
@@ -134,10 +134,11 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
 def rows_of(
     backbone: Backbone, members: Sequence[Member | None], *, cached: bool = False
 ) -> RowPrefix | None:
-    """One batch's prefixes, padded on the left to the longest; None where no row has one.
+    """The prefixes of a batch, padded on the left to the longest; None if no row has one.
 
-    `cached`: their keys and values lie in the first columns of a cache already. What depends on
-    lengths and depths is decided here, on the host, so that a forward pass reads nothing back.
+    `cached`: their keys and values are already in the first columns of a cache. Everything that
+    depends on lengths and depths is decided here on the host, so that the forward pass never waits
+    for the device.
     """
     if not any(member is not None for member in members):
         return None
@@ -159,8 +160,8 @@ def rows_of(
 def _depths(
     backbone: Backbone, members: Sequence[Member | None], cached: bool
 ) -> dict[str, Tensor]:
-    """How many layers of each stack each row's prefix has, for stacks where rows differ; in a
-    cache, where some do not have all, since its columns are there in every layer."""
+    """The number of layers of each row's prefix, for stacks in which rows differ; with a cache, for
+    stacks in which some prefix lacks layers, since the cache has its columns in every layer."""
     depths = {}
     for stack, facts in backbone.facts.stacks.items():
         depth_of = [
@@ -193,7 +194,7 @@ def _layers(backbone: Backbone, members: Sequence[Member | None], length: int) -
 def _layer(
     backbone: Backbone, stack: str, layer: int, length: int, of_rows: Sequence[Layers]
 ) -> tuple[Tensor, Tensor]:
-    """Every row's keys and values of one layer, counted from the top, padded on the left."""
+    """All rows' keys and values in one layer, counted from the top, padded on the left."""
     group = backbone.facts.stacks[stack].group_of(layer)
     shape = (len(of_rows), group.heads, length)
     dtype, device = backbone.dtype, backbone.device
@@ -201,46 +202,46 @@ def _layer(
     values = torch.zeros((*shape, group.value_width), dtype=dtype, device=device)
     for row, layers in enumerate(of_rows):
         if layer < len(layers):
-            own_keys, own_values = layers[len(layers) - 1 - layer]
-            keys[row, :, length - own_keys.shape[-2] :] = own_keys
-            values[row, :, length - own_values.shape[-2] :] = own_values
+            row_keys, row_values = layers[len(layers) - 1 - layer]
+            keys[row, :, length - row_keys.shape[-2] :] = row_keys
+            values[row, :, length - row_values.shape[-2] :] = row_values
     return keys, values
 
 
 def _embeddings(backbone: Backbone, members: Sequence[Member | None]) -> Tensor | None:
-    own = [None if member is None else member.embeddings for member in members]
-    longest = max((len(values) for values in own if values is not None), default=0)
+    embeddings = [None if member is None else member.embeddings for member in members]
+    longest = max((len(values) for values in embeddings if values is not None), default=0)
     if not longest:
         return None
     shape = (len(members), longest, backbone.facts.hidden_size)
     rows = torch.zeros(shape, dtype=backbone.dtype, device=backbone.device)
-    for row, values in enumerate(own):
+    for row, values in enumerate(embeddings):
         if values is not None:
             rows[row, : len(values)] = values
     return rows
 
 
 def combine_logits(logits_MV: Tensor) -> Tensor:
-    """One row of logits `[V]` of what speaks with one voice: its only member's, or the mean of
-    the members' log-probabilities. Raises BackboneError where they are not finite."""
+    """The logits `[V]` of one answer from its rows: those of the only row, or the mean of the
+    members' log-probabilities. Raises BackboneError if they are not finite."""
     if len(logits_MV) == 1:
         logits_V = logits_MV[0]
     else:
         logits_V = torch.log_softmax(logits_MV.float(), dim=-1).mean(0)
-    if not math.isfinite(largest := float(logits_V.max())):  # NaN wins a maximum
+    if not math.isfinite(largest := float(logits_V.max())):  # a NaN is the maximum
         raise BackboneError(
-            "the model's logits are not finite", seen=largest, fix="look at the prompt's prefix"
+            "the model's logits are not finite", seen=largest, fix="check the prompt's prefix"
         )
     return logits_V
 
 
 def pick_winner(answers: Sequence[tuple[str, float]]) -> int:
-    """Which of an ensemble's answers (text, log-probability per token by who gave it) is given:
-    the commonest (Lester et al. 2021, section 6), among equally common ones the likeliest."""
+    """The index of the answer to return among those of an ensemble (text, log-probability per
+    token): the most common text (Lester et al. 2021, section 6), and among ties the most likely."""
     votes = Counter(text for text, _ in answers)
     return max(range(len(answers)), key=lambda n: (votes[answers[n][0]], answers[n][1], -n))
 
 
 def log_probability(logits_V: Tensor, token: int) -> float:
-    """Of `token`, in nats."""
+    """The log-probability of `token` in nats, given logits `[V]`."""
     return float(torch.log_softmax(logits_V.float(), dim=-1)[token])

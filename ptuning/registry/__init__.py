@@ -1,7 +1,7 @@
-"""The model registry: a protocol, MLflow behind it, and a fake that tests can trust.
+"""The model registry: a protocol, its MLflow implementation, and a fake for tests.
 
-Importing this package imports neither MLflow nor SQLAlchemy (3 s and 150 MB): a process
-pays for them when it opens a registry that needs them.
+Importing this package imports neither MLflow nor SQLAlchemy (3 s and 150 MB); they are imported
+when a registry that needs them is opened.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ __all__ = [
 
 
 def registry_uri(config: RegistryConfig, store: Store) -> str:
-    """The configured registry, else the one inside the store: SQLite, which needs a local
-    directory. Raises ConfigError where there is neither."""
+    """The URI of the configured registry, or else of the one embedded in the store: SQLite, which
+    needs a local directory. Raises ConfigError if there is neither."""
     if config.uri is not None:
         return config.uri
     if not store.is_local:
         raise ConfigError(
-            "a store that is not a local directory cannot hold the embedded registry",
+            "a store that is not a local directory cannot contain the embedded registry",
             seen=store.root,
             fix="set registry.uri to an MLflow server or database",
         )
@@ -65,16 +65,16 @@ def open_registry(
     fingerprint: str,
     store_id: str,
 ) -> Registry:
-    """The registry that `config.uri` names, or the one at `default_uri` where it names none,
-    opened for the names of one store and one backbone.
+    """Open the registry at `config.uri`, or at `default_uri` if that is not set, for the names of
+    one store and one backbone.
 
-    `namespace` and `store_id` are of the store's identity (`ptuning.store_identity`),
+    `namespace` and `store_id` come from the store's identity (`ptuning.store_identity`),
     `fingerprint` is `Backbone.fingerprint`.
 
     `sqlite:///…`, `postgresql[+driver]://…` and `http[s]://…` are MLflow's. For tests,
-    `memory://NAME` is one server per name in this process, and `memory://` a new one each
-    time. Raises ConfigError for any other scheme and RegistryError for a database that cannot
-    be opened; a server is first asked when it is first needed, and so is whose the namespace is.
+    `memory://NAME` is one server per name in this process, and `memory://` a new one each time.
+    Raises ConfigError for any other scheme and RegistryError for a database that cannot be opened.
+    A server is not contacted, and the owner of the namespace not checked, before the first call.
     """
     scope = Scope(namespace, fingerprint, store_id)
     uri = config.uri or default_uri
@@ -83,7 +83,7 @@ def open_registry(
         return MemoryRegistry(scope, _memory_server(uri))
     if scheme not in _MLFLOW_SCHEMES:
         raise ConfigError(
-            "registry.uri has a scheme that no registry here understands",
+            "registry.uri has a scheme that is not supported",
             seen=repr(scheme or uri),
             expected="http(s)://…, postgresql://…, sqlite:///… or memory://…",
             fix="set registry.uri; a file is sqlite:/// followed by its path",
@@ -94,7 +94,7 @@ def open_registry(
 def _open_mlflow(uri: str, experiment: str, scope: Scope) -> Registry:
     from ptuning.system import environment
 
-    environment.set_defaults()  # MLflow reads some of them when it is imported
+    environment.set_defaults()  # MLflow reads some of them at import
     from ptuning.registry.mlflow.registry import MlflowRegistry
 
     return MlflowRegistry(uri, experiment, scope)

@@ -1,10 +1,10 @@
-"""The registry's protocol: what the run writes and the service reads, whatever stands behind it.
+"""The registry's protocol: what a run writes and the service reads, whatever the backend.
 
-A registry is opened for one `Scope`: one store's namespace and one backbone. A user's prefixes
-are versions of one registered model per (user_key, prefix_name), with two aliases: `candidate`
-(the newest that was judged) and `champion` (served). A version says which prefix it is, never
-where its file lies: a reader finds the file in its own store by (user_key, digest), so that
-stores can move, and whoever can write the registry cannot make a reader fetch anything.
+A registry is opened for one `Scope`: one store's namespace and one backbone. A user's prefixes are
+versions of one registered model per (user_key, prefix_name), with two aliases: `candidate` (the
+newest one that the gate judged) and `champion` (served). A version records which prefix it is,
+never where the file is: a reader finds the file in its store by (user_key, digest). So stores can
+move, and write access to the registry is not enough to make a reader fetch other files.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class RegistryConfig(Config):
     namespace: str | None = Field(
         None,
         pattern=f"^{NAMESPACE_PATTERN}$",
-        description="what a new store's registered names begin with; none: a random one. "
-        "A store keeps the namespace it was made with, and no other store can use it",
+        description="prefix of a new store's registered names; none: a random one. "
+        "A store keeps the namespace it was created with, and no other store can use it",
     )
-    experiment: str = Field("ptuning", description="MLflow experiment that holds one run per pack")
+    experiment: str = Field("ptuning", description="MLflow experiment, with one run per pack")
     prefix_name: str = Field(
         "default",
         pattern=f"^{PREFIX_NAME_PATTERN}$",
@@ -54,8 +54,8 @@ class RegistryConfig(Config):
 class Registration:
     """One prefix to register, and what a run decided about it.
 
-    `gate_digest` says which gate judged it, empty where none did to the end; `reason` is a
-    sentence for a reviewer; `tags` are lineage, with keys of `names.LINEAGE`.
+    `gate_digest` identifies the gate that judged it, or is empty if the decision is pending;
+    `reason` is a sentence for a reviewer; `tags` are lineage, with keys from `names.LINEAGE`.
     """
 
     user_key: str
@@ -73,9 +73,8 @@ class Registration:
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """One registered version. `version` is a string, as MLflow gives it; `decision`,
-    `planned_at`, `run_id` and `pack_id` are of the run that judged it last; its losses are kept
-    there."""
+    """One registered version. `version` is a string, as in MLflow; `decision`, `planned_at`,
+    `run_id` and `pack_id` are those of the run that judged it last, which keeps its losses."""
 
     user_key: str
     prefix_name: str
@@ -92,7 +91,7 @@ class Version:
 
 @dataclass(frozen=True, kw_only=True)
 class Current:
-    """A user's two aliases now; either may be missing."""
+    """A user's two aliases; either may be missing."""
 
     candidate: Version | None = None
     champion: Version | None = None
@@ -100,10 +99,10 @@ class Current:
 
 @dataclass(frozen=True, kw_only=True)
 class PackRecord:
-    """What one MLflow run of a pack holds: parameters and metrics shown in the UI.
+    """The contents of a pack's MLflow run: parameters and metrics shown in the UI.
 
-    `planned_at` is when the run made its plan, in epoch milliseconds: of two runs, the one that
-    planned later knows more, and no alias or judgement of its goes back to the earlier one's.
+    `planned_at` is when the run made its plan, in epoch milliseconds. A run that planned earlier
+    never overrides an alias or a decision of a run that planned later.
     """
 
     run_id: str
@@ -115,53 +114,53 @@ class PackRecord:
 
 @runtime_checkable
 class Registry(Protocol):
-    """Every method raises RegistryError where the namespace is another store's."""
+    """Every method raises RegistryError if the namespace belongs to another store."""
 
     @property
     def scope(self) -> Scope:
-        """Whose names this registry reads and writes."""
+        """The namespace and backbone of the names that this registry reads and writes."""
 
     def register(self, pack: PackRecord, entries: Sequence[Registration]) -> list[Version]:
-        """Register each entry as a version, move `champion` to it if promoted, then `candidate`:
-        whoever is killed between the two leaves a user that is not taken for finished.
+        """Register each entry as a version, move `champion` to it if promoted, then `candidate`.
+        In this order, a process killed in between leaves a user that does not count as finished.
 
-        Idempotent: an entry whose digest is already a version of its model makes no second
-        version, and a pack registered twice makes no second MLflow run. A version that is judged
-        again tells its new story: decision, reason, gate, figures, lineage and run together.
+        Idempotent: an entry whose digest is already registered makes no second version, and a pack
+        registered twice makes no second MLflow run. A version that is judged again gets its new
+        decision, reason, gate, metrics, lineage and run.
 
-        A `pending` entry moves no alias. An older run that is resumed changes nothing that a
-        newer one decided: a version that a newer run judged comes back as it is, and what would
-        replace a newer run's champion comes back with `decision` "pending".
+        A `pending` entry moves no alias. A resumed older run changes nothing that a newer run
+        decided: a version that a newer run judged is returned unchanged, and an entry that would
+        replace a newer run's champion is returned with `decision` "pending".
         """
 
     def champion(self, user_key: str, prefix_name: str = "default") -> Version | None:
-        """The serving version, or None. Raises RegistryError if the registry can't be asked:
-        'unreachable' must never read as 'has none'."""
+        """The version being served, or None. Raises RegistryError if the registry cannot be
+        reached, since that must not be mistaken for having no champion."""
 
     def current(self, user_keys: Iterable[str], prefix_name: str = "default") -> dict[str, Current]:
-        """Both aliases of many users at once; users never registered are absent."""
+        """Both aliases of many users at once; users who were never registered are absent."""
 
     def set_alias(self, version: Version, alias: Alias) -> None:
-        """Point one alias of the version's own model at it."""
+        """Point an alias of the version's model to this version."""
 
     def remove_alias(self, user_key: str, prefix_name: str, alias: Alias) -> None:
-        """Take an alias away; nothing happens where there is none."""
+        """Remove an alias; does nothing if there is none."""
 
     def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
-        """Keys of all users of this backbone who have a champion under that name."""
+        """Keys of all users of this backbone who have a champion with that prefix name."""
 
 
-# Rules that every registry follows.
+# Rules shared by all registries.
 
 
 def check_entry(entry: Registration) -> None:
-    """Refuse an entry that must not be written, before anything is. Raises RegistryError."""
+    """Raise RegistryError for an invalid entry, before anything is written."""
     check_names(entry.user_key, entry.prefix_name)
     check_digest(entry.digest)
     unknown = sorted(set(entry.tags) - LINEAGE)
     if unknown:
         raise RegistryError(
-            "a registration has tags that no reader knows",
+            "a registration has unknown tags",
             seen=", ".join(unknown),
             expected=f"keys of {', '.join(sorted(LINEAGE))}",
             fix="declare the tag in ptuning/registry/names.py",
@@ -169,8 +168,8 @@ def check_entry(entry: Registration) -> None:
 
 
 def check_owner(scope: Scope, owner: str | None) -> None:
-    """Refuse a namespace that another store owns. `owner` is the store id that the registry
-    remembers, None where it remembers something else under that name."""
+    """Raise RegistryError if another store owns the namespace. `owner` is the store id recorded in
+    the registry, or None if the record has no id."""
     if owner != scope.store_id:
         raise RegistryError(
             "the registry's namespace belongs to another store",
@@ -183,7 +182,7 @@ def check_owner(scope: Scope, owner: str | None) -> None:
 def leave_newer_champion(
     entry: Registration, pack: PackRecord, champion: Version | None
 ) -> Registration:
-    """The entry, `pending` where it would replace what a run that planned later promoted."""
+    """The entry, made `pending` if it would replace the champion of a run that planned later."""
     if entry.decision != "promoted" or champion is None or champion.planned_at <= pack.planned_at:
         return entry
     reason = "a newer run promoted another prefix meanwhile; the next run compares with it"
@@ -191,6 +190,6 @@ def leave_newer_champion(
 
 
 def moves_candidate(entry: Registration, pack: PackRecord, candidate: Version | None) -> bool:
-    """Whether the entry becomes the user's candidate: judged, and by no older run."""
+    """Whether the entry becomes the user's candidate: it was judged, and not by an older run."""
     judged = entry.decision != "pending"
     return judged and (candidate is None or candidate.planned_at <= pack.planned_at)

@@ -1,6 +1,6 @@
-"""The shipped fake: the registry's contract in dictionaries, for tests and dry runs.
+"""An in-memory registry, for tests and dry runs.
 
-It runs the same contract tests as MLflow. It keeps nothing beyond its process.
+It passes the same contract tests as the MLflow registry, and is lost when the process ends.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ptuning.registry.names import Alias, Scope, check_alias, check_names
 
 @dataclass
 class _Model:
-    """One registered model: its versions, oldest first, what they say, and where aliases point
-    (numbers of versions)."""
+    """One registered model: its versions, oldest first, their entries, and its aliases (version
+    numbers)."""
 
     versions: list[Version] = field(default_factory=list)
     entries: dict[str, Registration] = field(default_factory=dict)  # by digest
@@ -39,8 +39,8 @@ class _Model:
 
 @dataclass
 class MemoryServer:
-    """What several registries share, as they would one MLflow: models by their full names,
-    packs by (namespace, run_id, pack_id), and which store owns a namespace."""
+    """The state that several registries share, like one MLflow: models by full name, packs by
+    (namespace, run_id, pack_id), and the owner of each namespace."""
 
     models: dict[str, _Model] = field(default_factory=dict)
     packs: dict[tuple[str, str, str], PackRecord] = field(default_factory=dict)
@@ -50,10 +50,9 @@ class MemoryServer:
 
 
 class MemoryRegistry:
-    """A registry in memory, safe to share between threads.
+    """A registry in memory, safe to share between threads; by default on a new server.
 
-    Alone it has a server of its own. `unreachable = True` makes every call raise RegistryError,
-    as a server that is down does.
+    `unreachable = True` makes every call raise RegistryError, like a server that is down.
     """
 
     def __init__(self, scope: Scope | None = None, server: MemoryServer | None = None) -> None:
@@ -70,7 +69,7 @@ class MemoryRegistry:
 
     @property
     def packs(self) -> dict[tuple[str, str], PackRecord]:
-        """What stands in MLflow's runs, by (run_id, pack_id)."""
+        """What MLflow's runs would contain, by (run_id, pack_id)."""
         return {
             (run_id, pack_id): pack
             for (namespace, run_id, pack_id), pack in self.server.packs.items()
@@ -78,7 +77,7 @@ class MemoryRegistry:
         }
 
     def entry(self, user_key: str, prefix_name: str, digest: str) -> Registration:
-        """What stands in a version's tags and description."""
+        """What a version's tags and description would contain."""
         return self.server.models[self.scope.model_name(user_key, prefix_name)].entries[digest]
 
     def versions(self, user_key: str, prefix_name: str = "default") -> list[Version]:

@@ -1,7 +1,7 @@
-"""Every name that the registry writes: models, sources, tags. Nothing here asks anybody.
+"""Every name that the registry writes: models, sources, tags. Pure functions.
 
-Names go into filters, paths and other people's screens, so each part is checked against its
-pattern before it is used.
+Names end up in filters, paths and user interfaces, so each part is checked against its pattern
+before use.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FINGERPRINT_PATTERN = "[0-9a-f]{64}"
 MAX_NAME = 200  # characters; MLflow's column has 256 and is not checked before the database
 SCHEME = "ptuning"
 
-# Tags of a version. What a prefix is:
+# Tags of a version. The prefix's identity:
 DIGEST = "digest"
 FINGERPRINT = "fingerprint"
 TEMPLATE_DIGEST = "template_digest"
@@ -29,7 +29,7 @@ TRAINING_DIGEST = "training_digest"
 DATA_DIGEST = "data_digest"
 USER_KEY = "user_key"
 PREFIX_NAME = "prefix_name"
-# What was thought of it, by the run that judged it last:
+# The decision of the run that judged it last:
 DECISION = "decision"
 REASON = "reason"
 GATE_DIGEST = "gate_digest"
@@ -37,7 +37,7 @@ RUN_ID = "run_id"
 PACK_ID = "pack_id"
 PLANNED_AT = "planned_at"
 FIGURE = "metric."  # and the metric's name
-# How that run came to it: what `Registration.tags` may hold.
+# The lineage of that decision: keys that `Registration.tags` may have.
 LINEAGE = frozenset(
     {
         "backbone",
@@ -55,7 +55,7 @@ RUN_PACK_KEY = "ptuning.pack_key"
 RUN_NAMESPACE = "ptuning.namespace"
 RUN_RUN_ID = "ptuning.run_id"
 RUN_PACK_ID = "ptuning.pack_id"
-# Tag of the model that says whose a namespace is.
+# Tag of the model that records the owner of a namespace.
 OWNER = "ptuning.store_id"
 
 _SOURCE = re.compile(f"{SCHEME}:/({USER_KEY_PATTERN})/({DIGEST_PATTERN})")
@@ -63,10 +63,10 @@ _SOURCE = re.compile(f"{SCHEME}:/({USER_KEY_PATTERN})/({DIGEST_PATTERN})")
 
 @dataclass(frozen=True)
 class Scope:
-    """Whose names a registry reads and writes: one store's, of one backbone.
+    """The scope of a registry's names: one store and one backbone.
 
-    `store_id` is the store's, of `ptuning.store_identity`; `fingerprint` the backbone's, of
-    which names carry the first 8 digits. Raises RegistryError for values not of their pattern.
+    `store_id` is the store's (`ptuning.store_identity`) and `fingerprint` the backbone's; names
+    have its first 8 digits. Raises RegistryError for values that do not match their pattern.
     """
 
     namespace: str
@@ -85,14 +85,14 @@ class Scope:
 
     @property
     def owner_model(self) -> str:
-        """The registered model whose tag `ptuning.store_id` says whose the namespace is."""
+        """The registered model whose tag `ptuning.store_id` records the namespace's owner."""
         return f"{self.namespace}.store"
 
     def model_name(self, user_key: str, prefix_name: str) -> str:
         """`<namespace>.<fingerprint, 8>.<user_key>`, and `.<prefix_name>` if not `default`.
 
-        No part holds a dot, so two different (namespace, backbone, user, prefix name) never
-        share a name. The result is safe in a filter and at most 200 characters.
+        No part contains a dot, so different (namespace, backbone, user, prefix name) never share a
+        name. The result is safe in a filter and at most 200 characters long.
 
         >>> Scope("prod", "8f3a" * 16, "id").model_name("a" * 52, "mail")[:14]
         'prod.8f3a8f3a.'
@@ -105,11 +105,12 @@ class Scope:
 
     @property
     def prefix(self) -> str:
-        """What all names of this scope begin with."""
+        """The common prefix of all names in this scope."""
         return f"{self.namespace}.{self.fingerprint[:8]}."
 
     def key_of(self, name: str, prefix_name: str) -> str | None:
-        """The user key in a registered model's name, where it is of this scope and prefix name."""
+        """The user key in a registered model's name, or None if the name has another scope or
+        prefix name."""
         key = name.removeprefix(self.prefix).split(".")[0]
         if not matches(USER_KEY_PATTERN, key) or self.model_name(key, prefix_name) != name:
             return None
@@ -117,14 +118,15 @@ class Scope:
 
 
 def source_of(user_key: str, digest: str) -> str:
-    """A version's source: which prefix file it is, not where. `prefix_of` reads it."""
+    """A version's source, which identifies a prefix file but not its location; `prefix_of` is the
+    inverse."""
     check_names(user_key, "default")
     check_digest(digest)
     return f"{SCHEME}:/{user_key}/{digest}"
 
 
 def prefix_of(source: str) -> tuple[str, str]:
-    """The (user_key, digest) of a version's source. RegistryError for any other text."""
+    """The (user_key, digest) in a version's source. Raises RegistryError for any other text."""
     found = _SOURCE.fullmatch(source)
     if found is None:
         raise RegistryError(
@@ -137,7 +139,7 @@ def prefix_of(source: str) -> tuple[str, str]:
 
 
 def sqlite_uri(path: str) -> str:
-    """The `sqlite:///` uri of a file, with what would end its path or begin an escape quoted.
+    """The `sqlite:///` URI of a file, with `%` and `?` escaped.
 
     >>> sqlite_uri("/data/50% off?/mlflow.db")
     'sqlite:////data/50%25 off%3F/mlflow.db'
@@ -146,7 +148,7 @@ def sqlite_uri(path: str) -> str:
 
 
 def check_names(user_key: str, prefix_name: str) -> None:
-    """Refuse names that a registry must never see: they end up in filters and model names."""
+    """Raise RegistryError for invalid names, which would end up in filters and model names."""
     _check("user key", user_key, USER_KEY_PATTERN, "pass StoreIdentity.user_key(id), not the id")
     _check(
         "prefix name",
@@ -157,18 +159,18 @@ def check_names(user_key: str, prefix_name: str) -> None:
 
 
 def check_digest(digest: str) -> None:
-    """Refuse a digest that is none: it becomes part of a file's path."""
+    """Raise RegistryError for an invalid digest, which would become part of a file's path."""
     _check("digest", digest, DIGEST_PATTERN, "pass the SHA-256 of the prefix file, in hexadecimal")
 
 
 def check_alias(alias: str) -> None:
-    """Refuse aliases other than `candidate` and `champion`."""
+    """Raise RegistryError for aliases other than `candidate` and `champion`."""
     if alias not in get_args(Alias):
         raise RegistryError("unknown alias", seen=repr(alias), expected=get_args(Alias))
 
 
 def matches(pattern: str, value: str) -> bool:
-    """Whether all of `value` is of the pattern."""
+    """Whether `value` as a whole matches the pattern."""
     return re.fullmatch(pattern, value) is not None
 
 

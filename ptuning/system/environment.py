@@ -1,7 +1,7 @@
-"""The process's surroundings, decided in one place: environment variables, logs, import path.
+"""The process environment, set up in one place: environment variables, logging, import path.
 
-Libraries read their variables when they are imported, so `set_defaults` is called before Ray,
-MLflow or a tokenizer is. What the user has set stays. Processes that Ray starts inherit it all.
+Libraries read their variables at import, so `set_defaults` must be called before Ray, MLflow or a
+tokenizer is imported. Values set by the user are kept. Processes that Ray starts inherit them.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ DEFAULTS = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray: the training library's second version, and a driver without GPUs leaves them visible.
+    # Ray Train's second version; and a driver without GPUs must not hide them.
     "RAY_TRAIN_V2_ENABLED": "1",
-    # One actor less per gang: nothing here listens to its warnings, since a node that goes is
-    # met as any other death of a worker.
+    # Saves an actor per gang. Its warnings are not used: a lost node is handled like any other
+    # death of a worker.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Threads that wait by spinning stop a busy machine (infra/decisions.md).
+    # Spinning threads bring a busy machine to a halt (infra/decisions.md).
     "OMP_WAIT_POLICY": "PASSIVE",
-    # The tokenizers library warns in forked workers unless this is decided beforehand.
+    # The tokenizers library warns in forked workers unless this is set.
     "TOKENIZERS_PARALLELISM": "false",
-    # MLflow: quiet, and a server that is down is given up in seconds (its own defaults ask for
-    # four minutes, and for sixteen where the server is silent).
+    # MLflow: quiet, and give up on a dead server within seconds (by default it retries for four
+    # minutes, and for sixteen if the server is silent).
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -40,8 +40,8 @@ DEFAULTS = {
     "GIT_PYTHON_REFRESH": "quiet",
     "PGCONNECT_TIMEOUT": "10",
 }
-# Our own variables that are no settings of a run (those are PTUNING_SECTION__KEY). A test finds
-# every one that the code reads.
+# Our variables other than settings of a run (those are PTUNING_SECTION__KEY). A test checks that
+# the list is complete.
 VARIABLES = frozenset(
     {
         "PTUNING_CACHE",
@@ -54,7 +54,7 @@ VARIABLES = frozenset(
     }
 )
 _LOOPBACK_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# Loggers that speak of themselves at start; their errors still come through.
+# Loggers that are chatty at start; only their errors are shown.
 _TALKATIVE = (
     "ray",
     "mlflow",
@@ -69,39 +69,39 @@ _TALKATIVE = (
 
 
 def set_defaults(*names: str) -> None:
-    """Set the variables of DEFAULTS, or those named, that the user has not set."""
+    """Set the given variables of DEFAULTS (default: all), unless the user has set them."""
     for name in names or DEFAULTS:
         os.environ.setdefault(name, DEFAULTS[name])
 
 
 def set_deepspeed_defaults(device: str) -> None:
-    """What DeepSpeed reads when it is imported; `device` is torch's name of the kind of device."""
+    """Set what DeepSpeed reads at import; `device` is a torch device type."""
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def keep_new_ray_on_loopback() -> None:
-    """Have a Ray that is started after this listen on 127.0.0.1 only, if the user did not decide.
+    """Make Ray clusters started after this call listen on 127.0.0.1 only, unless the user chose.
 
-    The variable's name speaks of Windows; what it does is to make the node's address 127.0.0.1,
-    as Ray does there. A Ray that has been imported before this has its own copy of the variable.
+    Despite its name the variable sets the node's address to 127.0.0.1, as Ray does on Windows. It
+    has no effect if Ray has already been imported.
     """
     os.environ.setdefault(_LOOPBACK_NODE, "0")
 
 
 def silence_loggers() -> None:
-    """Errors only from talkative libraries. To be said again after one of them was imported: Ray
-    and MLflow set their loggers' levels then, whatever they were."""
+    """Show only errors from chatty libraries. Call it again after importing one of them: Ray and
+    MLflow set their loggers' levels at import."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_libraries(*, terminal: bool) -> None:
-    """For a command: only our own lines are printed, and errors of libraries.
+    """For the command line: print only our lines, and errors of libraries.
 
-    Without a `terminal`, Hugging Face's bars (files read, weights converted) are off as well:
-    in a log each step of a bar would be a line.
+    Without a `terminal`, Hugging Face's progress bars (reading files, converting weights) are off
+    too, since in a log every step of a bar would be a line.
     """
     warnings.filterwarnings("ignore")
     silence_loggers()
@@ -115,12 +115,12 @@ def silence_libraries(*, terminal: bool) -> None:
 
 @contextlib.contextmanager
 def neutral_directory() -> Iterator[None]:
-    """Work in an empty folder for the block, in which a new Ray is to be started.
+    """Change to an empty directory for the block, in order to start Ray there.
 
-    Ray puts the directory in which it is initialised first on its workers' import path, so that
-    a user's `pipelines/`, `serve.py` or `json.py` would be imported in place of ours or the
-    library's. From an empty folder nothing can be. Paths must be absolute before the block. The
-    folder stays until this process ends: the workers live in it.
+    Ray puts the directory in which it is initialised first on its workers' import path, so a user's
+    `pipelines/`, `serve.py` or `json.py` would be imported instead of the real module. Paths used
+    in the block must be absolute. The directory exists until this process ends, because workers run
+    in it.
     """
     before, empty = os.getcwd(), tempfile.mkdtemp(prefix="ptuning-empty-")
     atexit.register(shutil.rmtree, empty, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Local files that appear whole or not at all, whoever is killed while they are written."""
+"""Write local files atomically, even if the process is killed while writing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def write_atomic(target: str | os.PathLike[str], data: bytes) -> Path:
-    """Write a file in a directory that is made if need be; what was there is replaced at once.
+    """Write or replace a file atomically, and create its directory if necessary.
 
-    The data is on disk before the name is: after a power cut too, a reader finds the old file
-    or the new one.
+    The data is synced before the file is renamed, so even after a power cut a reader finds either
+    the old file or the new one.
     """
     path = Path(target)
     attempt = _write_attempt(path, data)
@@ -25,9 +25,9 @@ def write_atomic(target: str | os.PathLike[str], data: bytes) -> Path:
 
 
 def write_new(target: str | os.PathLike[str], data: bytes) -> bool:
-    """Write a file unless its name is taken; says whether this call wrote it.
+    """Write a file unless it exists; returns whether this call wrote it.
 
-    Of processes that race, exactly one writes.
+    If several processes race, exactly one writes.
     """
     path = Path(target)
     attempt = _write_attempt(path, data)
@@ -41,7 +41,7 @@ def write_new(target: str | os.PathLike[str], data: bytes) -> bool:
 
 
 def _write_attempt(path: Path, data: bytes) -> Path:
-    """The data under a name beside `path` that no other attempt has."""
+    """Write the data to a new file beside `path`, with a unique name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     attempt = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""Other libraries' private names, which a release may take away."""
+"""Access to private names of other libraries, which a release may remove."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ptuning.errors import PTuningError
 
 
 def private(module: ModuleType, name: str) -> Any:
-    """A private name of a library that we rely on. Raises PTuningError where it has gone: going on
-    without it would, for instance, leave a port open that nobody knows of."""
+    """A private name of a library that we rely on. Raises PTuningError if it is gone: continuing
+    without it could, for instance, leave a port open unnoticed."""
     try:
         return getattr(module, name)
     except AttributeError as error:
@@ -23,6 +23,6 @@ def private(module: ModuleType, name: str) -> Any:
 
 
 def set_private(module: ModuleType, name: str, value: object) -> None:
-    """Give a private name another value. Raises PTuningError where it has gone."""
+    """Set a private name of a library. Raises PTuningError if it is gone."""
     private(module, name)
     setattr(module, name, value)

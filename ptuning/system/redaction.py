@@ -1,4 +1,4 @@
-"""What must not be printed: passwords in addresses, and users' ids in messages."""
+"""Remove what must not be printed: passwords in addresses, and users' ids in messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _IN_QUERY = re.compile(r"(?i)(?P<before>[?&](?:password|passwd|pwd|sslpassword|t
 
 
 def hide_passwords(text: str) -> str:
-    """The text with `***` in place of each password that an address in it holds.
+    """The text with each password in an address replaced by `***`.
 
     >>> hide_passwords("cannot open postgresql://me:hunter2@db:5432/mlflow")
     'cannot open postgresql://me:***@db:5432/mlflow'
@@ -20,9 +20,9 @@ def hide_passwords(text: str) -> str:
 
 
 def hide_user(text: str, user_id: str) -> str:
-    """The text without the user's id, which an error may quote plainly or as a literal.
+    """The text with the user's id replaced; an error may quote the id as it is or as a literal.
 
-    Whole words only: the id "a" must not eat the letters of the message.
+    Only whole words are replaced: the id "a" must not remove letters from the message.
     """
     for form in {user_id, repr(user_id)[1:-1]} - {""}:
         text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "<user>", text)

@@ -1,4 +1,4 @@
-"""How a prefix is trained, and what a training is given and gives back."""
+"""Training settings, and the inputs and results of a training."""
 
 from __future__ import annotations
 
@@ -23,33 +23,36 @@ class TrainConfig(Config):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     schedule: Literal["linear", "constant"] = Field(
-        "linear", description="linear decays the learning rate to zero over the user's own steps"
+        "linear", description="linear: decay the learning rate to zero over the user's steps"
     )
     warmup_fraction: float = Field(
-        0.0, ge=0, lt=1, description="share of a user's steps that warm up linearly"
+        0.0, ge=0, lt=1, description="share of a user's steps used for linear warm-up"
     )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="clip each user's gradient to this norm; none: no clipping"
     )
     adam_beta1: float = Field(
-        0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients, per step"
+        0.9, ge=0, lt=1, description="AdamW's beta1: decay of the running mean of gradients"
     )
     adam_beta2: float = Field(
-        0.999, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients, per step"
+        0.999,
+        ge=0,
+        lt=1,
+        description="AdamW's beta2: decay of the running mean of squared gradients",
     )
     adam_epsilon: float = Field(
-        1e-8, gt=0, description="what AdamW adds to the root of the mean of squared gradients"
+        1e-8, gt=0, description="AdamW's epsilon, added to the denominator of an update"
     )
     patience: int | None = Field(
-        2, ge=1, description="stop a user after this many epochs without a better validation loss"
+        2, ge=1, description="stop a user after so many epochs without a better validation loss"
     )
     min_valid_tokens: int = Field(
         64,
         ge=0,
-        description="with fewer validation tokens than this a user trains all epochs and keeps the "
-        "last: so few would choose an epoch by chance",
+        description="with fewer validation tokens than this, train all epochs and keep the last "
+        "one: the best epoch would be chance",
     )
-    seed: int = Field(0, description="base seed; every user's own seed is made from it and the id")
+    seed: int = Field(0, description="base seed; each user's seed is derived from it and their id")
     tokens_per_microbatch: int = Field(
         1024, ge=1, description="tokens of one forward pass, padding included; changes speed only"
     )
@@ -58,31 +61,31 @@ class TrainConfig(Config):
     )
     start: Literal["init", "champion", "resume"] = Field(
         "init",
-        description="where a run's trainings begin: as the method's init says; from the user's "
-        "champion, where it is of the same kind (a warm start: the result depends on the user's "
-        "history too); or where an earlier one with the same rows and settings but fewer epochs "
-        "stopped, if it was kept (train.keep_resume)",
+        description="where a run's trainings start: init: as method.init says; champion: from the "
+        "user's champion, if it has the same form (a warm start: the result then depends on the "
+        "user's history too); resume: where an earlier training with the same rows and settings "
+        "but fewer epochs stopped, if its state was kept (train.keep_resume)",
     )
     keep_resume: bool = Field(
         False,
-        description="keep, beside each prefix, what continues its training (encoder weights, "
-        "optimiser state)",
+        description="save a resume file beside each prefix, to continue its training (encoder "
+        "weights, optimiser state)",
     )
 
 
-# Settings that change no result beyond rounding, so no part of a training's identity.
+# Settings that change no result beyond rounding, so they are not part of a training's identity.
 SPEED_ONLY = frozenset({"tokens_per_microbatch", "pack_users", "keep_resume"})
-# A training whose loss is no longer finite begins again, once, at this share of its rate.
+# A training whose loss is not finite restarts, once, at this fraction of its learning rate.
 RESET_SCALE, MAX_RESETS = 0.1, 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserRows:
-    """One user's encoded rows, without virtual tokens, and what its training starts from.
+    """One user's encoded rows, without virtual tokens, and the start of the training.
 
-    `words` are ids whose activations or embeddings start the prefix: P for each of the
-    method's members, or, with `spans`, as many for each virtual token as it is the mean of.
-    `start` is a prefix to start from instead, one per member; `states` continue a training.
+    `words` are the ids of init words, whose activations or embeddings initialise the prefix: P for
+    each of the method's members. With `spans`, virtual token i is the mean of the next `spans[i]`
+    words. `start` is a prefix to start from instead, one per member; `states` continue a training.
     """
 
     user_key: str
@@ -98,11 +101,11 @@ class UserRows:
 
 @dataclass(kw_only=True)
 class Trained:
-    """A finished training: each member's best epoch, as `batch.PackPrefix` has it without
-    U, fp32.
+    """A finished training: the best epoch's prefix of each ensemble member, in the form of
+    `batch.PackPrefix` without U, fp32.
 
-    `members` is None where the training failed; `error` says why. `resets`: how often it began
-    again at a lower learning rate. `states`, one per member, continue it.
+    If the training failed, `members` is None and `error` says why. `resets` counts restarts at a
+    lower learning rate. `states`, one per member, can continue the training.
     """
 
     user_key: str
@@ -116,12 +119,12 @@ class Trained:
 
     @property
     def kv(self) -> dict[str, Tensor] | None:
-        """The first member's tensors; of all but ensembles there is no other."""
+        """The first member's tensors; only ensembles have more than one member."""
         return None if self.members is None else self.members[0]
 
 
 def learning_rate_at(config: TrainConfig, peak: float, step: int, total: int) -> float:
-    """The learning rate of 0-based step `step` of a user's `total` steps."""
+    """The learning rate at step `step` (from 0) of a user's `total` steps."""
     warmup = int(config.warmup_fraction * total)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -134,11 +137,11 @@ EQUAL_LOSS = 1e-5  # nats per token; far above fp32's rounding, far below what a
 
 
 class BestEpoch:
-    """Early stopping as a value: feed it validation losses, it says what to do.
+    """Early stopping on the validation loss, without side effects.
 
-    An epoch is better only if its loss is lower by more than EQUAL_LOSS. Late epochs often differ
-    by rounding alone, and rounding, which depends on a user's neighbours, must not choose.
-    Without a validation loss (no validation rows) every epoch counts as the best so far.
+    An epoch counts as better only if its loss is lower by more than EQUAL_LOSS. Late epochs often
+    differ only by rounding, and rounding depends on a user's neighbours: it must not choose.
+    If there is no validation loss (no validation rows), every epoch counts as the best so far.
     """
 
     def __init__(self, patience: int | None) -> None:

@@ -1,10 +1,9 @@
-"""Many users in one forward and backward: the packed trainer.
+"""The packed trainer: many users in one forward and backward pass.
 
-All rows that the pack's users need next are sorted by length into microbatches, whoever they
-belong to; each row reads its own user's keys and values, and each user's gradient, schedule,
-clipping, early stop and best weights are their own. Equal to train/plain.py user by user
-within rounding, whatever the neighbours; what is traded is code that reads less like the
-paper.
+The next batches of all users in the pack are sorted by length into shared microbatches. Each row
+reads the prefix of its user, and each user has a separate gradient, schedule, clipping, early
+stopping and best epoch. Whatever users share a pack, each result equals that of train/plain.py
+within rounding. The trade-off: this code reads less like the paper.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from ptuning.types import EpochLoss, seed_of
 
 @dataclass
 class _Progress:
-    """One member's place in its own training."""
+    """The progress of one training: a user's, or that of one member of a user's ensemble."""
 
     user: UserRows
     total_steps: int
@@ -58,7 +57,7 @@ class _Progress:
     pending: list[list[int]] = field(default_factory=list)  # batches left in this epoch
     nats: float = 0.0
     tokens: int = 0
-    labels: int = 0  # of the batch in work
+    labels: int = 0  # supervised tokens in the current batch
     done: bool = False
 
     def next_batch(self) -> list[int]:
@@ -72,24 +71,25 @@ class _Progress:
 
 
 class _Ends:
-    """Tells when all members of a user are done."""
+    """Reports a user's key once the trainings of all their members have ended."""
 
     def __init__(
         self, members: Sequence[UserRows], on_trained: Callable[[str], None] | None
     ) -> None:
         self._left = Counter(member.user_key for member in members)
-        self._told: set[int] = set()
+        self._reported: set[int] = set()  # slots
         self._on_trained = on_trained
 
     def still_active(self, progress: Sequence[_Progress]) -> list[int]:
-        """The slots that are not done; users of whom none is left are told."""
-        for slot, one in enumerate(progress):
-            if one.done and slot not in self._told:
-                self._told.add(slot)
-                self._left[one.user.user_key] -= 1
-                if not self._left[one.user.user_key] and self._on_trained is not None:
-                    self._on_trained(one.user.user_key)
-        return [slot for slot, one in enumerate(progress) if not one.done]
+        """The slots whose trainings go on. Reports the users whose last one has ended."""
+        for slot, training in enumerate(progress):
+            if training.done and slot not in self._reported:
+                self._reported.add(slot)
+                user_key = training.user.user_key
+                self._left[user_key] -= 1
+                if not self._left[user_key] and self._on_trained is not None:
+                    self._on_trained(user_key)
+        return [slot for slot, training in enumerate(progress) if not training.done]
 
 
 def train_pack(
@@ -99,21 +99,21 @@ def train_pack(
     users: Sequence[UserRows],
     on_trained: Callable[[str], None] | None = None,
 ) -> Machine[list[Trained]]:
-    """Train every user of a pack; results in the order of `users`. `on_trained` is told each
-    user's key when that user's training ends.
+    """Train every user of a pack; results in the order of `users`. `on_trained` is called
+    with a user's key when that user's training ends.
 
     A user with fewer than `config.min_valid_tokens` validation tokens trains all epochs and keeps
-    the last: so few tokens would choose an epoch by chance.
+    the last one: with so few tokens the best epoch would be chance.
     """
     method.check(backbone.facts)
     by_user = [members_of(method, backbone.template, user) for user in users]
-    members = [member for own in by_user for member in own]
+    members = [member for user_members in by_user for member in user_members]
     ends = _Ends(members, on_trained)
     results = yield from _train_members(backbone, method, config, members, ends)
     at, trained = 0, []
-    for user, own in zip(users, by_user, strict=True):
-        trained.append(merge_members(user, results[at : at + len(own)]))
-        at += len(own)
+    for user, user_members in zip(users, by_user, strict=True):
+        trained.append(merge_members(user, results[at : at + len(user_members)]))
+        at += len(user_members)
     return trained
 
 
@@ -138,83 +138,91 @@ def _train_members(
         yield from _one_step(backbone, method, config, progress, active, leaves)
         lost = [slot for slot in active if not math.isfinite(progress[slot].nats)]
         for slot in lost:
-            _begin_again(slots, slot, progress[slot], config, "the loss of a step is not finite")
+            _restart(slots, slot, progress[slot], config, "the loss of a step is not finite")
         active = [slot for slot in active if slot not in lost]
-        # A batch in which nothing is supervised teaches nothing: its step is no update.
-        taught = [slot for slot in active if progress[slot].labels]
-        if taught:
-            slots.update(leaves, taught, _rates(config, peak, progress, taught), config)
+        # A batch without labels counts as a step but makes no update.
+        updated = [slot for slot in active if progress[slot].labels]
+        if updated:
+            slots.update(leaves, updated, _rates(config, peak, progress, updated), config)
         for slot in active:
             progress[slot].result.steps += 1
         ended = [slot for slot in active if not progress[slot].pending]
         if ended:
             yield from _end_epoch(backbone, config, slots, progress, ended)
-    return [_result(one, slots, slot, config) for slot, one in enumerate(progress)]
+    return [_result(training, slots, slot, config) for slot, training in enumerate(progress)]
 
 
 def _rates(
     config: TrainConfig, peak: float, progress: Sequence[_Progress], active: Sequence[int]
 ) -> list[float]:
     return [
-        one.scale * learning_rate_at(config, peak, one.result.steps, one.total_steps)
-        for one in (progress[slot] for slot in active)
+        training.scale * learning_rate_at(config, peak, training.result.steps, training.total_steps)
+        for training in (progress[slot] for slot in active)
     ]
 
 
 def _start(user: UserRows, config: TrainConfig, error: str | None) -> _Progress:
-    one = _Progress(
+    training = _Progress(
         user=user,
         total_steps=config.epochs * math.ceil(len(user.train) / config.batch_size),
         best=BestEpoch(config.patience),
         result=Trained(user_key=user.user_key, error=error),
     )
-    one.done = one.result.error is not None
-    if not one.done:
-        one.begin_epoch(config.batch_size)
-    return one
+    training.done = training.result.error is not None
+    if not training.done:
+        training.begin_epoch(config.batch_size)
+    return training
 
 
-def _continue(one: _Progress, state: TrainState, config: TrainConfig) -> None:
-    """Stand where a saved training stopped; its epochs count."""
-    one.best.best, one.best.since, one.scale = state.best_loss, state.since, state.scale
-    one.result.steps, one.result.tokens = state.steps, state.tokens
-    one.result.resets = state.resets
-    one.result.history = list(state.history)
-    one.epoch = state.epoch
+def _continue(training: _Progress, state: TrainState, config: TrainConfig) -> None:
+    """Continue from a saved state; its epochs count towards `config.epochs`."""
+    training.best.best, training.best.since = state.best_loss, state.since
+    training.scale = state.scale
+    training.result.steps, training.result.tokens = state.steps, state.tokens
+    training.result.resets = state.resets
+    training.result.history = list(state.history)
+    training.epoch = state.epoch
     stopped = config.patience is not None and state.since >= config.patience
-    one.done = one.done or stopped or state.epoch >= config.epochs
-    if not one.done:
-        one.begin_epoch(config.batch_size)
+    training.done = training.done or stopped or state.epoch >= config.epochs
+    if not training.done:
+        training.begin_epoch(config.batch_size)
 
 
-def _begin_again(slots: Slots, slot: int, one: _Progress, config: TrainConfig, reason: str) -> None:
-    """A user whose loss is not finite starts anew at a lower rate, once, however often its training
-    went on; then it fails alone. One that went on starts from where it did: what was before is not
-    in its state."""
-    if one.result.resets >= MAX_RESETS:
-        one.result.error = (
-            f"{reason}, after {one.result.resets} new start at {one.scale:g} times the learning "
-            f"rate, in epoch {one.epoch}; lower train.learning_rate or look at the user's rows"
+def _restart(
+    slots: Slots, slot: int, training: _Progress, config: TrainConfig, reason: str
+) -> None:
+    """Restart a training whose loss is not finite, at a lower rate.
+
+    There is one restart per training, however often it was resumed; after that the user fails. A
+    resumed training restarts from its saved state, which is all that is known of it.
+    """
+    if training.result.resets >= MAX_RESETS:
+        training.result.error = (
+            f"{reason}, after {training.result.resets} restart at {training.scale:g} times the "
+            f"learning rate, in epoch {training.epoch}; lower train.learning_rate or check the "
+            "user's rows"
         )
-        one.done = True
+        training.done = True
         return
     slots.reset(slot)
-    resets, scale = one.result.resets + 1, one.scale * RESET_SCALE
-    one.result, one.best = Trained(user_key=one.user.user_key), BestEpoch(config.patience)
-    if one.user.states:
-        (state,) = one.user.states
+    resets, scale = training.result.resets + 1, training.scale * RESET_SCALE
+    training.result = Trained(user_key=training.user.user_key)
+    training.best = BestEpoch(config.patience)
+    if training.user.states:
+        (state,) = training.user.states
         slots.load(slot, state)
-        _continue(one, state, config)
+        _continue(training, state, config)
     else:
-        one.epoch = 0
-        one.begin_epoch(config.batch_size)
-    one.result.resets, one.scale = resets, scale  # after _continue, which reads them from the state
+        training.epoch = 0
+        training.begin_epoch(config.batch_size)
+    # After _continue, which sets them from the state.
+    training.result.resets, training.scale = resets, scale
 
 
 def _initial_slots(
     backbone: Backbone, method: Method, members: Sequence[UserRows], budget: int
 ) -> Machine[Slots]:
-    """Every member's initial parameters; words are captured for many at once."""
+    """Every training's initial parameters; activations of init words are captured in batches."""
     start: list[dict[str, Tensor] | None] = [
         member.start[0] if member.start else None for member in members
     ]
@@ -243,8 +251,8 @@ def _embed_words(
     start: list[dict[str, Tensor] | None],
     budget: int,
 ) -> Machine[None]:
-    """Fill `start` with the embeddings of members' words: each token is a row of its own, since an
-    embedding knows no neighbours, and many words need not fit a model's positions."""
+    """Fill `start` with the embeddings of the init words. Each token is a separate row: embeddings
+    do not depend on context, and long init words may exceed the model's positions."""
     wanting = [slot for slot, member in enumerate(members) if member.words]
     tokens = [token for slot in wanting for token in members[slot].words]
     rows = []
@@ -255,8 +263,8 @@ def _embed_words(
         rows.append(captured[EMBEDDINGS][:, 0])
     if not tokens:
         return
-    own = torch.cat(rows).split([len(members[slot].words) for slot in wanting])
-    for slot, embedded in zip(wanting, own, strict=True):
+    by_member = torch.cat(rows).split([len(members[slot].words) for slot in wanting])
+    for slot, embedded in zip(wanting, by_member, strict=True):
         start[slot] = mean_of_spans(embedded, members[slot].spans)
 
 
@@ -268,30 +276,31 @@ def _one_step(
     active: Sequence[int],
     leaves: PackPrefix,
 ) -> Machine[None]:
-    """Collect into `leaves` the gradient of each active user's mean loss over its next batch."""
+    """Accumulate in `leaves` the gradient of each active user's mean loss over its next batch."""
     rows, owners, weights, seeds = [], [], [], []
     for slot in active:
-        one = progress[slot]
-        own = [one.user.train[row] for row in one.next_batch()]
-        labels = sum(predicted(row) for row in own)
-        rows += own
-        owners += [slot] * len(own)
-        weights += [1.0 / max(1, labels)] * len(own)
-        seeds += [(one.user.seed, "dropout", one.result.steps, n) for n in range(len(own))]
-        one.tokens, one.labels = one.tokens + labels, labels
-        one.result.tokens += sum(real_tokens(row) for row in own)
+        training = progress[slot]
+        user_batch = [training.user.train[row] for row in training.next_batch()]
+        labels = sum(predicted(row) for row in user_batch)
+        rows += user_batch
+        owners += [slot] * len(user_batch)
+        weights += [1.0 / max(1, labels)] * len(user_batch)
+        step = training.result.steps
+        seeds += [(training.user.seed, "dropout", step, n) for n in range(len(user_batch))]
+        training.tokens, training.labels = training.tokens + labels, labels
+        training.result.tokens += sum(real_tokens(row) for row in user_batch)
     for group in microbatches([len(row.input_ids) for row in rows], config.tokens_per_microbatch):
         batch = collate([rows[r] for r in group], backbone.device, backbone.facts.decoder_start_id)
         if not len(batch.targets):
             continue
-        picked = torch.tensor([owners[r] for r in group], device=backbone.device)
+        slots = torch.tensor([owners[r] for r in group], device=backbone.device)
         weight = torch.tensor([weights[r] for r in group], device=backbone.device)
         dropout = (
             Dropout(method.dropout, tuple(seed_of(*seeds[r]) for r in group))
             if method.dropout
             else None
         )
-        nll = yield Train(batch, leaves, picked, weight[batch.rows], dropout)
+        nll = yield Train(batch, leaves, slots, weight[batch.rows], dropout)
         assert isinstance(nll, Tensor)
         per_row = torch.zeros(len(group), dtype=torch.float64, device=backbone.device)
         per_row.index_add_(0, batch.rows, nll.double())
@@ -306,47 +315,47 @@ def _end_epoch(
     progress: Sequence[_Progress],
     ended: Sequence[int],
 ) -> Machine[None]:
-    """Validate the users whose epoch ended; keep, stop or go on, each for itself."""
+    """Validate the users whose epoch ended, keep the best prefix of each, and stop or continue."""
     compiled = slots.compiled()
     rows = [row for slot in ended for row in progress[slot].user.valid]
     owners = [slot for slot in ended for _ in progress[slot].user.valid]
     sums = yield from score_rows(backbone, rows, owners, compiled, config.tokens_per_microbatch)
     for slot in ended:
-        one = progress[slot]
+        training = progress[slot]
         nats = [s for s, owner in zip(sums, owners, strict=True) if owner == slot]
-        labels = sum(predicted(row) for row in one.user.valid)
+        labels = sum(predicted(row) for row in training.user.valid)
         valid = sum(nats) / labels if labels else None
-        train = one.nats / one.tokens if one.tokens else None
+        train = training.nats / training.tokens if training.tokens else None
         finite = all(bool(p[slot].isfinite().all()) for p in compiled.tensors.values())
         if not finite or (valid is not None and not math.isfinite(valid)):
-            _begin_again(slots, slot, one, config, "the validation loss is not finite")
+            _restart(slots, slot, training, config, "the validation loss is not finite")
             continue
-        one.result.history.append(EpochLoss(epoch=one.epoch, train=train, valid=valid))
-        is_best, stop = one.best.see(valid if labels >= config.min_valid_tokens else None)
+        training.result.history.append(EpochLoss(epoch=training.epoch, train=train, valid=valid))
+        is_best, stop = training.best.see(valid if labels >= config.min_valid_tokens else None)
         if is_best:
             slots.keep_best(slot, compiled)
-        one.done = stop or one.epoch == config.epochs
-        if not one.done:
-            one.begin_epoch(config.batch_size)
+        training.done = stop or training.epoch == config.epochs
+        if not training.done:
+            training.begin_epoch(config.batch_size)
 
 
-def _result(one: _Progress, slots: Slots, slot: int, config: TrainConfig) -> Trained:
+def _result(training: _Progress, slots: Slots, slot: int, config: TrainConfig) -> Trained:
     best = slots.best[slot]
-    if one.result.error is None and best is not None:
-        one.result.members = (best,)
+    if training.result.error is None and best is not None:
+        training.result.members = (best,)
         if config.keep_resume:
-            one.result.states = (
+            training.result.states = (
                 TrainState(
                     **slots.saved(slot),
-                    steps=one.result.steps,
+                    steps=training.result.steps,
                     updates=slots.updates[slot],
-                    epoch=one.epoch,
-                    tokens=one.result.tokens,
-                    best_loss=one.best.best,
-                    since=one.best.since,
-                    scale=one.scale,
-                    resets=one.result.resets,
-                    history=list(one.result.history),
+                    epoch=training.epoch,
+                    tokens=training.result.tokens,
+                    best_loss=training.best.best,
+                    since=training.best.since,
+                    scale=training.scale,
+                    resets=training.result.resets,
+                    history=list(training.result.history),
                 ),
             )
-    return one.result
+    return training.result

@@ -1,7 +1,8 @@
-"""One user, one loop: the plain trainer. Slow, obvious, and the oracle for the packed one.
+"""The plain trainer: one user, one loop. Slow and obvious; the oracle for the packed trainer.
 
-torch's own AdamW, its own gradient clipping, one batch per step, nothing shared with
-train/packed.py but the batch order, the schedule's formula and the backbone.
+It uses torch's AdamW and gradient clipping, one user and one batch per step. It shares the
+preparation of rows (start.py, step.py), the batch order, the schedule, early stopping and the
+backbone with train/packed.py, but not the packing, the optimiser or the bookkeeping by slot.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from ptuning.types import EpochLoss, seed_of
 
 
 def train_user(backbone: Backbone, method: Method, config: TrainConfig, user: UserRows) -> Trained:
-    """Train one user's prefix; the best epoch by validation loss is kept (the last, where there
-    are fewer than `config.min_valid_tokens` validation tokens)."""
+    """Train one user's prefix and keep the best epoch by validation loss, or the last epoch if
+    there are fewer than `config.min_valid_tokens` validation tokens."""
     method.check(backbone.facts)
     trained = []
     for member in members_of(method, backbone.template, user):
         for resets in range(MAX_RESETS + 1):
-            one = _train(backbone, method, config, member, resets)
-            if one.error is None:
+            result = _train(backbone, method, config, member, resets)
+            if result.error is None:
                 break
-        trained.append(one)
+        trained.append(result)
     return merge_members(user, trained)
 
 

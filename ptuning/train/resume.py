@@ -1,8 +1,9 @@
-"""The resume file: what continues one user's training. Safetensors, no pickle.
+"""The resume file: the state needed to continue one user's training. Safetensors, no pickle.
 
-Beside the prefix file, only where it is asked for (`train.keep_resume`); serving never reads
-it. Going on is exact: under a constant learning rate, epochs 1-2 and then 3-4 give what 1-4 at
-once give. Under one that decays or warms up the rest follows that of the new number of epochs.
+It is written beside the prefix file if `train.keep_resume` is set; serving never reads it. Resuming
+is exact: with a constant learning rate, epochs 1-2 followed by 3-4 give the same result as epochs
+1-4 in one go. With warm-up or decay, the remaining steps follow the schedule of the new number of
+epochs.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ _NUMBERS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Belongs:
-    """What a training state belongs to. `settings`: digest of all that decides the training
-    except the number of epochs and `started_from`, the digest of a prefix that it began as."""
+    """Which training a state belongs to. `settings` is a digest of everything that determines the
+    training except the number of epochs and `started_from`, the digest of the start prefix."""
 
     user_key: str
     prefix_name: str
@@ -77,7 +78,7 @@ class Resume:
         return save_safetensors(tensors, {**texts, "states": json.dumps(numbers)})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file; a reader or a crash never meets half of it."""
+        """Write the file atomically: neither a reader nor a crash leaves half of it."""
         return write_atomic(path, self.to_bytes())
 
     @classmethod
@@ -108,8 +109,8 @@ class Resume:
                 member, group, name = key.split(".", 2)
                 groups[int(member)][group][name] = values
             states = [
-                TrainState(**own, **_check_numbers(value))
-                for own, value in zip(groups, numbers, strict=True)
+                TrainState(**member_groups, **_check_numbers(value))
+                for member_groups, value in zip(groups, numbers, strict=True)
             ]
             return cls(tuple(states), Belongs(**json.loads(texts["belongs"])))
         except (SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
@@ -121,35 +122,35 @@ class Resume:
             ) from error
 
     def check(self, expected: Belongs, method: Method, facts: Facts, epochs: int) -> None:
-        """Raise an ArtifactError unless this state continues the training that `expected`
+        """Raise an ArtifactError unless this state can continue the training that `expected`
         describes, with `method`, up to `epochs`."""
-        own = self.belongs
-        if (own.user_key, own.prefix_name) != (expected.user_key, expected.prefix_name):
+        actual = self.belongs
+        if (actual.user_key, actual.prefix_name) != (expected.user_key, expected.prefix_name):
             raise WrongUser(
                 "the training state is of another user or prefix",
-                seen=f"{own.user_key} {own.prefix_name}",
+                seen=f"{actual.user_key} {actual.prefix_name}",
                 expected=f"{expected.user_key} {expected.prefix_name}",
-                fix="give the state of the user and prefix that are trained",
+                fix="pass the state of the user and prefix to be trained",
             )
-        if own.backbone_fingerprint != expected.backbone_fingerprint:
+        if actual.backbone_fingerprint != expected.backbone_fingerprint:
             raise WrongBackbone(
                 "the training state is of another backbone",
-                seen=own.backbone_fingerprint[:12],
+                seen=actual.backbone_fingerprint[:12],
                 expected=expected.backbone_fingerprint[:12],
                 fix="load the backbone that the training began on, or train from the start",
             )
-        if own.settings != expected.settings:
+        if actual.settings != expected.settings:
             raise WrongMethod(
                 "the training state is of other settings or rows",
-                seen=own.settings[:12],
+                seen=actual.settings[:12],
                 expected=expected.settings[:12],
-                fix="only train.epochs may change where a training goes on; "
-                "start from the prefix instead (a warm start)",
+                fix="change only train.epochs when resuming, or start from the prefix instead "
+                "(a warm start)",
             )
         trained = max((state.epoch for state in self.states), default=0)
         if trained > epochs:
             raise WrongMethod(
-                "the training state is beyond the epochs that are asked for",
+                "the training state is already past the requested epochs",
                 seen=f"{trained} epochs",
                 expected=f"at most {epochs}",
                 fix="raise train.epochs, or train from the start",
@@ -157,13 +158,13 @@ class Resume:
         if len(self.states) != method.members:
             raise _incomplete(f"{len(self.states)} states, of {method.members} members")
         for state in self.states:
-            _check_state(state, method, facts, from_prefix=bool(own.started_from))
+            _check_state(state, method, facts, from_prefix=bool(actual.started_from))
 
 
 def _check_numbers(numbers: dict[str, Any]) -> dict[str, Any]:
-    """A state's numbers; raises KeyError, TypeError."""
-    for name, kind in _NUMBERS.items():
-        if not isinstance(numbers[name], kind):
+    """A state's numbers, checked. Raises KeyError or TypeError."""
+    for name, expected_type in _NUMBERS.items():
+        if not isinstance(numbers[name], expected_type):
             raise TypeError(f"{name} is {numbers[name]!r}")
     for line in numbers["history"]:
         EpochLoss(epoch=line["epoch"], train=line["train"], valid=line["valid"])
@@ -171,8 +172,9 @@ def _check_numbers(numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_state(state: TrainState, method: Method, facts: Facts, *, from_prefix: bool) -> None:
-    """Raise CorruptArtifact unless the state's tensors are those that the method trains, and
-    finite. `from_prefix`: it began as one, where the method itself starts at random."""
+    """Raise CorruptArtifact unless the state's tensors are those the method trains and are finite.
+    `from_prefix`: the training started from a prefix, so there is a start even for a method that
+    starts at random."""
     shapes = method.shapes(facts)
     given = from_prefix or method.start_ids != "none"
     start = {name: torch.zeros(shape) for name, shape in shapes.items()} if given else None

@@ -1,7 +1,7 @@
-"""The slots of a pack: every member's parameters and AdamW state, stacked along U.
+"""The slots of a pack: the parameters and AdamW state of every training, stacked along U.
 
-Each slot has its own step count, learning rate, gradient norm and best prefix; an update or a
-reset touches the slots it names and no other.
+Each slot has a separate step count, learning rate, gradient norm and best prefix. An update or a
+reset changes only the slots it names.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class Slots:
         return PackPrefix(tensors, self.facts, self.method.visibility)
 
     def leaves(self) -> PackPrefix:
-        """As `compiled`, as leaves that collect a step's gradient over its microbatches."""
+        """As `compiled`, but as leaf tensors that accumulate the gradient of a step."""
         compiled = self.compiled()
         leaves = {name: p.detach().requires_grad_() for name, p in compiled.tensors.items()}
         return PackPrefix(leaves, self.facts, compiled.visibility)
 
     def keep_best(self, slot: int, compiled: PackPrefix) -> None:
-        """Remember the slot's prefix as its best so far."""
+        """Keep the slot's prefix as its best so far."""
         self.best[slot] = {name: p[slot].detach().clone() for name, p in compiled.tensors.items()}
 
     def reset(self, slot: int) -> None:
-        """The slot begins again: initial parameters, no optimiser state."""
+        """Reset the slot to its initial parameters, with an empty optimiser state."""
         for name, values in self._initial[slot].trained.items():
             self.trained[name][slot] = values.to(self.trained[name])
             self._first[name][slot] = 0
@@ -58,7 +58,7 @@ class Slots:
         self.updates[slot], self.best[slot] = 0, None
 
     def load(self, slot: int, state: TrainState) -> None:
-        """The slot goes on from a saved state."""
+        """Load a saved state into the slot."""
         for into, values in (
             (self.trained, state.trained),
             (self._first, state.first),
@@ -95,10 +95,10 @@ class Slots:
         rates: Sequence[float],
         config: TrainConfig,
     ) -> None:
-        """One AdamW step (Loshchilov and Hutter 2019, algorithm 2) of the named slots.
+        """One AdamW step (Loshchilov and Hutter 2019, algorithm 2) of the given slots.
 
-        The gradient of the keys and values goes through the method once, however many
-        microbatches it was collected over.
+        The accumulated gradient of the keys and values is back-propagated through the method once,
+        however many microbatches it came from.
         """
         gradients = self._gradients(leaves)
         index = torch.tensor(slots, device=self._device)
@@ -156,7 +156,7 @@ def _stack(users: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str
 
 
 def _filled(users: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Each name that one of them has; zeros for those who lack it (a fixed start to add)."""
+    """Give every user the same names; a missing tensor (a fixed start to add) becomes zeros."""
     zeros = {name: torch.zeros_like(like) for user in users for name, like in user.items()}
     return [zeros | user for user in users]
 

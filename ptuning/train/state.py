@@ -1,4 +1,4 @@
-"""What continues a training: parameters, optimiser state and the place in its schedule."""
+"""The state of a training: parameters, optimiser state and position in the schedule."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ptuning.types import EpochLoss
 
 @dataclass(kw_only=True)
 class TrainState:
-    """One member's training at the end of an epoch; all tensors fp32 on the CPU.
+    """The state of one member's training at the end of an epoch; all tensors fp32 on the CPU.
 
-    `first` and `second` are AdamW's moments of `trained` after `updates` updates; `steps` counts
-    batches, and one without labels is no update. `best` is the best epoch's prefix,
-    `best_loss` its validation loss, `since` the epochs since then. `scale` is the share of the
-    learning rate that is left after resets.
+    `first` and `second` are AdamW's moments of `trained` after `updates` updates. `steps` counts
+    batches; a batch without labels makes no update. `best` is the best epoch's prefix, `best_loss`
+    its validation loss and `since` the number of epochs since then. `scale` is the factor on the
+    learning rate after restarts.
     """
 
     trained: dict[str, Tensor]

@@ -1,9 +1,9 @@
-"""The step machine: work is yielded, whoever drives it runs it on the backbone.
+"""The step machine: training code yields work, and a driver runs it on the backbone.
 
-Training, validation and initialisation are generators that yield `Work` and are sent its
-result. A loop over users written this way reads like a loop, and can still be run in
-lock-step by ranks that share one sharded backbone (train/zero.py), where every rank must
-make the same calls at the same time and one without work makes an empty one.
+Training, validation and initialisation are generators that yield `Work` and are sent the result.
+So a loop over users still reads like a loop, yet ranks that share a sharded backbone can run it in
+lock-step (train/zero.py). There every rank must make the same calls at the same time, and a rank
+without work makes an empty call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ptuning.data.encode import IGNORE, Encoded
 from ptuning.data.packing import microbatches
 from ptuning.model.batch import Batch, Dropout, PackPrefix, RowPrefix
 
-if TYPE_CHECKING:  # it brings in Transformers
+if TYPE_CHECKING:  # it imports Transformers
     from ptuning.model.backbone import Backbone
 
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # it brings in Transformers
 class Train:
     """Add the gradient of `sum(weights * nll)` to `prefix`; the result is nll `[N]`, detached.
 
-    `prefix.tensors` are leaves that require a gradient, `slots` Long `[R]`.
+    `prefix.tensors` are leaf tensors that require a gradient; `slots` is Long `[R]`.
     """
 
     batch: Batch
@@ -39,10 +39,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Score:
-    """The result is nll `[N]`; no gradient. Without `prefix` the base model is scored.
+    """Score a batch: the result is nll `[N]`, without a gradient. No `prefix`: the base model.
 
-    `members`: the batch holds its rows once for each of an ensemble's prefixes, one after
-    another; the result, `[N / members]`, is the ensemble's.
+    With `members` > 1 the batch repeats its rows for each prefix of an ensemble, member by member;
+    the result is the ensemble's nll, `[N / members]`.
     """
 
     batch: Batch
@@ -53,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Capture:
-    """What real words are inside: `{stack: [R, L, 2, H, P, D], "embeddings": [R, P, E]}`."""
+    """Capture the activations of real tokens; the result is as from `Backbone.capture`."""
 
     input_ids: Tensor
 
@@ -71,7 +71,7 @@ class Driver(Protocol):
 
 
 class LocalDriver:
-    """Runs one machine on a backbone that this process holds whole."""
+    """Runs one machine on a backbone that is not sharded."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -99,7 +99,7 @@ class LocalDriver:
 
 
 def prefix_of(work: Train | Score, backbone: Backbone) -> RowPrefix | None:
-    """Each row's prefix, gathered from the pack's."""
+    """Gather each row's prefix from those of the pack."""
     if work.prefix is None:
         return None
     dropout = work.dropout if isinstance(work, Train) else None
@@ -111,7 +111,7 @@ def collate(
 ) -> Batch:
     """Pad rows on the right into one batch, with the positions that predict a label.
 
-    With `decoder_start_id` the prompts are an encoder's rows, and the rest a decoder's.
+    With `decoder_start_id` the prompts go to the encoder and the rest to the decoder.
     """
     if decoder_start_id is not None:
         return _collate_pairs(rows, device, decoder_start_id)
@@ -131,11 +131,11 @@ def _collate_pairs(rows: Sequence[Encoded], device: torch.device, start: int) ->
     labels, _ = _padded(
         [row.labels[at:] or [IGNORE] for row, at in zip(rows, lengths, strict=True)], IGNORE
     )
-    # The decoder reads the answer moved by one: its state at t predicts the answer's token t.
-    moved, _ = _padded([[start, *answer[:-1]] for answer in answers])
+    # The decoder reads the answer shifted right: its state at t predicts the answer's token t.
+    shifted, _ = _padded([[start, *answer[:-1]] for answer in answers])
     where_r, where_t = (labels != IGNORE).nonzero(as_tuple=True)
     return Batch(
-        ids, mask, torch.tensor(lengths), where_r, where_t, labels[where_r, where_t], moved
+        ids, mask, torch.tensor(lengths), where_r, where_t, labels[where_r, where_t], shifted
     ).to(device)
 
 
@@ -151,12 +151,12 @@ def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tens
 
 
 def real_tokens(row: Encoded) -> int:
-    """The row's length without virtual tokens."""
+    """The number of real tokens in a row."""
     return sum(token >= 0 for token in row.input_ids)
 
 
 def predicted(row: Encoded) -> int:
-    """How many labels of a row have a position before them, so can be predicted."""
+    """How many labels of a row can be predicted: all but one on the first token."""
     return sum(label != IGNORE for label in row.labels[1:])
 
 
@@ -168,17 +168,17 @@ def score_rows(
     budget: int,
     members: int = 1,
 ) -> Machine[list[float]]:
-    """Summed nats of each row under its slot's prefix (None: the base model), or under the
-    ensemble of `members` slots that begins there."""
+    """Summed nats of each row with its slot's prefix (None: the base model), or with the ensemble
+    of `members` slots that starts at its slot."""
     sums = [0.0] * len(rows)
     for group in microbatches([len(row.input_ids) for row in rows], max(1, budget // members)):
         repeated = [rows[r] for r in group] * members
         batch = collate(repeated, backbone.device, backbone.facts.decoder_start_id)
         if not len(batch.targets):
             continue
-        own = [slots[r] + member for member in range(members) for r in group]
-        picked = torch.tensor(own, device=backbone.device)
-        nll = yield Score(batch, prefix, picked, members)
+        repeated_slots = [slots[r] + member for member in range(members) for r in group]
+        slots_R = torch.tensor(repeated_slots, device=backbone.device)
+        nll = yield Score(batch, prefix, slots_R, members)
         assert isinstance(nll, Tensor)
         per_row = torch.zeros(len(group), dtype=torch.float64, device=backbone.device)
         per_row.index_add_(0, batch.rows[: len(nll)], nll.double())

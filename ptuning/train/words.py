@@ -1,4 +1,4 @@
-"""The words that a user's prefix starts from: their ids, chosen from the user's own train rows."""
+"""Choose init words: the token ids that a user's prefix starts from."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from ptuning.types import Example, seed_of
 
 
 def check_init_text(template: Template, method: Method) -> None:
-    """Raise MethodError where the words that all users start from have no tokens."""
+    """Raise MethodError if `method.init_text` is set but has no tokens."""
     used = method.start_ids == "words" and method.init_text is not None
     if used and not template.ids(str(method.init_text)):
         raise MethodError(
-            "the words to start from have no tokens",
+            "the init words have no tokens",
             seen=f"method.init_text={method.init_text!r}",
             expected="at least one word",
-            fix="change method.init_text, or leave it out to start from the users' own words",
+            fix="change method.init_text, or omit it to start from words of each user's rows",
         )
 
 
 def choose_words(
     template: Template, method: Method, examples: Sequence[Example], seed: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the user's prefix starts from, and how many of them each virtual token is the
-    mean of ((): one). Only train rows are looked at. Raises DataError where the user's own words
-    have no tokens."""
+    """The ids of a user's init words, and their spans: how many ids each virtual token is the mean
+    of; () if one each. Uses train rows only. Raises DataError if the user's init words have no
+    tokens."""
     count = method.num_virtual_tokens * method.members
     train = [example for example in examples if example.split in (None, "train")]
     if method.start_ids == "words":
@@ -43,9 +43,9 @@ def choose_words(
 def _take_labels(
     template: Template, method: Method, train: Sequence[Example], seed: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Each member starts from the user's distinct completions, one further than the last; where
-    they are fewer than its virtual tokens, the rest is drawn from the vocabulary (Lester et al.
-    2021, section 3)."""
+    """The user's distinct completions, rotated by one for each further member. If there are fewer
+    than the virtual tokens, the rest is drawn from the vocabulary (Lester et al. 2021, section 3).
+    """
     count = method.num_virtual_tokens
     answers = [template.ids(text) for text in dict.fromkeys(_answer_of(row) for row in train)]
     ids: list[list[int]] = []
@@ -60,17 +60,17 @@ def _take_labels(
 def _take_words(
     template: Template, method: Method, train: Sequence[Example], count: int
 ) -> list[int]:
-    """The first `init_words` among the user's train rows, else the configured text, else the
-    words of their train completions in time order."""
+    """The first `init_words` in the user's train rows, or else `method.init_text`, or else the
+    words of the train completions in time order."""
     given = next((row.init_words for row in train if row.init_words), method.init_text)
     if given is not None:
         ids = template.ids(given)
         if not ids:
             raise DataError(
-                "the words to start from have no tokens",
+                "the init words have no tokens",
                 seen=repr(given),
                 expected="at least one word",
-                fix="change the rows' init_words or method.init_text, or leave them out",
+                fix="change or omit the rows' init_words or method.init_text",
             )
         return fill_words(ids, count)
     ids = []

@@ -1,9 +1,9 @@
-"""A backbone sharded over a gang by DeepSpeed ZeRO-3, and its ranks driven in lock-step.
+"""A backbone sharded over a gang with DeepSpeed ZeRO-3, whose ranks run in lock-step.
 
-Every rank holds a part of each weight and all ranks gather it together, so all must call
-the backbone at the same moments: before each call they agree whether anybody has work and
-whether anybody needs a backward pass, and a rank without work makes an empty call. What is
-traded is time for memory: the gather costs the same however few rows a call has.
+Every rank has a shard of each weight, and all ranks gather the weights together, so all must call
+the backbone at the same time. Before each call they agree whether any rank has work and whether
+any rank needs a backward pass; a rank without work makes an empty call. This trades time for
+memory: a gather costs the same however few rows a call has.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, 
 
 
 def load_sharded(config: BackboneConfig, *, template: TemplateKind = "auto") -> Backbone:
-    """Load a backbone of which this rank holds its share. The process group must exist.
+    """Load this rank's shard of a backbone. The process group must exist.
 
-    The weights are sharded while they are read, so that no rank ever holds the whole model.
+    The weights are sharded while they are read, so no rank ever holds the full model.
     """
     device = usable_device(config.device)
     environment.set_deepspeed_defaults(device.type)
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    # Its shared-memory op is compiled at first use, which needs a compiler on every host.
+    # DeepSpeed compiles its shared-memory op on first use, which needs a compiler on every host.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     dtype = choose_dtype(config.dtype, device)
@@ -57,12 +57,12 @@ def load_sharded(config: BackboneConfig, *, template: TemplateKind = "auto") -> 
         fingerprint=fingerprint_of(source, read),
         template=template,
         gradient_checkpointing=config.gradient_checkpointing,
-        shard=lambda whole: deepspeed.initialize(model=whole, config=sharding)[0].module,
+        shard=lambda full: deepspeed.initialize(model=full, config=sharding)[0].module,
     )
 
 
 def _sharding(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Settings that keep a frozen model really sharded: the defaults leave a small one gathered
+    """Settings that keep a frozen model sharded; with the defaults a small model stays gathered
     (infra/decisions.md)."""
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -78,10 +78,10 @@ def _sharding(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 
 
 class LockstepDriver:
-    """Runs this rank's machine beside its peers' on one sharded backbone.
+    """Runs this rank's machine in lock-step with its peers on a sharded backbone.
 
-    `method` is the one that all ranks train: a rank without a prefix of its own puts in an
-    empty one of the same kind, so that its backward pass visits the same weights.
+    All ranks train `method`. A rank without work uses an empty prefix of the same shapes, so that
+    its backward pass visits the same weights.
     """
 
     def __init__(self, backbone: Backbone, method: Method) -> None:
@@ -89,7 +89,7 @@ class LockstepDriver:
         self._shapes = method.shapes(backbone.facts)
 
     def run(self, machine: Machine[T]) -> T:
-        """Drive the machine to its end, then make empty calls until every rank is done."""
+        """Run the machine to its end, then make empty calls until every rank is done."""
         result: Result | None = None
         value: list[T] = []
         while True:
@@ -105,7 +105,7 @@ class LockstepDriver:
             result = self._execute(work, backward=backward)
 
     def _agree(self, work: Work | None) -> tuple[bool, bool]:
-        """Whether any rank has work, and whether any rank trains; the same answer on all."""
+        """Whether any rank has work, and whether any rank trains; the same on all ranks."""
         flags = torch.tensor(
             [work is not None, isinstance(work, Train)],
             dtype=torch.int32,
@@ -122,7 +122,7 @@ class LockstepDriver:
         return result
 
     def _forward(self, work: Work | None, *, backward: bool) -> tuple[Result | None, Tensor]:
-        """The rank's result, and a loss whose backward visits every layer as its peers' does."""
+        """This rank's result, and a loss whose backward pass uses the layers that its peers use."""
         backbone = self.backbone
         if isinstance(work, Train):
             nll = backbone.token_nll(work.batch, prefix_of(work, backbone))
@@ -142,19 +142,19 @@ class LockstepDriver:
         return self.backbone.empty_prefix(rows, self._shapes, requires_grad=backward)
 
     def _scored(self, work: Score, backward: bool) -> RowPrefix | None:
-        """The work's prefix on leaves that carry a (discarded) gradient, where peers train."""
+        """The prefix to score with; if peers train, it carries a gradient, which is discarded."""
         if work.prefix is None:
             return self._empty(len(work.batch.input_ids), backward)
         if not backward:
             return prefix_of(work, self.backbone)
         scored = work.prefix.of_rows(work.slots, self.backbone.dtype)
-        return self._visiting_all(scored, len(work.batch.input_ids))
+        return self._match_gradients(scored, len(work.batch.input_ids))
 
-    def _visiting_all(self, prefix: RowPrefix, rows: int) -> RowPrefix:
-        """The same prefix, with gradients in just those layers where the method's own has them.
+    def _match_gradients(self, prefix: RowPrefix, rows: int) -> RowPrefix:
+        """The same prefix, requiring gradients in exactly those layers that `method` trains.
 
-        A champion may be of other layers, stacks or of another method; the layers that it lacks
-        get keys and values that nobody sees.
+        A champion may have other layers or stacks, or be of another method. Layers that it lacks
+        get keys and values that no token attends to.
         """
         empty = self._empty(rows, backward=True)
         if prefix.embeddings is None:
@@ -163,24 +163,24 @@ class LockstepDriver:
             prefix.embeddings = prefix.embeddings.detach().requires_grad_()
         length = prefix.length
         for stack in dict.fromkeys((*prefix.layers, *empty.layers)):
-            own, wanted = prefix.layers.get(stack, ()), len(empty.layers.get(stack, ()))
+            given, wanted = prefix.layers.get(stack, ()), len(empty.layers.get(stack, ()))
             missing = [
-                self._nothing(stack, layer, rows, length)
-                for layer in range(wanted - 1, len(own) - 1, -1)
+                self._zeros(stack, layer, rows, length)
+                for layer in range(wanted - 1, len(given) - 1, -1)
             ]
             if missing:
-                held = torch.full((rows,), len(own), device=self.backbone.device)
-                prefix.depths = {**prefix.depths, stack: prefix.depths.get(stack, held)}
-            layers = [*missing, *own]
-            bound = len(layers) - wanted  # below it peers have no gradient
+                depth = torch.full((rows,), len(given), device=self.backbone.device)
+                prefix.depths = {**prefix.depths, stack: prefix.depths.get(stack, depth)}
+            layers = [*missing, *given]
+            lowest = len(layers) - wanted  # peers have no gradients below this layer
             prefix.layers[stack] = tuple(
-                (_leaf(keys, n >= bound), _leaf(values, n >= bound))
+                (_leaf(keys, n >= lowest), _leaf(values, n >= lowest))
                 for n, (keys, values) in enumerate(layers)
             )
         return prefix
 
-    def _nothing(self, stack: str, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Zero keys and values of a layer, which is counted from the top."""
+    def _zeros(self, stack: str, layer: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Zero keys and values for a layer, counted from the top."""
         backbone = self.backbone
         group = backbone.facts.stacks[stack].group_of(layer)
         shape = (rows, group.heads, length)

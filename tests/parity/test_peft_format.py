@@ -427,7 +427,7 @@ def test_a_decoder_that_cannot_be_told_where_it_stands_is_refused(tmp_path: Path
     with pytest.raises(WrongMethod) as caught:
         load_peft(tmp_path, backbone)
     assert "PROMPT_TUNING" in str(caught.value.expected)
-    with pytest.raises(WrongMethod, match="counts its positions itself"):
+    with pytest.raises(WrongMethod, match="computes its own positions"):
         save_peft(
             prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=("decoder",))),
             tmp_path / "x",

@@ -175,7 +175,7 @@ def test_conversations_are_kept_turn_by_turn(
         (lambda folder: folder / "*.csv", "no input file there"),
         (lambda folder: folder, "no input file there"),
         (lambda folder: write_jsonl(folder / "a.txt", []), "the file's format is not supported"),
-        (lambda folder: write_jsonl(folder / "a.jsonl", []), "the inputs hold no rows"),
+        (lambda folder: write_jsonl(folder / "a.jsonl", []), "the inputs contain no rows"),
         (lambda folder: write_jsonl(folder / "a.parquet", []), "an input file cannot be read"),
         (lambda folder: write_jsonl(folder / "a.csv.gz", [{}]), "an input file cannot be read"),
         (lambda folder: "s3x://bucket/a.jsonl", "this kind of input cannot be read"),

@@ -326,7 +326,7 @@ def test_a_worker_whose_backbone_has_another_dtype_than_was_planned_trains_nobod
     ]
     reports = _work(backbone, tmp_path, recipe, replace(pack, users=tuple(users)))
     assert {report.status for report in reports.values()} == {"failed"}
-    assert "than was planned" in str(reports["ann"].error)
+    assert "than what was planned" in str(reports["ann"].error)
 
 
 def test_the_gate_decides_the_same_from_a_stored_record(

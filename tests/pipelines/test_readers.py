@@ -116,7 +116,7 @@ def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
         ("rows.jsonl.bz2", bz2.compress(LINES.encode())[:-30], "rows.jsonl.bz2"),
         ("rows.jsonl", LINES.encode("utf-16")[:-1], "rows.jsonl"),
         ("rows.csv", b"PK\x03\x04rest", "it is a ZIP archive"),
-        ("rows.csv", b"user_id,user_id,prompt\n1,2,3\n", "a column stands twice"),
+        ("rows.csv", b"user_id,user_id,prompt\n1,2,3\n", "a column occurs twice"),
     ],
 )
 def test_a_file_that_breaks_off_or_is_something_else_is_named_with_the_reason(

@@ -226,7 +226,7 @@ def test_a_deployment_that_another_run_undid_is_an_error(
         return publish(store, FINGERPRINT, {name: ChampionRef(OLD, "2")})
 
     monkeypatch.setattr("pipelines.candidates.publish.publish", overtaken)
-    with pytest.raises(RunError, match="not what this run decided"):
+    with pytest.raises(RunError, match="not those that this run decided on"):
         deploy(store, FINGERPRINT, {name: ChampionRef(OURS, "1")}, 0.1)
 
 

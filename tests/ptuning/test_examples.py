@@ -84,8 +84,8 @@ def test_none_and_nan_mean_absent(absent: object) -> None:
         ({"user_id": ...}, "user_id is missing"),
         ({"user_id": ""}, "user_id is empty"),
         ({"user_id": True}, "user_id is not a string but bool"),
-        ({"user_id": 7.5}, "user_id is a number that is not whole (write it as text)"),
-        ({"user_id": 2.0**60}, "user_id is a number that is not whole (write it as text)"),
+        ({"user_id": 7.5}, "user_id is not an integer (write it as text)"),
+        ({"user_id": 2.0**60}, "user_id is not an integer (write it as text)"),
         ({"user_id": UUID(int=7).bytes}, "user_id is raw bytes (write it as text)"),
         ({"user_id": b"\xff"}, "user_id is not valid UTF-8"),
         ({"user_id": b""}, "user_id is empty"),
@@ -222,7 +222,7 @@ def test_case_and_blanks_of_column_names_do_not_matter(name: str) -> None:
 
 def test_a_field_that_two_columns_could_be_is_refused() -> None:
     assert check_row({**row(), "USER_ID": "bob"}).user_id == "alice"  # the exact name is clear
-    with pytest.raises(DataError, match="stands twice"):
+    with pytest.raises(DataError, match="occurs twice"):
         check_row({**row(user_id=...), "USER_ID": "ann", "User_Id": "bob"})
 
 
@@ -305,7 +305,7 @@ def test_what_a_folder_states_holds_for_rows_that_do_not_say_it(
 
 @pytest.mark.parametrize("folder", [{"user_id": "bob"}, {"split": "test"}])
 def test_a_row_that_contradicts_its_folder_is_nobodys(folder: dict[str, str]) -> None:
-    with pytest.raises(DataError, match="is not the one that the file's folder states"):
+    with pytest.raises(DataError, match="differs from that of the file's folder"):
         check_row(row(split="train"), folder=folder)
 
 

@@ -324,7 +324,7 @@ def test_a_prefix_that_overflows_in_the_model_answers_nobody(combine: Any) -> No
     values = [first, torch.full_like(first, 1e30), last]
     sick = make_prefix([{EMBEDDINGS: one} for one in values], prefix.meta)
     sick.check(backbone)
-    with pytest.raises(CorruptArtifact, match="cannot hold"):
+    with pytest.raises(CorruptArtifact, match="overflow"):
         generate(backbone, ["hello"], [sick], max_new_tokens=2)
 
 

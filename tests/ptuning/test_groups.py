@@ -203,7 +203,7 @@ def test_what_layers_are_is_taken_apart_and_put_together_again() -> None:
 
 def test_a_prefix_that_leaves_out_a_layer_below_its_top_is_refused() -> None:
     tensors = {name: values for name, values in words().items() if name.startswith("decoder.0")}
-    with pytest.raises(WrongShape, match="leaves out"):
+    with pytest.raises(WrongShape, match="skips layers"):
         split_groups(tensors, FACTS, 0)
 
 

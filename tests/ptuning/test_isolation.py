@@ -182,7 +182,7 @@ def test_a_model_that_couples_rows_is_refused_with_what_it_did(kind: Any) -> Non
     config = LlamaConfig(**_SIZES)
     config._attn_implementation = implementation("eager")
     torch.manual_seed(0)
-    with pytest.raises(UnsupportedModel, match="rows of a batch are not apart") as caught:
+    with pytest.raises(UnsupportedModel, match="rows of a batch are not isolated") as caught:
         Backbone(kind(config), make_tokenizer(), name="tiny", fingerprint="0" * 64)
     assert "logits differ by" in str(caught.value.seen)
     assert "another backbone" in str(caught.value.fix)

@@ -217,7 +217,7 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on standard input"))
     edit_config(directory, model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"})
     (directory / "mine.py").write_text("raise SystemExit('code of a model was run')")
-    with pytest.raises(UnsupportedModel, match="code of its own") as caught:
+    with pytest.raises(UnsupportedModel, match="custom code") as caught:
         ptuning.load_backbone(str(directory), dtype="float32", device="cpu")
     assert "trust_remote_code" not in str(caught.value)
 

@@ -539,7 +539,7 @@ def test_words_without_tokens_are_refused(method: Method) -> None:
 def test_a_start_from_words_without_any_is_refused(causal: Backbone, method: Method) -> None:
     with pytest.raises(MethodError) as caught:
         method.initial(causal.facts, None, 0)
-    explained(caught.value, "no words", "method.init=random")
+    explained(caught.value, "no init words", "method.init=random")
 
 
 def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
@@ -751,7 +751,7 @@ def test_a_name_belongs_to_one_method() -> None:
     class Another(KeysAndValuesTuning):
         type: Literal["prefix"] = "prefix"
 
-    with pytest.raises(MethodError, match="one name"):
+    with pytest.raises(MethodError, match="the same name"):
         catalogue.register(Another)
     assert METHODS["prefix"] is PrefixTuning
     with pytest.raises(MethodError, match="no such tuning method"):

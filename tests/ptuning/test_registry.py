@@ -236,7 +236,7 @@ def test_a_digest_that_could_be_a_path_is_refused_and_nothing_is_written(
 
 def test_a_tag_that_nobody_declared_is_refused_and_nothing_is_written(registry: Registry) -> None:
     user = new_user()
-    with pytest.raises(RegistryError, match=r"tags that no reader knows.*seen: uri"):
+    with pytest.raises(RegistryError, match=r"unknown tags.*seen: uri"):
         registry.register(new_pack(), [entry(user, tags={"uri": "http://169.254.169.254/"})])
     assert registry.current([user]) == {}
 

@@ -175,8 +175,8 @@ def test_an_identity_that_is_not_whole_is_refused(store: Store, change: dict[str
     open_identity(store)
     written = json.loads(store.read("store.json"))
     store.write("store.json", json.dumps({**written, **change}).encode())
-    with pytest.raises(ConfigError, match="does not say whose this store is"):
+    with pytest.raises(ConfigError, match="is not a valid store identity"):
         open_identity(store)
     store.write("store.json", b"[")
-    with pytest.raises(ConfigError, match="does not say whose this store is"):
+    with pytest.raises(ConfigError, match="is not a valid store identity"):
         read_identity(store)

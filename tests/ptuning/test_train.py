@@ -623,7 +623,7 @@ def test_a_damaged_resume_file_is_refused(backbone: Backbone, kept: Resume) -> N
     ):
         with pytest.raises(error):
             same.check(replace(kept.belongs, **changes), method, backbone.facts, epochs=1)
-    with pytest.raises(WrongMethod, match="beyond the epochs"):
+    with pytest.raises(WrongMethod, match="past the requested epochs"):
         same.check(kept.belongs, method, backbone.facts, epochs=0)
 
 

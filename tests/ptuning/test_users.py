@@ -132,7 +132,7 @@ def test_words_without_tokens_fail_whoever_they_belong_to(monkeypatch: pytest.Mo
 def test_only_a_prefix_of_the_same_kind_starts_a_training(method: Method, other: Method) -> None:
     own = random_prefix(BACKBONE, method, seed=1)
     assert len(warm_start(method, BACKBONE, own)) == method.members
-    with pytest.raises(WrongMethod, match="not of the kind"):
+    with pytest.raises(WrongMethod, match="does not have the form"):
         warm_start(method, BACKBONE, random_prefix(BACKBONE, other, seed=1))
 
 
@@ -258,7 +258,7 @@ def test_tune_begins_from_a_prefix_and_goes_on_and_says_so_in_the_digest() -> No
         assert results["ann"].prefix is None
         assert reason in str(results["ann"].error)
         assert same(results["bob"], begun["bob"])
-    assert "beyond the epochs" in str(
+    assert "past the requested epochs" in str(
         tuned(1, users, resume={"ann": begun["ann"].resume})["ann"].error
     )
 

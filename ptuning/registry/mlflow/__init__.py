@@ -1,20 +1,19 @@
-"""The registry on MLflow: the only package that imports it.
+"""The registry on MLflow; no other package imports MLflow.
 
-What stands where: one registered model per (namespace, backbone, user, prefix name), one version
-per digest, one run per pack. A run per user would be the usual MLflow picture, but costs three
-times as much to write (40 against 118 users/s) and nobody reads a million runs; so a user's
-figures are tags and a description of the version, which is what the UI's version page shows, and
-the run holds the pack's.
+There is one registered model per (namespace, backbone, user, prefix name), one version per digest
+and one run per pack. One run per user would be usual in MLflow, but costs three times as much to
+write (40 against 118 users/s), and nobody reads a million runs. So a user's metrics are in the
+version's tags and description, which the UI shows on the version page, and the run has the pack's.
 
     registry    MlflowRegistry: the protocol
-    connection  clients, threads, and what MLflow's errors mean
-    owner       whose a namespace is
-    reading     models, aliases and versions, many users a query
-    writing     versions and what they say
+    connection  clients, threads, and the meaning of MLflow's errors
+    owner       the owner of a namespace
+    reading     models, aliases and versions, many users per query
+    writing     versions and their tags
     packs       one MLflow run per pack
     databases   drivers, schemas, locks, durability
-    artifacts   the plugin through which MLflow itself finds a prefix file
-    settings    MLflow's environment
+    artifacts   the plugin through which MLflow finds a prefix file
+    quiet       silence MLflow's log lines during outages
 
-This module imports nothing: MLflow loads `artifacts` in the middle of its own import.
+This module imports nothing, because MLflow loads `artifacts` during its own import.
 """

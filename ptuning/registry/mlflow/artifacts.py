@@ -1,14 +1,14 @@
-"""MLflow's way to a prefix file: `ptuning:/<user_key>/<digest>` in the reader's own store.
+"""The MLflow plugin that resolves `ptuning:/<user_key>/<digest>` to a prefix file in a store.
 
 MLflow finds this class by the entry point `mlflow.artifact_repository`, wherever ptuning is
-installed, and asks it for the sources of our versions, so that
+installed, and uses it for the sources of our versions, so that
 
     PTUNING_STORE=/mnt/store MLFLOW_TRACKING_URI=… python -c "
     import mlflow
     mlflow.artifacts.download_artifacts('models:/<registered model>@champion')"
 
-fetches the prefix file wherever the store is mounted. What the registry says is not trusted: a
-source is a user's key and a digest, never a path, and what was read must have that digest.
+fetches the prefix file wherever the store is mounted. The registry is not trusted: a source is a
+user's key and a digest, never a path, and the file that is read must have that digest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STORE_VARIABLE = "PTUNING_STORE"
 
 
 class PrefixArtifacts(ArtifactRepository):
-    """One version's only artifact: `<digest>.safetensors`. It is read, never written."""
+    """A version's only artifact, `<digest>.safetensors`, read-only."""
 
     def __init__(
         self, artifact_uri: str, tracking_uri: str | None = None, registry_uri: str | None = None
@@ -38,15 +38,15 @@ class PrefixArtifacts(ArtifactRepository):
         self._user_key, self._digest = prefix_of(artifact_uri)
 
     def list_artifacts(self, path: str | None = None) -> list[FileInfo]:
-        """The prefix file at the root, nothing below it."""
+        """The prefix file at the root."""
         if path:
             return []
-        return [FileInfo(self._file, False, None)]  # its size would cost a look at the store
+        return [FileInfo(self._file, False, None)]  # its size would cost an access to the store
 
     def _download_file(self, remote_file_path: str, local_path: str) -> None:
         if remote_file_path != self._file:
             raise ArtifactError(
-                "a prefix's version has no such artifact",
+                "the version of a prefix has no such artifact",
                 seen=remote_file_path,
                 expected=self._file,
             )
@@ -71,12 +71,12 @@ class PrefixArtifacts(ArtifactRepository):
             raise ArtifactError(
                 "the store has no such prefix",
                 seen=store.path(name),
-                fix=f"set {STORE_VARIABLE} to the store in which a run made it",
+                fix=f"set {STORE_VARIABLE} to the store of the run that trained it",
             ) from None
         digest = hashlib.sha256(data).hexdigest()
         if digest != self._digest:
             raise ArtifactError(
-                "a prefix file is not what the registry promised",
+                "a prefix file does not have the digest in the registry",
                 seen=f"{store.path(name)} with digest {digest}",
                 expected=self._digest,
                 fix="restore the file from the store's backup, or run again",
@@ -88,7 +88,7 @@ def _store() -> Store:
     root = os.environ.get(STORE_VARIABLE)
     if not root:
         raise ConfigError(
-            "the registry holds no place, so the store must be named",
+            "the registry does not record the store's location, so it must be given",
             seen=f"{STORE_VARIABLE} is not set",
             fix=f"set {STORE_VARIABLE} to the store's directory or URI",
         )

@@ -1,4 +1,4 @@
-"""One open MLflow: its clients, how many calls at once, and what its errors mean."""
+"""A connection to MLflow: clients, concurrency, and the meaning of MLflow's errors."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ log = logging.getLogger("ptuning.registry")
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _NAMES_PER_QUERY = 200
-_NAMES_PER_URL = 50  # 3.5 to 8 kB of query string; servers cut at 8 or more
+_NAMES_PER_URL = 50  # 3.5 to 8 kB of query string; servers allow 8 kB or more
 _WORKERS = 4
 # What PostgreSQL, SQLite and MySQL say of a row that is there already, in MLflow's words.
 _TAKEN = ("UniqueViolation", "UNIQUE constraint failed", "Duplicate entry")
 
 
 class Outage:
-    """Whether the registry answers: what is logged once when it stops, and when it is back."""
+    """Tracks whether the registry answers, to log once when it stops and once when it is back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._down = False
 
     def began(self) -> bool:
-        """Note a failure; True if it is the first one."""
+        """Record a failure; True if it is the first."""
         with self._lock:
             began, self._down = not self._down, True
             return began
 
     def ended(self) -> bool:
-        """Note an answer; True if it is the first one after a failure."""
+        """Record an answer; True if it is the first after a failure."""
         if not self._down:
             return False
         with self._lock:
@@ -64,8 +64,8 @@ class Outage:
 
 @dataclass
 class Connection:
-    """Clients of one MLflow and how to ask them. `sqlite` is the database's file, if it is one;
-    `remote` says that there is an HTTP server between."""
+    """Clients of one MLflow and how to use them. `sqlite` is the database file, for SQLite;
+    `remote` means that MLflow is behind an HTTP server."""
 
     uri: str
     shown_uri: str
@@ -78,7 +78,8 @@ class Connection:
     outage: Outage = field(default_factory=Outage)
 
     def map(self, function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
-        """`function` of each item, in order; in threads where that is faster. First error wins."""
+        """Apply `function` to each item, in threads if that is faster; results are in order. Raises
+        the first error."""
         if self.workers == 1 or len(items) < 2:
             return [function(item) for item in items]
         with ThreadPoolExecutor(self.workers, thread_name_prefix="ptuning-registry") as pool:
@@ -103,8 +104,8 @@ class Connection:
             return call(*arguments)
 
     def is_answer(self, error: MlflowException, *codes: str) -> bool:
-        """Whether an error is MLflow's own answer with one of these codes: a proxy's 404 also
-        reads as 'does not exist', but comes without one."""
+        """Whether an error is a response from MLflow with one of these codes. (A proxy's 404 also
+        looks like 'does not exist', but has no code.)"""
         return error.error_code in codes and (_from_server(error) or not self.remote)
 
     def _is_outage(self, error: Exception) -> bool:
@@ -114,7 +115,7 @@ class Connection:
 
     @contextmanager
     def asking(self, what: str) -> Iterator[None]:
-        """Turn what MLflow and the transports under it raise into RegistryError."""
+        """Convert errors of MLflow and of the transports below it to RegistryError."""
         try:
             yield
         except (
@@ -140,8 +141,8 @@ class Connection:
 def connect(uri: str) -> Connection:
     """Open `sqlite:///`, `postgresql://` or `http(s)://`.
 
-    A fresh database gets its schema here, once, whoever comes first; RegistryError if it cannot
-    be opened. A server is asked when it is first needed.
+    The first process to open a new database creates its schema here. Raises RegistryError if it
+    cannot be opened. A server is not contacted before the first call.
     """
     sqlite = sqlite_path(uri)
     remote = uri.startswith(("http://", "https://"))
@@ -151,7 +152,7 @@ def connect(uri: str) -> Connection:
         shown_uri=without_password(uri),
         sqlite=sqlite,
         remote=remote,
-        # SQLite has one writer; elsewhere most of a call is waiting for the answer.
+        # SQLite allows one writer; elsewhere most of a call is waiting.
         workers=1 if sqlite else _WORKERS,
         names_per_query=_NAMES_PER_URL if remote else _NAMES_PER_QUERY,
     )

@@ -1,10 +1,10 @@
-"""Databases under MLflow: which driver, who makes the schema, what survives a power cut.
+"""The databases below MLflow: drivers, creation of the schema, durability.
 
-Speed on SQLite, with two aliases and a dozen tags a user, on two busy cores: 43 users/s
-through `MlflowClient`, whose `set_registered_model_alias` first reads the whole model to see
-that it is no prompt; 58 through `ModelRegistryClient`; 78 with the embedded database in WAL
-mode; 103 with one fsync per `register` instead of one per commit. WAL needs all processes on
-one host: several hosts need a server.
+Speed on SQLite, with two aliases and a dozen tags per user, on two busy cores: 43 users/s through
+`MlflowClient`, whose `set_registered_model_alias` first reads the full model to check that it is
+not a prompt; 58 through `ModelRegistryClient`; 78 with the embedded database in WAL mode; 103 with
+one fsync per `register` instead of one per commit. WAL needs all processes on one host; several
+hosts need a server.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _ADVISORY_LOCK = 0x7074756E  # "ptun"
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The absolute path of a `sqlite:///` uri, None for another; ConfigError without a file."""
+    """The absolute path of a `sqlite:///` URI, or None for another scheme. Raises ConfigError if
+    the URI names no file."""
     if not uri.startswith("sqlite"):
         return None
     database = sqlalchemy.engine.make_url(uri).database
     if not database or database == ":memory:" or database.startswith("file:"):
         raise ConfigError(
-            "a registry in SQLite needs a plain file",
+            "a SQLite registry needs a plain file",
             seen=uri,
             expected="sqlite:///path/to/mlflow.db",
             fix="name a file, or use memory:// in tests",
@@ -45,14 +46,14 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def with_driver(uri: str) -> str:
-    """`postgresql://` with the driver that is installed: SQLAlchemy 2.1's default is psycopg 3."""
+    """Add the installed driver to `postgresql://`: SQLAlchemy 2.1's default is psycopg 3."""
     if uri.startswith("postgresql://") and not find_spec("psycopg") and find_spec("psycopg2"):
         return uri.replace("postgresql://", "postgresql+psycopg2://", 1)
     return uri
 
 
 def without_password(uri: str) -> str:
-    """The uri as it may be shown."""
+    """The URI with its password hidden."""
     try:
         return sqlalchemy.engine.make_url(uri).render_as_string(hide_password=True)
     except (sqlalchemy.exc.ArgumentError, ValueError):
@@ -60,7 +61,7 @@ def without_password(uri: str) -> str:
 
 
 def lock_schema(uri: str, sqlite: Path | None) -> Any:
-    """Held while a database may get its schema: MLflow's own creation is not safe in a race."""
+    """A lock to hold while the schema may be created: MLflow's creation is not safe in a race."""
     if sqlite is not None:
         return _lock_file(sqlite.with_name(sqlite.name + ".lock"))
     return _lock_postgresql(uri) if uri.startswith("postgresql") else nullcontext()
@@ -69,14 +70,14 @@ def lock_schema(uri: str, sqlite: Path | None) -> Any:
 @contextmanager
 def _lock_file(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:  # closing it releases the lock, and so does dying
+    with path.open("a") as handle:  # closing it releases the lock, and so does a crash
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
 def _lock_postgresql(uri: str) -> Iterator[None]:
-    # Connecting here also bounds the wait for a database that is down: MLflow tries for 100 s.
+    # Connecting here also limits the wait for a database that is down: MLflow tries for 100 s.
     engine = sqlalchemy.create_engine(
         uri, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT"
     )
@@ -86,7 +87,7 @@ def _lock_postgresql(uri: str) -> Iterator[None]:
 
 
 def create_sqlite(path: Path) -> None:
-    """Make a fresh database whole or not at all: MLflow's migrations cannot resume half-way."""
+    """Create a new database atomically: MLflow's migrations cannot resume half-way."""
     if path.exists():
         return
     fresh = path.with_name(path.name + ".new")
@@ -96,13 +97,13 @@ def create_sqlite(path: Path) -> None:
     _initialize_tables(engine)
     engine.dispose()
     connection = sqlite3.connect(fresh)
-    connection.execute("PRAGMA journal_mode=WAL")  # stays in the file
+    connection.execute("PRAGMA journal_mode=WAL")  # recorded in the file
     connection.close()
     fresh.replace(path)
 
 
 def sync_once_per_pack(models: ModelRegistryClient) -> None:
-    """In WAL mode, let commits wait for `make_durable` to reach the disk together."""
+    """In WAL mode, do not sync each commit; `make_durable` syncs them together."""
     engine = models.store.engine
     if not sqlalchemy.event.contains(engine, "connect", _relax):
         sqlalchemy.event.listen(engine, "connect", _relax)
@@ -110,10 +111,10 @@ def sync_once_per_pack(models: ModelRegistryClient) -> None:
 
 
 def make_durable(path: Path | None) -> None:
-    """On SQLite: all that was committed survives a power cut from here on."""
+    """On SQLite, make all commits so far survive a power cut."""
     if path is None:
         return
-    # No lock of SQLite's is on this file, so closing it here drops none.
+    # SQLite has no lock on this file, so closing it here releases none.
     wal = path.with_name(path.name + "-wal")
     try:
         handle = os.open(wal, os.O_RDONLY)
@@ -126,6 +127,6 @@ def make_durable(path: Path | None) -> None:
 
 
 def _relax(connection: Any, _record: object) -> None:
-    # NORMAL can lose the last commits in a power cut, and cannot corrupt; without WAL it could.
+    # In WAL mode NORMAL can lose the last commits in a power cut, but never corrupts the database.
     if connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal":
         connection.execute("PRAGMA synchronous=NORMAL")

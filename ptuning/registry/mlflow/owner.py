@@ -1,7 +1,8 @@
-"""Whose a namespace is: a registered model `<namespace>.store` with the store's id as its tag.
+"""The owner of a namespace, recorded as a registered model `<namespace>.store` with the store's id
+as a tag.
 
-MLflow writes a model and its tags in one transaction, and a name once: of two stores that claim
-a namespace at once, one gets it, on SQLite, on PostgreSQL and over HTTP alike.
+MLflow creates a model and its tags in one transaction, and a name only once. So if two stores claim
+a namespace at the same time, one of them gets it, on SQLite, on PostgreSQL and over HTTP.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from ptuning.registry.names import OWNER, Scope
 
 
 def check_namespace(to: Connection, scope: Scope, *, claim: bool) -> bool:
-    """Refuse a namespace of another store; `claim` takes one that is nobody's.
+    """Check the owner of the scope's namespace; with `claim`, take it if it has none.
 
-    Returns whether the scope's store owns it. Raises RegistryError where another does.
+    Returns whether the scope's store owns it. Raises RegistryError if another store does.
     """
     try:
         model = to.models.get_registered_model(scope.owner_model)
@@ -39,6 +40,6 @@ def _claim(to: Connection, scope: Scope) -> None:
             description="Says which store registers names in this namespace. Do not delete it.",
         )
     except MlflowException as error:
-        # Another process, or a request that was retried after its answer was lost.
+        # Created by another process, or by this request before a retry.
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise

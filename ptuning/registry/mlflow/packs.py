@@ -1,4 +1,4 @@
-"""One MLflow run per pack, found again by a tag written in the call that creates it."""
+"""One MLflow run per pack, identified by a tag that is set when the run is created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BATCH = 100  # parameters of one call
 
 
 def open_run(to: Connection, scope: Scope, experiment: str, pack: PackRecord) -> Run:
-    """The pack's run with its parameters and metrics; made where there is none."""
+    """The pack's run, with its parameters and metrics; created if there is none."""
     key = _pack_key(scope, pack)
     experiment_id = _experiment_id(to, experiment)
     found = to.runs.search_runs([experiment_id], f"tags.`{RUN_PACK_KEY}` = '{key}'", max_results=1)
@@ -32,7 +32,7 @@ def open_run(to: Connection, scope: Scope, experiment: str, pack: PackRecord) ->
 
 
 def close_run(to: Connection, run: Run) -> None:
-    """Say that the pack is registered."""
+    """Mark the pack as registered."""
     if run.info.status != "FINISHED":
         to.runs.set_terminated(run.info.run_id)
 
@@ -48,8 +48,8 @@ def _create_run(to: Connection, scope: Scope, experiment: str, pack: PackRecord,
 
 
 def _log(to: Connection, run: Run, pack: PackRecord) -> None:
-    # MLflow refuses a parameter's second value; the run's own start time makes a metric
-    # written twice the same point.
+    # MLflow refuses to change a parameter. With the run's start time as timestamp, a metric that is
+    # written twice is the same point.
     params = [Param(k, str(v)) for k, v in pack.params.items() if k not in run.data.params]
     metrics = [
         Metric(k, float(v), run.info.start_time, 0)
@@ -65,8 +65,8 @@ def _experiment_id(to: Connection, name: str) -> str:
     found = to.runs.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    # No run has artifacts. By default the embedded registry would remember a folder below the
-    # directory in which the first run was started.
+    # Runs have no artifacts. By default the embedded registry would record a folder below the
+    # working directory of the first run.
     place = "mlflow-artifacts:/ptuning" if to.sqlite else None
     try:
         return str(to.runs.create_experiment(name, artifact_location=place))
@@ -78,7 +78,7 @@ def _experiment_id(to: Connection, name: str) -> str:
 
 
 def _pack_key(scope: Scope, pack: PackRecord) -> str:
-    """64 hex digits that stand for (namespace, run_id, pack_id): safe in a filter, whatever
-    these hold. Two stores may give a run the same id."""
+    """A hash of (namespace, run_id, pack_id), 64 hex digits: safe in a filter, whatever these
+    contain. The namespace is included because two stores may use the same run id."""
     text = f"{scope.namespace}\x1f{pack.run_id}\x1f{pack.pack_id}"
     return hashlib.sha256(text.encode()).hexdigest()

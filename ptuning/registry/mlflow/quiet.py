@@ -1,18 +1,18 @@
-"""Whose log lines are kept from the screen while MLflow is asked."""
+"""Silence loggers that report every failed call to MLflow."""
 
 from __future__ import annotations
 
 import logging
 
-# They print a traceback for each call that fails (628 lines for one restart of PostgreSQL) and
-# a line for each retry. All of it is in the RegistryError that the caller gets.
+# They log a traceback for each failed call (628 lines for one restart of PostgreSQL) and a line for
+# each retry. The caller gets all of it in a RegistryError.
 _LOUD = ("mlflow.store.db.utils", "urllib3.connectionpool")
 
 
 def quiet_outages() -> None:
-    """Keep MLflow's lines about a registry that does not answer from the log: ours says it.
+    """Silence MLflow's log lines about a registry that does not answer; we log that once.
 
-    A level that somebody has set for these loggers stays.
+    If a level has been set for these loggers, it is kept.
     """
     for name in _LOUD:
         logger = logging.getLogger(name)

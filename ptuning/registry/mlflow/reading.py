@@ -1,4 +1,4 @@
-"""Read models, aliases and versions, many names a query."""
+"""Read models, aliases and versions, many names per query."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ptuning.registry.names import (
     matches,
 )
 
-_PAGE = 1000  # the most that search_registered_models gives at once
+_PAGE = 1000  # the maximum of search_registered_models
 
 
 @dataclass
 class KnownVersion:
-    """A version as the registry has it; kept up to date while a pack registers."""
+    """A version as stored in the registry; kept up to date while a pack is registered."""
 
     number: str
     tags: dict[str, str]
@@ -40,20 +40,20 @@ class KnownVersion:
 
 @dataclass
 class KnownModel:
-    """What the registry holds of one model; kept up to date while a pack registers."""
+    """A model as stored in the registry; kept up to date while a pack is registered."""
 
     versions: dict[str, KnownVersion] = field(default_factory=dict)  # by number
     aliases: dict[str, str] = field(default_factory=dict)  # alias -> number
 
     def find(self, digest: str) -> KnownVersion | None:
-        """The version of a digest. There may be two, where an HTTP request was retried after
-        its answer was lost: the oldest counts, for every reader and writer."""
+        """The version with a digest. There may be two, if an HTTP request was retried after its
+        answer was lost; all readers and writers use the oldest."""
         found = [known for known in self.versions.values() if known.tags.get(DIGEST) == digest]
         return min(found, key=lambda known: int(known.number), default=None)
 
 
 def read_models(to: Connection, names: Sequence[str]) -> dict[str, KnownModel]:
-    """What is registered under each of `names`; a name without a model is absent."""
+    """The models with these names; a name without a model is absent."""
     models = find_models(to, names)
     known = {
         model.name: KnownModel(aliases={a: str(v) for a, v in model.aliases.items()})
@@ -69,13 +69,13 @@ def read_models(to: Connection, names: Sequence[str]) -> dict[str, KnownModel]:
 
 
 def find_models(to: Connection, names: Sequence[str]) -> list[RegisteredModel]:
-    """The registered models of `names` that exist."""
+    """The registered models with these names, as far as they exist."""
     return _find(to, to.models.search_registered_models, names)
 
 
 def read_all(to: Connection, prefix: str) -> Iterator[RegisteredModel]:
-    """Every registered model whose name begins with `prefix`, a page at a time. `prefix` is of
-    a Scope: its letters mean themselves in a filter."""
+    """Every registered model whose name begins with `prefix`, one page at a time. `prefix` comes
+    from a Scope, so it has no special characters of a filter."""
     token = None
     while True:
         with to.asking("list registered models"):
@@ -91,9 +91,9 @@ def read_all(to: Connection, prefix: str) -> Iterator[RegisteredModel]:
 def find_aliased(
     to: Connection, models: Sequence[RegisteredModel]
 ) -> dict[tuple[str, str], ModelVersion]:
-    """The versions that aliases of `models` point at, by (model's name, number)."""
-    # A model brings its latest version along, and most aliases point there. The rest are
-    # asked for by number, so that a user's long history is not read for one champion.
+    """The versions that aliases of `models` point to, by (model's name, number)."""
+    # A model comes with its latest version, and most aliases point to it. The others are queried by
+    # number, so that a user's full history is not read for one champion.
     known = {(v.name, str(v.version)): v for model in models for v in model.latest_versions}
     missing: dict[int, list[str]] = {}
     for model in models:
@@ -113,7 +113,7 @@ def _find_versions(to: Connection, names: Sequence[str], also: str = "") -> list
 def _find(
     to: Connection, search: Callable[..., Any], names: Sequence[str], also: str = ""
 ) -> list[Any]:
-    """All that `search` finds under `names` (from `Scope`), a chunk of names a query."""
+    """All results of `search` for `names` (from `Scope`), with a chunk of names per query."""
 
     def read_chunk(start: int) -> list[Any]:
         quoted = ",".join(f"'{name}'" for name in names[start : start + to.names_per_query])
@@ -133,8 +133,8 @@ def _find(
 def version_of(
     scope: Scope, user_key: str, prefix_name: str, number: str, tags: dict[str, str]
 ) -> Version:
-    """What a version's tags say. Raises RegistryError where they are not of a version that
-    ptuning registered for this backbone: anybody may have written them."""
+    """Parse a version's tags. Raises RegistryError if they are not those of a version that ptuning
+    registered for this backbone: anyone can write tags."""
     if not matches(DIGEST_PATTERN, tags.get(DIGEST, "")):
         raise _not_ours(scope, user_key, prefix_name, number, f"{DIGEST}={tags.get(DIGEST)!r}")
     if tags.get(FINGERPRINT) != scope.fingerprint:
@@ -160,7 +160,7 @@ def _not_ours(
     scope: Scope, user_key: str, prefix_name: str, number: str, seen: str
 ) -> RegistryError:
     return RegistryError(
-        "an alias points at a version that ptuning did not register",
+        "an alias points to a version that ptuning did not register",
         seen=f"{scope.model_name(user_key, prefix_name)}, version {number}, {seen}",
         expected=f"a version with a {DIGEST}, and {FINGERPRINT}={scope.fingerprint}",
         fix="point the alias at a version that a run registered",

@@ -27,8 +27,8 @@ from ptuning.registry.names import Alias, Scope, check_alias
 class MlflowRegistry:
     """A registry on an MLflow database (`sqlite:///`, `postgresql://`) or server (`http(s)://`).
 
-    A fresh database gets its schema here, once, whoever comes first; RegistryError if it
-    cannot be opened. A server is asked when it is first needed.
+    The first process to open a new database creates its schema here. Raises RegistryError if it
+    cannot be opened. A server is not contacted before the first call.
     """
 
     def __init__(self, uri: str, experiment: str, scope: Scope) -> None:
@@ -37,10 +37,10 @@ class MlflowRegistry:
         self._owned = False
 
     def register(self, pack: PackRecord, entries: Sequence[Registration]) -> list[Version]:
-        """See `Registry.register`. Versions come back in the order of `entries`.
+        """See `Registry.register`. Versions are returned in the order of `entries`.
 
-        Every entry is checked before the first write. RegistryError may leave part of the
-        pack registered: register it again.
+        Every entry is checked before the first write. After a RegistryError part of the pack may be
+        registered; register it again.
         """
         groups = self._group(entries)
         to = self.connection
@@ -59,7 +59,8 @@ class MlflowRegistry:
         return [done[index] for index in range(len(entries))]
 
     def champion(self, user_key: str, prefix_name: str = "default") -> Version | None:
-        """See `Registry.champion`. 1 to 3 ms on a database; at most about 35 s on a dead server."""
+        """See `Registry.champion`. Takes 1 to 3 ms on a database, and up to about 35 s if a server
+        is down."""
         name = self.scope.model_name(user_key, prefix_name)
         with self.connection.asking("look up a champion"):
             self._check_namespace(claim=False)
@@ -72,7 +73,8 @@ class MlflowRegistry:
         return version_of(self.scope, user_key, prefix_name, str(found.version), found.tags)
 
     def current(self, user_keys: Iterable[str], prefix_name: str = "default") -> dict[str, Current]:
-        """See `Registry.current`. About 0.6 ms a user on SQLite, whatever the registry's size."""
+        """See `Registry.current`. Takes about 0.6 ms per user on SQLite, whatever the registry's
+        size."""
         keys = {self.scope.model_name(key, prefix_name): key for key in user_keys}
         with self.connection.asking("look up current prefixes"):
             self._check_namespace(claim=False)
@@ -84,7 +86,7 @@ class MlflowRegistry:
             aliases: dict[str, Version] = {}
             for alias, number in model.aliases.items():
                 if alias not in ("candidate", "champion"):
-                    continue  # a person's
+                    continue  # an alias that a person added
                 version = versions.get((model.name, str(number)))
                 tags = version.tags if version is not None else {}
                 aliases[alias] = version_of(self.scope, key, prefix_name, str(number), tags)
@@ -93,7 +95,7 @@ class MlflowRegistry:
         return found
 
     def set_alias(self, version: Version, alias: Alias) -> None:
-        """See `Registry.set_alias`. Raises RegistryError if the version is not there."""
+        """See `Registry.set_alias`. Raises RegistryError if the version does not exist."""
         check_alias(alias)
         name = self.scope.model_name(version.user_key, version.prefix_name)
         to = self.connection
@@ -117,7 +119,7 @@ class MlflowRegistry:
             make_durable(to.sqlite)
 
     def with_champion(self, prefix_name: str = "default") -> Iterator[str]:
-        """See `Registry.with_champion`. A page of models at a time."""
+        """See `Registry.with_champion`. Reads one page of models at a time."""
         with self.connection.asking("list the champions"):
             self._check_namespace(claim=False)
         for model in read_all(self.connection, self.scope.prefix):
@@ -126,7 +128,7 @@ class MlflowRegistry:
                 yield key
 
     def _group(self, entries: Sequence[Registration]) -> dict[str, dict[int, Registration]]:
-        """Entries by model, each under its index; checks all of them."""
+        """Check all entries and group them by model, each with its index."""
         groups: dict[str, dict[int, Registration]] = {}
         for index, entry in enumerate(entries):
             check_entry(entry)
@@ -151,12 +153,12 @@ class MlflowRegistry:
         }
 
     def _check_namespace(self, *, claim: bool) -> None:
-        """Asked until the namespace is known to be this store's; it never becomes another's."""
+        """Check the namespace's owner, until it is known to be this store; owners never change."""
         if not self._owned:
             self._owned = check_namespace(self.connection, self.scope, claim=claim)
 
     def _is_absent(self, error: MlflowException, name: str, alias: Alias) -> bool:
-        """True only if the registry itself says that there is no such model or alias."""
+        """Whether MLflow itself (not a proxy) says that there is no such model or alias."""
         to = self.connection
         if not to.is_answer(error, "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return False

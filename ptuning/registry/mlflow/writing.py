@@ -1,8 +1,8 @@
-"""Write versions: what they are, what is thought of them, and where aliases point.
+"""Write versions: their identity, the last decision about them, and the aliases.
 
-Everything is read before it is written, so a call cut short anywhere is repeated safely. What
-MLflow cannot promise: an HTTP request that is retried after its answer was lost may leave a
-second version of the same digest. It is harmless, the oldest is taken.
+Everything is read before it is written, so an interrupted call can be repeated safely. There is one
+exception: an HTTP request that is retried after its answer was lost may create a second version
+with the same digest. That is harmless, since the oldest is used.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _MAX_DESCRIPTION = 5000  # characters; a column of MLflow's schema
 
 
 def create_model(to: Connection, name: str) -> None:
-    """One user's registered model, if it is not there."""
+    """Create a user's registered model, if it does not exist."""
     try:
         to.models.create_registered_model(
             name, description="One user's prefixes, a version each. `champion` is served."
         )
     except MlflowException as error:
-        # Another writer, or a request that was retried after its answer was lost.
+        # Created by another process, or by this request before a retry.
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
@@ -61,7 +61,7 @@ def create_model(to: Connection, name: str) -> None:
 def register_version(
     to: Connection, scope: Scope, pack: PackRecord, entry: Registration, model: KnownModel, run: Run
 ) -> Version:
-    """One entry of a pack: see `Registry.register`. Keeps `model` up to date."""
+    """Register one entry of a pack (see `Registry.register`), and keep `model` up to date."""
     known = model.find(entry.digest)
     if known is not None and (version := _read(scope, entry, known)).planned_at > pack.planned_at:
         return version  # a newer run judged it
@@ -70,11 +70,12 @@ def register_version(
     if known is None:
         known = _create(to, scope, pack, entry, run)
         model.versions[known.number] = known
-    # A user is done with when `candidate` points at a version of this gate, so both come last.
+    # A user counts as finished when `candidate` points to a version with this gate's digest, so
+    # the new decision and that alias come last.
     if entry.decision == "promoted":
         _point(to, scope, entry, model, "champion", known)
     if not is_new:
-        _tell_new_story(to, scope, pack, entry, known)
+        _update_decision(to, scope, pack, entry, known)
     if moves_candidate(entry, pack, _aliased(scope, entry, model, "candidate")):
         _point(to, scope, entry, model, "candidate", known)
     return _read(scope, entry, known)
@@ -83,7 +84,7 @@ def register_version(
 def _create(
     to: Connection, scope: Scope, pack: PackRecord, entry: Registration, run: Run
 ) -> KnownVersion:
-    tags = {**_identity(scope, entry), **_story(pack, entry)}
+    tags = {**_identity(scope, entry), **_decision(pack, entry)}
     description = _description(entry)
     created = to.models.create_model_version(
         scope.model_name(entry.user_key, entry.prefix_name),
@@ -96,20 +97,20 @@ def _create(
     return KnownVersion(str(created.version), tags, description)
 
 
-def _tell_new_story(
+def _update_decision(
     to: Connection, scope: Scope, pack: PackRecord, entry: Registration, known: KnownVersion
 ) -> None:
-    """Let a version that is judged again say so everywhere, the gate last: a call that is cut
-    short leaves a user whom the next run judges again."""
+    """Update the tags and description of a version that is judged again, the gate's digest last: if
+    the call is interrupted, the next run judges the user again."""
     name = scope.model_name(entry.user_key, entry.prefix_name)
-    story, description = _story(pack, entry), _description(entry)
+    tags, description = _decision(pack, entry), _description(entry)
     if known.description != description:
         to.models.update_model_version(name, known.number, description)
         known.description = description
-    for tag in [tag for tag in known.tags if _is_story(tag) and tag not in story]:
+    for tag in [tag for tag in known.tags if _is_optional(tag) and tag not in tags]:
         to.models.delete_model_version_tag(name, known.number, tag)
         del known.tags[tag]
-    for tag, value in sorted(story.items(), key=lambda item: item[0] == GATE_DIGEST):
+    for tag, value in sorted(tags.items(), key=lambda item: item[0] == GATE_DIGEST):
         if known.tags.get(tag) != value:
             to.write(to.models.set_model_version_tag, name, known.number, tag, value)
             known.tags[tag] = value
@@ -138,11 +139,11 @@ def _read(scope: Scope, entry: Registration, known: KnownVersion) -> Version:
     return version_of(scope, entry.user_key, entry.prefix_name, known.number, known.tags)
 
 
-# What a version says.
+# A version's tags and description.
 
 
 def _identity(scope: Scope, entry: Registration) -> dict[str, str]:
-    """Tags that say which prefix it is; they never change."""
+    """Tags that identify the prefix; they never change."""
     return {
         DIGEST: entry.digest,
         FINGERPRINT: scope.fingerprint,
@@ -154,8 +155,8 @@ def _identity(scope: Scope, entry: Registration) -> dict[str, str]:
     }
 
 
-def _story(pack: PackRecord, entry: Registration) -> dict[str, str]:
-    """Tags that say what the run that judged it last thought of it."""
+def _decision(pack: PackRecord, entry: Registration) -> dict[str, str]:
+    """Tags with the decision of the run that judged the version last, its metrics and lineage."""
     return {
         **{tag: str(value) for tag, value in entry.tags.items()},
         **{FIGURE + name: _figure(value) for name, value in entry.metrics.items()},
@@ -168,13 +169,13 @@ def _story(pack: PackRecord, entry: Registration) -> dict[str, str]:
     }
 
 
-def _is_story(tag: str) -> bool:
-    """Whether a tag is ours to take away; people may add tags of their own."""
+def _is_optional(tag: str) -> bool:
+    """Whether a tag is removed when a new decision lacks it; tags that people added are kept."""
     return tag in LINEAGE or tag.startswith(FIGURE)
 
 
 def _description(entry: Registration) -> str:
-    """The version page's markdown: the decision and its reason, then the figures as a table."""
+    """The version page's markdown: the decision and its reason, then the metrics as a table."""
     verdict = f"{entry.decision}: {entry.reason}" if entry.reason else entry.decision
     return "\n\n".join([verdict, *_table(entry.metrics)])[:_MAX_DESCRIPTION]
 
