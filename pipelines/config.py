@@ -162,9 +162,9 @@ def _absolute_model(name: str) -> str:
 
 
 def _is_alias(name: str) -> bool:
-    from ptuning.model.locate import ALIASES  # imports Transformers
+    from ptuning.model.locate import MODEL_ALIASES  # imports Transformers
 
-    return name in ALIASES
+    return name in MODEL_ALIASES
 
 
 def _absolute_uri(uri: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ptuning.types import SplitLosses, UserReport
@@ -45,22 +45,15 @@ class DoneRecord:
         )
 
 
+# Of a report's fields: written in a form of their own, or made again from the losses on every read.
+_SPECIAL = ("history", "losses")
+_DECIDED = ("decision", "gate")
+
+
 def _report_to_json(report: UserReport) -> dict[str, Any]:
-    """A report without the gate's decision, which is made again from the losses on every read."""
-    value = {
-        name: getattr(report, name)
-        for name in (
-            "user_key",
-            "status",
-            "digest",
-            "error",
-            "stage",
-            "steps",
-            "tokens",
-            "counts",
-            "details",
-        )
-    }
+    """Every field of a report but the gate's decision, which is made again on every read."""
+    names = [field.name for field in fields(report)]
+    value = {name: getattr(report, name) for name in names if name not in _SPECIAL + _DECIDED}
     history = [
         {name: _finite(loss) for name, loss in dict(epoch).items()} for epoch in report.history
     ]

@@ -22,9 +22,11 @@ class Entry:
     """A method with settings, small enough for a tiny model.
 
     `fast`: trained in the fast tier (packed = plain); all others in the whole. `served`: answers in
-    mixed batches, of generation and of the service; not more than once for what is served alike.
-    `pairs`: for encoder-decoder models. `run`: goes through a whole run, from rows to an answer.
-    `peft`: PEFT's name of the kind; None: PEFT has no place for it.
+    mixed batches, of generation and of the service: one entry for each different way of answering.
+    `pairs`: answers on encoder-decoder models too; needs `served`. `run`: goes through a whole run,
+    from rows to an answer. `peft`: PEFT's name of the kind; None: PEFT has no place for it.
+    `rate` is a learning rate at which so small a model learns within a few epochs, and `gain` what
+    it must then learn of one token that a user always says, in nats per token.
     """
 
     method: Method
@@ -33,6 +35,11 @@ class Entry:
     served: bool = False
     pairs: bool = False
     run: bool = False
+    rate: float = 0.1
+    gain: float = 0.3
+
+    def __post_init__(self) -> None:
+        assert self.served or not self.pairs, "`pairs` is read together with `served`"
 
     @property
     def settings(self) -> list[str]:

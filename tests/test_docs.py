@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.cli import cli
 from pipelines.config import RunConfig, known_keys
+from ptuning.methods.catalogue import METHODS
 from serve.metrics import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +93,13 @@ def test_every_setting_that_is_named_exists(page: Path) -> None:
 def test_the_page_names_every_metric_of_the_service() -> None:
     text = (DOCS / "http.md").read_text()
     assert [name for name in FAMILIES if f"| `{name}` | {FAMILIES[name][0]} |" not in text] == []
+
+
+def test_the_pages_name_every_method_and_every_verb() -> None:
+    methods = (DOCS / "methods.md").read_text()
+    assert [name for name in METHODS if f"| `{name}` (" not in methods] == []
+    operations = (DOCS / "operations.md").read_text()
+    assert [verb for verb in cli.commands if f"`ptuning {verb}" not in operations] == []
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipelines.plan import PlannedUser
-from pipelines.report.metrics import WHO, check_names
+from pipelines.report.metrics import PACK_METRICS, USER_METRICS, WHO, check_names
 from ptuning.registry.base import PackRecord, Registration, Registry
 from ptuning.types import Decision, Gate, UserReport
 
@@ -135,7 +135,7 @@ def user_metrics(report: UserReport) -> dict[str, float]:
         base, candidate = (metrics.get(f"nll_{name}_{split}") for name in ("base", "candidate"))
         if base is not None and candidate is not None:
             metrics[f"gain_over_base_{split}"] = base - candidate
-    return check_names(metrics)
+    return check_names(metrics, USER_METRICS)
 
 
 def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
@@ -151,4 +151,4 @@ def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
         known = [loss for loss in losses if loss is not None]
         if known:
             metrics[f"nll_{name}_valid_median"] = median(known)
-    return check_names(metrics)
+    return check_names(metrics, PACK_METRICS)

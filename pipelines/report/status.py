@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.run_folder import RunFolder, all_runs
-from ptuning.errors import RunError
+from ptuning.errors import ConfigError
 from ptuning.store import Store
 
 _STYLES = {"finished": "green", "running": "cyan", "stopped": "red", "unfinished": "yellow"}
@@ -22,7 +22,7 @@ def run_states(store: Store) -> list[dict[str, Any]]:
     RunError if there is no store: a mistyped path must not look like a store without runs.
     """
     if not _exists(store):
-        raise RunError(
+        raise ConfigError(
             "there is no store there",
             seen=store.root,
             expected="a directory or prefix written by `ptuning run`",

@@ -1,6 +1,6 @@
 """Map input columns to fields of a row, for every format.
 
-To add a name for a field, add a line to ALIASES; it applies to Parquet, JSONL, CSV and folders
+To add a name for a field, add a line to COLUMN_ALIASES; it applies to Parquet, JSONL, CSV and folders
 named `split=test`. Names are compared without case, blanks, `_` and `-`. An exact name takes
 precedence over a similar one, and both over an alias.
 
@@ -22,7 +22,7 @@ from pydantic import Field
 from ptuning.errors import DataError
 from ptuning.types import Config
 
-ROW_RULES = 2
+ROW_RULES = 3
 
 FIELDS = (
     "user_id",
@@ -34,12 +34,13 @@ FIELDS = (
     "weight",
     "init_words",
 )
-ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("instruction",),  # Alpaca
+# Alpaca's two parts of a prompt; the second is read only if the first is the prompt.
+INSTRUCTION, INPUT = "instruction", "input"
+COLUMN_ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": (INSTRUCTION,),
     "completion": ("output",),
     "messages": ("conversations",),  # ShareGPT
 }
-INPUT = "input"  # Alpaca's second part of a prompt, read if `instruction` is the prompt
 
 _SEPARATORS = re.compile(r"[\s_\-\ufeff]+")
 _MOST_LAYOUTS = 256  # every JSONL row may have different keys
@@ -115,18 +116,36 @@ class Columns:
             source = _pick(self._chosen.get(field, field), names, similar)
             if source is not None:
                 sources[field] = source
-        for field, aliases in ALIASES.items():
-            if field in sources or field in self._chosen or _clashes(field, sources):
-                continue
-            found = (_pick(alias, names, similar) for alias in aliases)
-            source = next((name for name in found if name not in (None, *sources.values())), None)
-            if source is not None:
-                sources[field] = source
+        sources |= self._find_aliases(names, similar, sources)
         more = None
-        if _fold(sources.get("prompt", "")) in ALIASES["prompt"] and "prompt" not in self._chosen:
+        if _fold(sources.get("prompt", "")) == INSTRUCTION and "prompt" not in self._chosen:
             more = _pick(INPUT, names, similar)
         used = {*sources.values(), more}
         return Layout(sources, more, tuple(dict.fromkeys(n for n in names if n not in used)))
+
+
+    def _find_aliases(
+        self, names: Sequence[str], similar: Mapping[str, list[str]], sources: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Columns of the fields that stand there under an alias only.
+
+        A row has one of two shapes. Columns by their own names decide which, then a prompt with a
+        completion; beside a conversation, a lone `instruction` or `output` is something else.
+        """
+        found: dict[str, str] = {}
+        for field, aliases in COLUMN_ALIASES.items():
+            if field in sources or field in self._chosen:
+                continue
+            columns = (_pick(alias, names, similar) for alias in aliases)
+            taken = {*sources.values(), None}
+            column = next((column for column in columns if column not in taken), None)
+            if column is not None:
+                found[field] = column
+        pair = {"prompt", "completion"}
+        is_pair = pair <= {*sources, *found} or bool(pair & {*sources})
+        if "messages" in {*sources} or not is_pair and "messages" in found:
+            return {field: column for field, column in found.items() if field not in pair}
+        return {field: column for field, column in found.items() if field != "messages"}
 
 
 def _fold(name: str) -> str:
@@ -138,11 +157,3 @@ def _pick(wanted: str, names: Sequence[str], similar: Mapping[str, list[str]]) -
     if len(found) > 1:
         raise DataError("a column occurs twice in an input file", seen=", ".join(found))
     return found[0] if found else None
-
-
-def _clashes(field: str, sources: Mapping[str, str]) -> bool:
-    """Whether the field does not belong to the form found so far: a row has either messages, or a
-    prompt and a completion."""
-    if field == "messages":
-        return "prompt" in sources or "completion" in sources
-    return field in ("prompt", "completion") and "messages" in sources

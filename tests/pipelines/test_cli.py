@@ -47,8 +47,30 @@ def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str]) -> 
         text = capsys.readouterr().out
         for parameter in command.params:
             if isinstance(parameter, click.Option):
-                assert parameter.help or parameter.show_default, f"{verb} {parameter.name}"
+                assert parameter.help, f"{verb} {parameter.name} does not say what it is"
                 assert parameter.opts[0] in text
+
+
+# How each verb is called where there is nothing to do it with.
+_IN_VAIN = {
+    "run": ["--data", "nowhere.jsonl"],
+    "generate": ["--user", "ann", "hello"],
+    "serve": [],
+    "status": [],
+}
+
+
+def test_every_verb_says_what_is_missing_where_there_is_no_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each of them runs as far as that, and a mistyped path is a usage error of all of them."""
+    assert _IN_VAIN.keys() == cli.commands.keys(), "say here how the new verb is called"
+    for verb, arguments in _IN_VAIN.items():
+        code = _exit_code([verb, "--store", str(tmp_path / "typo"), *arguments])
+        said = capsys.readouterr()
+        assert code == (1 if verb == "run" else 2), (verb, said)
+        assert "to fix:" in said.out + said.err, (verb, said)
+    assert not (tmp_path / "typo").exists()
 
 
 def test_help_of_run_describes_every_configuration_key(capsys: pytest.CaptureFixture[str]) -> None:

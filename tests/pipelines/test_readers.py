@@ -187,7 +187,7 @@ def test_an_alias_is_one_line_for_all_formats(
     tmp_path: Path, write: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a", [{"login": "ann", "prompt": "q", "completion": "a"}])
-    monkeypatch.setitem(columns.ALIASES, "user_id", ("login",))
+    monkeypatch.setitem(columns.COLUMN_ALIASES, "user_id", ("login",))
     assert read_files([path]) == ({"ann": [Example(prompt="q", completion="a")]}, [], {})
 
 

@@ -129,7 +129,16 @@ def test_an_older_run_that_is_resumed_retires_nobody_whom_a_newer_one_trained(
     assert retire_users(registry, [KEY], "default", 3) == [KEY]
 
 
-def test_a_figure_that_no_report_knows_is_refused() -> None:
+def test_every_declared_metric_is_reported() -> None:
+    """Of a user with losses of everybody: what is declared and filled nowhere is missed here."""
+    report = replace(_report(OURS), steps=3, tokens=40, decision="promoted")
+    loss = SplitLosses(nats=(1.0,), tokens=(1,))
+    report.losses |= {who: {"valid": loss, "test": loss} for who in WHO}
+    assert user_metrics(report).keys() == USER_METRICS.keys()
+    assert pack_metrics([report]).keys() == PACK_METRICS.keys()
+
+
+def test_a_metric_that_no_report_knows_is_refused() -> None:
     report = _report(OURS)
     assert user_metrics(report) == {"steps": 0, "tokens": 0}
     report.losses["bsae"] = {"valid": SplitLosses(nats=(1.0,), tokens=(1,))}

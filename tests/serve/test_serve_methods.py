@@ -98,7 +98,9 @@ def asked_alone(
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
     assert generate(backbone, prompts, prefixes, max_new_tokens=8) == alone
-    assert len(set(alone)) >= len(alone) // 2, "the prefixes make a difference"
+    base = generate(backbone, prompts, [None] * len(prompts), max_new_tokens=8)
+    changed = sum(answer != plain for answer, plain in zip(alone, base, strict=True))
+    assert changed >= len(alone) // 3, "the prefixes make a difference"
     return prompts, prefixes, alone
 
 

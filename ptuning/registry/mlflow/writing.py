@@ -186,4 +186,7 @@ def _table(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else str(value)
+    """Six digits of a loss, all digits of a count."""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.0f}" if value == round(value) else f"{value:.6g}"
