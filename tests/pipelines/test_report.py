@@ -223,7 +223,7 @@ def test_both_reports_say_who_retired_and_what_was_skipped() -> None:
         assert "b.csv: 4 rows quarantined, most often user_id is missing (4)" in text
     assert "1 retired" in html_report(found)
     assert "retired" in printed(found)
-    assert "judged again by another gate: 1 promoted" in printed(found)
+    assert "judged again by a changed gate: 1 promoted" in printed(found)
 
 
 def test_a_summary_keeps_a_hundred_failures_and_counts_them_all() -> None:
