@@ -152,9 +152,21 @@ def run(
 
 @cli.command()
 @click.option("--user", "user_id", required=True, help="The user's id, as in the data.")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0.0))
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Longest answer, in tokens.",
+)
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0.0),
+    help="0 takes the likeliest token; higher is more varied.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the draw, if temperature > 0.")
 @_configured
 @click.argument("prompts", nargs=-1, required=True)
 def generate(

@@ -2,4 +2,4 @@
 
 from ptuning.system import environment
 
-environment.set_defaults()  # Ray and MLflow read their variables when they are imported
+environment.set_defaults()  # Ray and MLflow read these variables at import

@@ -1,4 +1,4 @@
-"""The service as a whole: build the Ray Serve application, start it, wait, shut it down."""
+"""The service's life cycle: build the Ray Serve application, start it, wait, shut it down."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from serve import local_ray, logs  # first: it sets what ray reads when it is imported
+from serve import local_ray, logs  # first: it sets variables that ray reads at import
 
 # isort: split
 import ray
@@ -40,13 +40,13 @@ from serve.replica import EngineReplica, HttpReplica
 log = logging.getLogger(logs.LOGGER)
 
 APP = "ptuning"
-_LOOK_SECONDS = 1.0  # between two looks at a service that runs
-_SILENCE_SECONDS = 30.0  # a Ray that could not be asked for so long does not come back
-_SLACK = 32  # requests beyond rows and queue: those that are refused, health checks
+_POLL_SECONDS = 1.0  # between checks of a running service
+_SILENCE_SECONDS = 30.0  # after this long without contact, Ray counts as lost
+_SLACK = 32  # requests beyond rows and queue: refused ones, health checks
 
 
 def served_name(config: ServeConfig, backbone: BackboneConfig) -> str:
-    """The name in /v1/models: configured, else the model's own, without directories."""
+    """The name in /v1/models: the configured name, or the model's, without directories."""
     if config.model_name:
         return config.model_name
     name = locate(backbone.name).name
@@ -60,13 +60,13 @@ def build(
     backbone: BackboneConfig,
     template: TemplateKind,
 ) -> ray.serve.Application:
-    """The application, not yet running. Raises ConfigError and ModelNotFound.
+    """Build the application without running it. Raises ConfigError and ModelNotFound.
 
-    Ray must have been started, unless `serve.num_gpus` is configured.
+    Ray must be running, unless `serve.num_gpus` is configured.
     """
     check_exposure(config)
     if config.api_keys_file is not None:
-        Keys.read(config.api_keys_file)  # a bad file is an error here, not in a replica
+        Keys.read(config.api_keys_file)  # a bad file should fail here, not in a replica
         config = config.model_copy(
             update={"api_keys_file": str(Path(config.api_keys_file).resolve())}
         )
@@ -102,8 +102,8 @@ def build(
 
 
 def _gpus_of(config: ServeConfig, backbone: BackboneConfig) -> float:
-    """GPUs per engine replica. A replica without a reserved one would still find every device,
-    and would share one with whoever reserved it."""
+    """GPUs per engine replica. Without a reservation a replica would still see every device, and
+    would use one that is reserved for another process."""
     if config.num_gpus is not None:
         return config.num_gpus
     present = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
@@ -111,16 +111,16 @@ def _gpus_of(config: ServeConfig, backbone: BackboneConfig) -> float:
 
 
 def _engine_environment() -> dict[str, str]:
-    """What must stand in an engine's environment before torch is imported there.
+    """An engine's environment variables, which must be set before torch is imported.
 
-    OpenMP's threads spin while they wait, which is ruinous where somebody else wants the
-    cores (2 cores, load 6: 4 answers took 260 s, with passive waiting 6 s).
+    Waiting OpenMP threads spin, which is ruinous if other processes need the cores (2 cores,
+    load 6: 4 answers took 260 s, and 6 s with passive waiting).
     """
     return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
 
 
 class Running:
-    """A service that is up; `close` (or leaving its `with` block) takes it down."""
+    """A running service; `close`, or leaving its `with` block, stops it."""
 
     def __init__(self, config: ServeConfig, *, owns_ray: bool) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -128,14 +128,14 @@ class Running:
         self._owns_ray = owns_ray
 
     def close(self) -> None:
-        """Stop the service, and Ray too where `run` started it. May be called twice."""
+        """Stop the service, and Ray too if `run` started it. May be called twice."""
         if not ray.is_initialized():
             return
         try:
             applications = ray.serve.status().applications
             if APP in applications:
-                ray.serve.delete(APP)  # lets requests in flight end
-            # Where Ray goes too, everything goes with it.
+                ray.serve.delete(APP)  # lets running requests finish
+            # Shutting down Ray would stop Serve anyway.
             if not self._owns_ray and set(applications) <= {APP}:
                 ray.serve.shutdown()
         except Exception:
@@ -166,17 +166,17 @@ def run(
 ) -> Running:
     """Start the service on this machine and wait until it is healthy.
 
-    Uses the Ray that this process has, else starts a small one. `blocking` prints the address,
-    then the service's log lines (on standard error), and returns after SIGINT or SIGTERM, with
-    everything stopped. Raises ConfigError, ModelNotFound, or ServeError where the port is taken,
-    the service does not come up, or it dies later.
+    Uses the Ray of this process if there is one, or else starts a local one. With `blocking` it
+    prints the address, then the service's log lines (on standard error), and returns after SIGINT
+    or SIGTERM, when everything has stopped. Raises ConfigError, ModelNotFound, or ServeError if the
+    port is taken, the service does not start, or it dies later.
     """
     check_exposure(config)
     config = config.model_copy(update={"port": _free_port(config)})
     name = served_name(config, backbone)
     owns_ray = local_ray.start_ray(max(1.0, config.replicas * config.num_cpus))
     running = Running(config, owns_ray=owns_ray)
-    # After Ray, which sets handlers of its own.
+    # After starting Ray, which installs signal handlers.
     with _stop_signals(enabled=blocking) as stopped, _log_file(config, enabled=blocking) as config:
         try:
             application = build(
@@ -200,7 +200,7 @@ def run(
 
 @contextmanager
 def _log_file(config: ServeConfig, *, enabled: bool) -> Iterator[ServeConfig]:
-    """The configuration with a file for the replicas' lines, a temporary one if none is set."""
+    """The configuration with a file for the replicas' log lines, temporary if none is set."""
     if not enabled or config.log_file is not None:
         yield config
         return
@@ -209,7 +209,7 @@ def _log_file(config: ServeConfig, *, enabled: bool) -> Iterator[ServeConfig]:
 
 
 def _free_port(config: ServeConfig) -> int:
-    """The configured port if it is free, any free one for 0. Raises ServeError."""
+    """The configured port, or any free one for 0. Raises ServeError if it is taken."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         if not config.port:
@@ -231,11 +231,12 @@ def _deploy(
 ) -> None:
     present = ray.cluster_resources()
     gpus = _gpus_of(config, backbone)
-    for kind, setting, each in (("CPU", "num_cpus", config.num_cpus), ("GPU", "num_gpus", gpus)):
-        if config.replicas * each > present.get(kind, 0):
+    needs = (("CPU", "num_cpus", config.num_cpus), ("GPU", "num_gpus", gpus))
+    for resource, setting, each in needs:
+        if config.replicas * each > present.get(resource, 0):
             raise ServeError(
-                f"Ray has too few {kind}s for the engine replicas",
-                seen=present.get(kind, 0),
+                f"Ray has too few {resource}s for the engine replicas",
+                seen=present.get(resource, 0),
                 expected=f"{config.replicas * each:g} = serve.replicas x serve.{setting}",
                 fix=f"lower serve.replicas or serve.{setting}",
             )
@@ -253,8 +254,8 @@ def _deploy(
 
 
 def _wait_ready(config: ServeConfig, address: str, stopped: threading.Event) -> None:
-    """Until every replica runs and /readyz answers 200. Raises ServeError on a failed deployment
-    or a deadline."""
+    """Wait until every replica runs and /readyz answers 200. Raises ServeError if the deployment
+    fails or the deadline passes."""
     deadline = time.monotonic() + config.start_timeout_s
     state, reason = "not deployed", ""
     while time.monotonic() < deadline and not stopped.is_set():
@@ -274,12 +275,12 @@ def _wait_ready(config: ServeConfig, address: str, stopped: threading.Event) -> 
 
 
 def _watch(config: ServeConfig, address: str, stopped: threading.Event) -> None:
-    """Print the replicas' lines until a signal comes. Raises ServeError where the service has
-    died, or has answered nobody for as long as a start may take."""
+    """Print the replicas' log lines until a signal arrives. Raises ServeError if the service has
+    died, or has not answered for as long as a start may take."""
     follower = logs.Follower(config.log_file) if config.log_file is not None else None
     last_ready = time.monotonic()
     try:
-        while not stopped.wait(_LOOK_SECONDS):
+        while not stopped.wait(_POLL_SECONDS):
             for line in follower.lines() if follower else ():
                 print(line, file=sys.stderr, flush=True)
             now = time.monotonic()
@@ -294,23 +295,23 @@ def _watch(config: ServeConfig, address: str, stopped: threading.Event) -> None:
 
 
 def find_death(state: str, idle_s: float, patience_s: float) -> str | None:
-    """Why a service that ran is to be given up, by its state in Ray Serve and the seconds since
-    it last answered; None while it lives or may come back.
+    """Why to give up on a service, given its state in Ray Serve and the seconds since it last
+    answered; None while it is alive or may recover.
 
-    A replica that is replaced makes the application unhealthy for a while.
+    While a replica is being replaced, the application is unhealthy for a while.
     """
     if state in ("ABSENT", "DEPLOY_FAILED", "DELETING"):
         return "the service has died"
     limit = min(patience_s, _SILENCE_SECONDS) if state == "UNKNOWN" else patience_s
-    return f"the service has answered nobody for {idle_s:.0f} s" if idle_s > limit else None
+    return f"the service has not answered for {idle_s:.0f} s" if idle_s > limit else None
 
 
 def _app_state() -> tuple[str, str]:
-    """The application's state in Ray Serve, and its reasons; ABSENT, or UNKNOWN where Ray cannot
-    be asked."""
+    """The application's state in Ray Serve, with reasons; ABSENT if there is none, UNKNOWN if Ray
+    does not answer."""
     try:
         app = ray.serve.status().applications.get(APP)
-    except Exception as error:  # noqa: BLE001 - Ray's many ways to say that it broke
+    except Exception as error:  # noqa: BLE001 - Ray raises many unrelated types
         return "UNKNOWN", logs.describe(error)
     if app is None:
         return "ABSENT", ""
@@ -336,7 +337,7 @@ def _greeting(address: str, model: str) -> str:
 
 @contextmanager
 def _stop_signals(*, enabled: bool) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; handlers are put back afterwards."""
+    """An event that SIGINT and SIGTERM set; the handlers are restored afterwards."""
     stopped = threading.Event()
     if not enabled:
         yield stopped
@@ -345,10 +346,10 @@ def _stop_signals(*, enabled: bool) -> Iterator[threading.Event]:
     def stop(_signal: int, _frame: FrameType | None) -> None:
         stopped.set()
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = {kind: signal.signal(kind, stop) for kind in kinds}
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
         yield stopped
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""A replica's list of champions: polled by a thread, so that no request waits for the store.
+"""A replica's list of champions, polled by a thread so that no request waits for the store.
 
-The registry is not on the way: what is served is what was published into the store. While the
-store cannot be read the last list goes on answering, and its age says so.
+The registry is not involved: the service uses what was published to the store. While the store
+cannot be read, the last list stays in use, and a metric shows its age.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from serve.metrics import Metrics
 
 log = logging.getLogger(LOGGER)
 
-_BEAT_POLLS = 15  # polls after which a replica says again that it lives
+_BEAT_POLLS = 15  # polls between signs of life from a replica
 
 
 class ChampionPoller:
-    """Keeps a ChampionList fresh, and says in the store which generation this replica answers from.
+    """Refreshes a ChampionList, and records in the store which generation this replica serves.
 
-    The list is read once before the constructor returns, so a replica that cannot read the store
-    does not come up. `close` withdraws the acknowledgement.
+    The constructor reads the list once, so a replica that cannot read the store does not start.
+    `close` withdraws the acknowledgement.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class ChampionPoller:
 
     @property
     def age_s(self) -> float:
-        """Seconds since the list was last known to be the newest."""
+        """Seconds since the list was last known to be current."""
         return self._clock() - self._confirmed
 
     def poll(self) -> None:
-        """Look once; what goes wrong is logged once until it works again."""
+        """Poll once. A failure is logged only once, until polling works again."""
         try:
             self.champions.refresh()
             self._confirmed = self._clock()
             self._acknowledge()
-        except Exception as error:  # noqa: BLE001 - whatever a store raises, the last list stays
+        except Exception as error:  # noqa: BLE001 - on any error the last list stays in use
             self._metrics.add("ptuning_champions_errors_total")
             if not self._failing:
                 log.warning("the list of champions cannot be read: %s", describe(error))
@@ -80,8 +80,8 @@ class ChampionPoller:
         self._thread.join(timeout=10)
         try:
             withdraw(self._store, self._fingerprint, self._replica)
-        except Exception as error:  # noqa: BLE001 - it ends all the same
-            log.warning("the replica could not say that it ends: %s", describe(error))
+        except Exception as error:  # noqa: BLE001 - the replica stops anyway
+            log.warning("the replica could not withdraw its acknowledgement: %s", describe(error))
 
     def _run(self, refresh_seconds: float) -> None:
         while not self._stop.wait(refresh_seconds):

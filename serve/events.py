@@ -1,7 +1,7 @@
-"""What passes between the HTTP side and an engine: one request's question and its events.
+"""The messages between the HTTP side and an engine: a request and its events.
 
-Expected failures are events (`Failed`), not exceptions: an exception that crosses Ray is
-wrapped and loses its class.
+Expected failures are events (`Failed`), not exceptions, because Ray wraps exceptions and their
+class is lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """An error as OpenAI's clients read it, with its HTTP status."""
+    """An error in the form that OpenAI's clients expect, with its HTTP status."""
 
     status: int
     message: str
@@ -46,7 +46,7 @@ class Problem:
 
 
 class Refused(ServeError):
-    """A request that gets a `Problem` instead of an answer."""
+    """Raised to answer a request with a `Problem`."""
 
     def __init__(
         self, message: str, *, status: int, code: str | None = None, param: str | None = None
@@ -66,7 +66,8 @@ def _refused(fields: dict[str, Any]) -> Refused:
 
 
 def too_long(tokens: str, most: int, param: str) -> Refused:
-    """The refusal of a prompt of that many tokens (`at least 1200`, where they were not made)."""
+    """The refusal of a prompt with too many tokens; `tokens` may be "at least 1200" if they were
+    not counted."""
     return Refused(
         f"this service takes prompts of at most {most} tokens; this one has {tokens}",
         status=400,
@@ -77,7 +78,7 @@ def too_long(tokens: str, most: int, param: str) -> Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One checked request. `user_key` is None where the request names no user; `id` names the
+    """A validated request. `user_key` is None if the request names no user; `id` identifies the
     request in logs and in the answer."""
 
     id: str
@@ -93,7 +94,7 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixInfo:
-    """Which prefix answers: what a response carries as `prefix`."""
+    """The prefix that answers, as in the response's `prefix`."""
 
     name: str
     version: str
@@ -102,7 +103,7 @@ class PrefixInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The first event: the row is in the batch. `prefix` is None where the base answers."""
+    """The first event: the request is in the batch. `prefix` is None if the base model answers."""
 
     prefix: PrefixInfo | None
     prompt_tokens: int
@@ -110,7 +111,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """A piece of the answer's text; never half a character, never part of a stop string."""
+    """A piece of the answer's text: only complete characters, and never part of a stop string."""
 
     text: str
 
@@ -125,7 +126,7 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The last event of a request without an answer (or with half of one)."""
+    """The last event of a request that has no answer, or an incomplete one."""
 
     problem: Problem
 
@@ -135,7 +136,7 @@ Event = Started | Delta | Finished | Failed
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A whole answer: the events of one request put together."""
+    """A complete answer, assembled from a request's events."""
 
     prefix: PrefixInfo | None
     text: str

@@ -1,9 +1,9 @@
-"""A Ray of one machine that nobody else can reach.
+"""A local Ray that cannot be reached from other machines.
 
-By default Ray and Ray Serve listen on every interface, one of them (Serve's gRPC server
-between deployments) unpickling whatever it is sent. Two switches keep them on loopback; both
-are Ray's private business, so they are here, together, and a test looks at the open ports. A
-Ray that has renamed one is refused: better no service than one that listens to strangers.
+By default Ray and Ray Serve listen on every interface, and Serve's gRPC server between deployments
+unpickles whatever it receives. Two switches keep them on loopback. Both are private to Ray, so they
+are kept together here, and a test checks the open ports. If a release of Ray has renamed one, the
+service does not start: that is better than listening to strangers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ptuning.system import environment
 
 _LOOPBACK_NODE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-environment.keep_new_ray_on_loopback()  # read when ray is imported, and by what Ray starts
+environment.keep_new_ray_on_loopback()  # read at ray's import, and by processes that Ray starts
 
 import ray  # noqa: E402
 import ray._private.ray_constants as ray_constants  # noqa: E402
@@ -28,12 +28,12 @@ _LOOPBACK = ("127.0.0.1", "::1")
 
 
 def start_ray(num_cpus: float) -> bool:
-    """Start Ray on this machine unless this process has one; True where it was started.
+    """Start Ray on this machine unless this process has one; returns whether it was started.
 
     Raises PTuningError where this Ray cannot be kept on loopback.
 
-    The name of the environment variable speaks of Windows; what it does is to make the node's
-    address 127.0.0.1, as Ray does there.
+    Despite its name the environment variable sets the node's address to 127.0.0.1, as Ray does on
+    Windows.
     """
     if ray.is_initialized():
         return False
@@ -54,7 +54,7 @@ def start_ray(num_cpus: float) -> bool:
     if loopback and (address := ray.util.get_node_ip_address()) not in _LOOPBACK:
         ray.shutdown()
         raise ServeError(
-            "Ray's node does not keep to loopback",
+            "Ray's node does not stay on loopback",
             seen=address,
             expected="127.0.0.1",
             fix=f"use the release of Ray that ptuning was tested with, not {ray.__version__}",
@@ -63,7 +63,7 @@ def start_ray(num_cpus: float) -> bool:
 
 
 def keep_replica_on_loopback() -> None:
-    """In a Serve replica, before it is ready: its gRPC server listens on loopback only.
+    """Make this Serve replica's gRPC server listen on loopback only; call before it is ready.
 
     Does nothing where Ray's node has another address (a cluster: its network policy decides).
     Raises PTuningError where Ray has no such function to replace.

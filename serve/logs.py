@@ -1,9 +1,9 @@
-"""What the service's processes write down, and how it reaches whoever started it.
+"""The log lines of the service's processes, and how they reach the process that started it.
 
-One line an event, with the request's id and the prefix's digest: never a text, a user or an
-exception's message, which may quote one. Replicas are Ray's processes, whose output ends in
-files that nobody reads; on one host they append to a file that the starting process follows.
-What is traded: across hosts the lines stay in Ray's logs.
+There is one line per event, with the request's id and the prefix's digest, but never a text, a user
+or an exception's message, which may quote one. Replicas are Ray processes, whose output goes to
+files that nobody reads. On one host they append to a file that the starting process follows. The
+trade-off: on several hosts the lines stay in Ray's logs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def describe(error: BaseException) -> str:
-    """An exception's classes and place, without its message: `KeyError at engine.py:12`."""
+    """An exception's class, causes and location, without messages: `KeyError at engine.py:12`."""
     causes: list[str] = []
     at: BaseException | None = error
     while at is not None and len(causes) < 5:
@@ -31,7 +31,7 @@ def describe(error: BaseException) -> str:
 
 
 class _OneLine(logging.Formatter):
-    """No tracebacks: they quote messages, and a line is what a reader of logs counts."""
+    """Formats without tracebacks, which may quote messages, so that each event is one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -39,13 +39,13 @@ class _OneLine(logging.Formatter):
 
 
 def append_to(path: str | None) -> None:
-    """Send this process's lines to the file too, each in one write, so that several processes
-    may append to it. Does nothing without a path."""
+    """Append this process's lines to the file too, each in a single write, so that several
+    processes can share it. Does nothing without a path."""
     if path is None:
         return
     try:
         handler = logging.FileHandler(path, mode="a", encoding="utf-8")
-    except OSError as error:  # on another host than the one that follows
+    except OSError as error:  # on another host than the process that follows the file
         logging.getLogger(LOGGER).warning("no lines go to %s: %s", path, error.strerror)
         return
     handler.setFormatter(_OneLine(_FORMAT))
@@ -53,7 +53,7 @@ def append_to(path: str | None) -> None:
 
 
 class Follower:
-    """The lines that others have appended to a file since the last look."""
+    """Reads the lines that other processes append to a file."""
 
     def __init__(self, path: str) -> None:
         Path(path).touch()
@@ -61,9 +61,9 @@ class Follower:
         self._part = ""
 
     def lines(self) -> Iterator[str]:
-        """Whole lines only; the beginning of one waits for its end."""
-        *whole, self._part = (self._part + self._file.read()).split("\n")
-        yield from whole
+        """The complete lines since the last call; an incomplete line waits for its end."""
+        *complete, self._part = (self._part + self._file.read()).split("\n")
+        yield from complete
 
     def close(self) -> None:
         self._file.close()

@@ -1,8 +1,8 @@
 """Counters, gauges and histograms of one process, and their Prometheus text.
 
-Our own few lines instead of a client library's global registry: snapshots of all replicas
-travel to the HTTP side as plain values. A user never becomes a label. A new metric is one line
-in FAMILIES; a name that is not there is refused where it is used.
+A few lines of code instead of a client library's global registry, because the snapshots of all
+replicas are sent to the HTTP side as plain values. A user is never a label. To add a metric, add a
+line to FAMILIES; undeclared names are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROWS = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0, 128.0)
 
 FAMILIES: dict[str, tuple[Kind, str]] = {
     "ptuning_requests_total": ("counter", "Requests answered, by endpoint and HTTP status"),
-    "ptuning_stream_errors_total": ("counter", "Streams that broke off after they had begun"),
+    "ptuning_stream_errors_total": ("counter", "Streams that failed after they had begun"),
     "ptuning_tokens_generated_total": ("counter", "Tokens generated"),
     "ptuning_prompt_tokens_total": ("counter", "Prompt tokens computed"),
     "ptuning_requests_cancelled_total": ("counter", "Requests whose client left"),
@@ -35,26 +35,26 @@ FAMILIES: dict[str, tuple[Kind, str]] = {
     "ptuning_prefix_errors_total": ("counter", "Prefix files that could not be used"),
     "ptuning_champions_errors_total": ("counter", "Polls of the champions' list that failed"),
     "ptuning_rows_in_use": ("gauge", "Requests being decoded"),
-    "ptuning_rows_limit": ("gauge", "Most requests that are decoded together"),
+    "ptuning_rows_limit": ("gauge", "Maximum requests that are decoded together"),
     "ptuning_queue_length": ("gauge", "Requests waiting for a row"),
     "ptuning_prefix_cache_bytes": ("gauge", "Bytes of prefixes in memory"),
-    "ptuning_champions_generation": ("gauge", "Published generation that is answered from"),
-    "ptuning_champions_age_seconds": ("gauge", "Since the list was last known to be the newest"),
+    "ptuning_champions_generation": ("gauge", "Published generation that is being served"),
+    "ptuning_champions_age_seconds": ("gauge", "Since the list was last known to be current"),
     "ptuning_replicas": ("gauge", "Engine replicas that answered"),
     "ptuning_step_rows": ("histogram", "Rows per decoding step"),
     "ptuning_time_to_first_token_seconds": ("histogram", "From arrival at the engine"),
 }
-# What the HTTP side reports; all else is an engine replica's.
+# Reported by the HTTP side; engine replicas report all others.
 HTTP_FAMILIES = ("ptuning_requests_total", "ptuning_stream_errors_total", "ptuning_replicas")
 ENGINE_FAMILIES = tuple(name for name in FAMILIES if name not in HTTP_FAMILIES)
-# The labels of a family, beside those that say which process speaks.
+# The labels of a family, besides those that identify the process.
 LABELS: dict[str, tuple[str, ...]] = {"ptuning_requests_total": ("endpoint", "status")}
 BUCKETS = {"ptuning_step_rows": ROWS, "ptuning_time_to_first_token_seconds": SECONDS}
 
 
 @dataclass
 class Distribution:
-    """A histogram: `counts[i]` observations in bucket i, the last beyond all bounds."""
+    """A histogram: `counts[i]` observations in bucket i; the last bucket has no upper bound."""
 
     counts: list[int]
     total: float = 0.0
@@ -62,7 +62,7 @@ class Distribution:
 
 @dataclass
 class Snapshot:
-    """All values of one process at one moment, with labels that say which process."""
+    """All values of one process at one time, with labels that identify the process."""
 
     labels: Labels = ()
     values: dict[tuple[str, Labels], float] = field(default_factory=dict)
@@ -81,14 +81,14 @@ class Metrics:
                 self._distributions[name] = Distribution([0] * (len(BUCKETS[name]) + 1))
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Count. Raises ServeError for a name that is no declared counter, or other labels."""
+        """Increase a counter. Raises ServeError for an undeclared counter or wrong labels."""
         _check(name, "counter", tuple(labels))
         key = (name, tuple(sorted(labels.items())))
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
     def observe(self, name: str, value: float) -> None:
-        """One observation. Raises ServeError for a name that is no declared histogram."""
+        """Add an observation to a histogram. Raises ServeError for an undeclared histogram."""
         _check(name, "histogram")
         with self._lock:
             distribution = self._distributions[name]
@@ -98,9 +98,9 @@ class Metrics:
     def snapshot(
         self, gauges: Mapping[str, float], names: Iterable[str], **labels: str
     ) -> Snapshot:
-        """Values now. `names` are the families this process reports: they show even at zero.
+        """The current values. `names` are the families that this process reports, even at zero.
 
-        Raises ServeError for a name that is not declared.
+        Raises ServeError for an undeclared name.
         """
         names = set(names)
         for name in names:
@@ -124,7 +124,7 @@ class Metrics:
 
 
 def _check(name: str, kind: Kind | None = None, labels: tuple[str, ...] | None = None) -> None:
-    """A misspelt name would count for ever and never be shown."""
+    """Raise ServeError for an undeclared name, which would be counted but never shown."""
     declared = FAMILIES.get(name)
     if declared is None or kind not in (None, declared[0]):
         raise ServeError(
@@ -140,7 +140,7 @@ def _check(name: str, kind: Kind | None = None, labels: tuple[str, ...] | None =
 
 
 def _names_of(kind: Kind | None) -> list[str]:
-    return [name for name, (its_kind, _) in FAMILIES.items() if kind in (None, its_kind)]
+    return [name for name, (declared, _) in FAMILIES.items() if kind in (None, declared)]
 
 
 def render(snapshots: Iterable[Snapshot]) -> str:
@@ -170,10 +170,10 @@ def _histogram(name: str, labels: Labels, distribution: Distribution) -> list[st
 
 
 def _line(name: str, labels: Labels, value: float) -> str:
-    shown = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)
+    label_text = ",".join(f'{key}="{_escape(text)}"' for key, text in labels)
     number = repr(int(value)) if value == int(value) else repr(float(value))
-    return f"{name}{{{shown}}} {number}" if shown else f"{name} {number}"
+    return f"{name}{{{label_text}}} {number}" if label_text else f"{name} {number}"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

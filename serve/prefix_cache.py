@@ -1,10 +1,10 @@
-"""From a user to the prefix that answers: prefix tensors in memory, read when they are wanted.
+"""A cache of prefix tensors in memory, which are read when a user needs them.
 
-Who has which champion is known beforehand (champions.py); here the files are read, checked and
-kept by (user_key, prefix_name, digest), least recently used out first. A prefix that cannot be
-had is an error for its user alone: neither another's prefix nor the base stands in for it.
+The champions are known in advance (champions.py). Here their files are read, checked and cached by
+(user_key, prefix_name, digest), and the least recently used are evicted first. If a prefix cannot
+be read, only its user gets an error; neither another user's prefix nor the base model replaces it.
 
-Everything here runs on one event loop; only files are read in threads.
+Everything here runs on one event loop; only the files are read in threads.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 
 def file_loader(backbone: Backbone, store: Store) -> Loader:
-    """Reads and checks a prefix file of the store: of this backbone, user, name and digest, or an
-    error."""
+    """A loader that reads a prefix file of the store, and checks its backbone, user, name and
+    digest."""
 
     def load(name: Name, champion: ChampionRef) -> HeldPrefix:
         user_key, prefix_name = name
@@ -54,7 +54,7 @@ def file_loader(backbone: Backbone, store: Store) -> Loader:
 
 
 class PrefixCache:
-    """`get` is what a request needs; one instance per replica."""
+    """The prefix cache of a replica; requests call `get`."""
 
     def __init__(
         self,
@@ -66,26 +66,26 @@ class PrefixCache:
     ) -> None:
         self._champions, self._load, self._config = champions, load, config
         self._metrics = metrics or Metrics()
-        self._held: OrderedDict[tuple[str, str, str], HeldPrefix] = OrderedDict()
+        self._cached: OrderedDict[tuple[str, str, str], HeldPrefix] = OrderedDict()
         self.nbytes = 0
         self._tasks: dict[Hashable, asyncio.Task[Any]] = {}
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="ptuning-prefix")
 
     async def get(self, user_key: str, prefix_name: str) -> HeldPrefix | None:
-        """The user's champion, or None where there is none.
+        """The user's champion, or None if there is none.
 
-        Raises Refused: 503 where the file can't be read, 500 where it is not what was published.
+        Raises Refused: 503 if the file cannot be read, 500 if it is not the one published.
         """
         name = (user_key, prefix_name)
         champion = self._champions.get(*name)
         if champion is None:
             return None
         key = (*name, champion.digest)
-        held = self._held.get(key)
-        if held is not None:
-            self._held.move_to_end(key)
+        cached = self._cached.get(key)
+        if cached is not None:
+            self._cached.move_to_end(key)
             self._metrics.add("ptuning_prefix_cache_hits_total")
-            return held
+            return cached
         self._metrics.add("ptuning_prefix_cache_misses_total")
         return await self._once(("load", *key), lambda: self._read(name, champion))
 
@@ -95,7 +95,7 @@ class PrefixCache:
     async def _read(self, name: Name, champion: ChampionRef) -> HeldPrefix:
         loop = asyncio.get_running_loop()
         try:
-            held = await loop.run_in_executor(self._readers, self._load, name, champion)
+            prefix = await loop.run_in_executor(self._readers, self._load, name, champion)
         except Exception as error:
             self._metrics.add("ptuning_prefix_errors_total")
             log.error("prefix %s of user %s: %s", champion.digest, name[0], error)
@@ -108,21 +108,22 @@ class PrefixCache:
             raise Refused(
                 "this user's prefix cannot be read now", status=503, code="prefix_unavailable"
             ) from error
-        self._keep((*name, champion.digest), held)
-        return held
+        self._keep((*name, champion.digest), prefix)
+        return prefix
 
-    def _keep(self, key: tuple[str, str, str], held: HeldPrefix) -> None:
+    def _keep(self, key: tuple[str, str, str], prefix: HeldPrefix) -> None:
         limit = self._config.prefix_cache_mb * 1_000_000
-        if held.nbytes > limit:
+        if prefix.nbytes > limit:
             return
-        self._held[key] = held
-        self.nbytes += held.nbytes
+        self._cached[key] = prefix
+        self.nbytes += prefix.nbytes
         while self.nbytes > limit:
-            _, oldest = self._held.popitem(last=False)
+            _, oldest = self._cached.popitem(last=False)
             self.nbytes -= oldest.nbytes
 
     async def _once(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Concurrent callers with one key share one run of `work`; one that leaves stops nobody."""
+        """Run `work` once for all concurrent callers with the same key; a caller that is cancelled
+        does not stop it."""
         task = self._tasks.get(key)
         if task is None:
             task = asyncio.create_task(work())
@@ -133,4 +134,4 @@ class PrefixCache:
     def _done(self, key: Hashable, task: asyncio.Task[Any]) -> None:
         del self._tasks[key]
         if not task.cancelled():
-            task.exception()  # seen, even where every caller has left
+            task.exception()  # marks it as retrieved, even if every caller has gone

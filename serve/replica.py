@@ -1,6 +1,6 @@
-"""The two Ray Serve deployments: `Engine` holds a backbone, `Http` is the ingress.
+"""The two Ray Serve deployments: `Engine` has a backbone, `Http` is the ingress.
 
-Thin on purpose: what they do is in `service.py` and `api.py`, which know no Ray.
+They are thin wrappers of `service.py` and `api.py`, which do not depend on Ray.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from serve.http.auth import Keys
 from serve.metrics import Snapshot
 from serve.service import Service
 
-_REPORT_SECONDS = 5.0  # a replica that does not answer within it is not up
+_REPORT_SECONDS = 5.0  # a replica that does not answer within this time counts as down
 
 
 class EngineReplica:
-    """Loads the backbone in its constructor: a running replica is a loaded one."""
+    """Loads the backbone in its constructor, so that a running replica is ready."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class EngineReplica:
         torch.set_num_threads(config.num_threads or _fair_threads(config.replicas))
         loaded = load_backbone(
             backbone,
-            # Without a backward pass SDPA is the faster one on a CPU too.
+            # For inference SDPA is faster on a CPU too.
             attention="sdpa" if backbone.attention == "auto" else backbone.attention,
             template=template,
         )
@@ -69,16 +69,16 @@ class EngineReplica:
         return self._service.report(self._name)
 
     def check_health(self) -> None:
-        """Ray Serve calls this: a replica whose engine has died is replaced."""
+        """Called by Ray Serve, which replaces a replica whose engine has died."""
         self._service.report(self._name)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # a constructor that failed has no service
+        with contextlib.suppress(Exception):  # after a failed constructor there is no service
             self._service.close()
 
 
 class HttpReplica:
-    """Ray Serve's ingress: builds the application around a handle to the engines."""
+    """Ray Serve's ingress: builds the HTTP application with a handle to the engines."""
 
     def __init__(
         self, config: ServeConfig, model: str, engine: Any, identity: StoreIdentity
@@ -88,7 +88,7 @@ class HttpReplica:
         self._config, self._model, self._engine = config, model, engine
         self._identity = identity
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name for it
+    def __serve_build_asgi_app__(self) -> FastAPI:  # called by Ray Serve
         path = self._config.api_keys_file
         keys = Keys.read(path) if path is not None else None
         client = RayEngineClient(self._engine)
@@ -96,7 +96,7 @@ class HttpReplica:
 
 
 class RayEngineClient:
-    """`EngineClient` over a deployment handle."""
+    """An `EngineClient` that uses a deployment handle."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -109,7 +109,7 @@ class RayEngineClient:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except Exception as error:  # noqa: BLE001 - Ray's many ways to say that it broke
+        except Exception as error:  # noqa: BLE001 - Ray raises many unrelated types
             return _ray_failure(error)
         return result
 
@@ -135,7 +135,7 @@ class RayEngineClient:
 
 
 def _ray_failure(error: Exception) -> Failed:
-    """Ray Serve's own refusals as answers: full queues, replicas that died or are missing."""
+    """Convert an error of Ray Serve to an event: a full queue, or a dead or missing replica."""
     if isinstance(error, ray.serve.exceptions.BackPressureError):
         problem = Problem(status=429, message="too many requests are waiting", code="queue_full")
     else:

@@ -1,8 +1,8 @@
-"""One replica's work without Ray: from a checked request to its events.
+"""A replica's work, without Ray: from a validated request to its events.
 
-Encodes the prompt as training did, finds the user's champion, hands both to the engine and
-passes its events on. A client that leaves closes the generator, which frees the row. Whatever
-goes wrong is an event: nobody waits for one that does not come.
+It encodes the prompt as in training, finds the user's champion, submits both to the engine and
+forwards its events. If the client disconnects, the generator is closed, which frees the row. Every
+failure is an event, so that no client waits in vain.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Service:
         self._longest_token = max(len(token) for token in backbone.tokenizer.get_vocab())
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
-        """The request's events: Started, Deltas, Finished; or Failed, at any point."""
+        """The request's events: Started, Deltas, Finished; or at any point Failed."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.request_timeout_s
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -103,7 +103,7 @@ class Service:
             self.engine.cancel(ask.id)
 
     async def answer(self, ask: Ask) -> Answer | Failed:
-        """All events of a request in one value."""
+        """Collect a request's events into one value."""
         started: Started | None = None
         texts: list[str] = []
         events = self.stream(ask)
@@ -125,10 +125,10 @@ class Service:
                     )
         finally:
             await events.aclose()
-        return Failed(problem=Problem(status=500, message="the answer broke off", code=None))
+        return Failed(problem=Problem(status=500, message="the answer is incomplete", code=None))
 
     def report(self, replica: str) -> Snapshot:
-        """This replica's metrics now. Raises ServeError where the engine does not run."""
+        """This replica's current metrics. Raises ServeError if the engine is not running."""
         if not self.engine.alive:
             raise ServeError("the engine is not running", fix="restart the service")
         gauges = {
@@ -148,11 +148,11 @@ class Service:
         self._encoders.close()
 
     async def _encode(self, ask: Ask) -> tuple[int, ...]:
-        """Ids of the whole prompt, nothing cut. Raises Refused (400)."""
+        """The ids of the full prompt, without cutting. Raises Refused (400)."""
         param = "prompt" if isinstance(ask.prompt, str) else "messages"
         texts = [ask.prompt] if isinstance(ask.prompt, str) else [m.content for m in ask.prompt]
-        # A message has a token of the template at least, and no token is longer than the longest:
-        # far too long prompts need no tokenizer.
+        # Each message needs at least one token of the template, and the longest token bounds how
+        # much text a token covers. So much too long prompts are refused without the tokenizer.
         turns = 0 if isinstance(ask.prompt, str) else len(ask.prompt)
         at_least = turns + sum(map(len, texts)) // self._longest_token
         if at_least > self.config.max_length:
@@ -169,20 +169,20 @@ class Service:
         return tuple(ids)
 
     def _check_vocabulary(self, ids: Sequence[int], param: str) -> None:
-        """Raises Refused where the tokenizer knows a token that the model does not: in a step it
-        would fail its neighbours, and on a GPU whoever comes later."""
+        """Raise Refused for a token that the tokenizer has but the model does not. It would fail
+        the other rows of its step and, on a GPU, all later requests."""
         size = self.backbone.facts.vocab_size
         if max(ids) >= size:
             raise Refused(
-                f"the prompt has a token that this model does not know: id {max(ids)}, and the "
-                f"model has {size}",
+                f"the prompt has a token that this model does not know: id {max(ids)}, but the "
+                f"model has {size} tokens",
                 status=400,
                 code="unknown_token",
                 param=param,
             )
 
     async def _prefix(self, ask: Ask) -> HeldPrefix | None:
-        """The user's champion, or None where the base answers by policy. Raises Refused."""
+        """The user's champion, or None if by policy the base model answers. Raises Refused."""
         base_answers = self.config.unknown_user == "base"
         if ask.user_key is None:
             if base_answers:
@@ -198,7 +198,7 @@ class Service:
             )
         if prefix is None and not base_answers:
             raise Refused(
-                "this user has no prefix of that name",
+                "this user has no prefix with that name",
                 status=404,
                 code="user_not_found",
                 param="user",
@@ -208,7 +208,8 @@ class Service:
     def _check_positions(
         self, ask: Ask, prompt: tuple[int, ...], prefix: HeldPrefix | None
     ) -> None:
-        """The model's own limit, which counts virtual tokens and the answer too."""
+        """Raise Refused if the request, with virtual tokens and answer, exceeds the model's
+        positions."""
         try:
             ready = prefix.ready if prefix else None
             check_positions(self.backbone, ready, prompt, ask.max_tokens)

@@ -19,7 +19,7 @@ def run_states(store: Store) -> list[dict[str, Any]]:
     """One entry per run, oldest first: `run_id`, `state`, `packs` {done, total}, `summary`.
 
     `packs` is None before there is a plan, and `summary` before the run is finished. Raises
-    RunError if there is no store: a mistyped path must not look like a store without runs.
+    ConfigError if there is no store: a mistyped path must not look like a store without runs.
     """
     if not _exists(store):
         raise ConfigError(

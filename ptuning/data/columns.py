@@ -1,8 +1,8 @@
 """Map input columns to fields of a row, for every format.
 
-To add a name for a field, add a line to COLUMN_ALIASES; it applies to Parquet, JSONL, CSV and folders
-named `split=test`. Names are compared without case, blanks, `_` and `-`. An exact name takes
-precedence over a similar one, and both over an alias.
+To add a name for a field, add a line to COLUMN_ALIASES; it applies to Parquet, JSONL, CSV and
+folders named `split=test`. Names are compared without case, blanks, `_` and `-`. An exact name
+takes precedence over a similar one, and both over an alias.
 
 Raise ROW_RULES whenever the meaning of a raw row changes (here, or in `values`, `times`,
 `messages`, `examples.check_row`): it is part of a partition's id, so rows are read again under the
@@ -123,7 +123,6 @@ class Columns:
         used = {*sources.values(), more}
         return Layout(sources, more, tuple(dict.fromkeys(n for n in names if n not in used)))
 
-
     def _find_aliases(
         self, names: Sequence[str], similar: Mapping[str, list[str]], sources: Mapping[str, str]
     ) -> dict[str, str]:
@@ -143,7 +142,7 @@ class Columns:
                 found[field] = column
         pair = {"prompt", "completion"}
         is_pair = pair <= {*sources, *found} or bool(pair & {*sources})
-        if "messages" in {*sources} or not is_pair and "messages" in found:
+        if "messages" in {*sources} or (not is_pair and "messages" in found):
             return {field: column for field, column in found.items() if field not in pair}
         return {field: column for field, column in found.items() if field != "messages"}
 

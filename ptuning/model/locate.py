@@ -80,8 +80,8 @@ def locate(name: str) -> Source:
         raise ModelNotFound(
             "no model with that name",
             seen=repr(name),
-            expected=f"an alias ({', '.join(MODEL_ALIASES)}), a directory, a .gguf file, or a hub id "
-            "such as owner/model",
+            expected=f"an alias ({', '.join(MODEL_ALIASES)}), a directory, a .gguf file, or a hub "
+            "id such as owner/model",
         )
     return Source(name, _downloaded(name))
 

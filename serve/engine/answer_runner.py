@@ -1,9 +1,9 @@
-"""Forward passes over slots for encoder-decoder models: the plain way.
+"""Forward passes over slots for encoder-decoder models, without a cache.
 
-The encoder reads a prompt once; the decoder reads each answer anew at every step. Rows stand at
-different lengths, and a relative position bias (T5) is one for a whole batch, so answers are
-padded on the right and begin at column 0. What is traded: work that grows with the square of
-the answer's length, for a runner that any encoder-decoder model fits.
+The encoder reads a prompt once; the decoder reads the full answer at every step. Rows have
+different lengths, and a relative-position bias (T5) is shared by the batch, so answers are padded
+on the right and start at column 0. The trade-off: the work grows with the square of the answer's
+length, but this works for every encoder-decoder model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Slot:
 
 
 class AnswerRunner:
-    """See serve.engine.runner.Runner; `columns` say nothing here."""
+    """See serve.engine.runner.Runner; `columns` are not used here."""
 
     def __init__(self, backbone: Backbone, rows: int) -> None:
         self.backbone = backbone
@@ -66,7 +66,7 @@ class AnswerRunner:
         answers = [torch.tensor(slot.answer) for slot in slots]
         return self.backbone.answer_step(
             _padded(states),
-            _mask([len(own) for own in states]).to(device),
+            _mask([len(row) for row in states]).to(device),
             _padded(answers).to(device),
             rows_of(self.backbone, [slot.member for slot in slots]),
             torch.tensor([len(answer) - 1 for answer in answers], device=device),
@@ -79,5 +79,5 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 def _mask(lengths: Sequence[int]) -> Tensor:
-    """Long `[R, T]`: 1 where a row has something."""
+    """The mask of rows with these lengths, Long `[R, T]`."""
     return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

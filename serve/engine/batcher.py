@@ -1,8 +1,8 @@
-"""Which requests run, in which slots: pure bookkeeping, without model, clock or threads.
+"""Assigns requests to slots: pure bookkeeping, without model, clock or threads.
 
-A request is waiting, running or gone. Running requests always hold slots 0..n-1, so that a
-step computes no empty row and reads the cache without a gather; the price is one copied row
-where a request leaves from the middle (`Move`).
+A request is waiting, running or gone. Running requests always occupy slots 0..n-1, so a step
+computes no empty row and reads the cache without a gather. The trade-off: when a request leaves
+from the middle, a row is copied (`Move`).
 """
 
 from __future__ import annotations
@@ -15,47 +15,49 @@ from ptuning.errors import ServeError
 
 
 class State(Enum):
-    """Where a request is. `submit`: WAITING; `admit`: RUNNING; `release`, `withdraw`: gone."""
+    """A request's state: WAITING after `submit`, RUNNING after `admit`; gone after `release` or
+    `withdraw`."""
 
     WAITING = "waiting"
     RUNNING = "running"
 
 
 class QueueFull(ServeError):
-    """No room to wait."""
+    """The queue of waiting requests is full."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """The last slot's row fills the hole that a released one left (itself, where it left)."""
+    """Move the last slot's row to the released slot; the two are equal if the last one was
+    released."""
 
     source: int
     target: int
 
 
 class Batcher:
-    """At most `max_rows` running rows, at most `max_queue` waiting beyond free ones.
+    """Allows `max_rows` running rows, and `max_queue` waiting requests beyond free rows.
 
-    A request takes one row, or several that are admitted and leave together (an ensemble of
-    prefixes). Waiting requests are admitted in order of arrival. Those admitted together are
-    padded to the longest prompt; their padded tokens stay within `prefill_tokens`, except that
-    one request is admitted whatever its length.
+    A request takes one row, or several (an ensemble of prefixes), which are admitted and released
+    together. Waiting requests are admitted in order of arrival. Those admitted together are padded
+    to the longest prompt, and their padded tokens stay within `prefill_tokens`, except that one
+    request is always admitted, whatever its length.
     """
 
     def __init__(self, max_rows: int, max_queue: int, prefill_tokens: int) -> None:
         self.max_rows, self.max_queue, self.prefill_tokens = max_rows, max_queue, prefill_tokens
         self._waiting: dict[str, tuple[int, int]] = {}  # id -> prompt tokens, rows; by arrival
-        self._rows: list[tuple[str, int]] = []  # id, place among the request's rows
+        self._rows: list[tuple[str, int]] = []  # id, index among the request's rows
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The running request of each slot; one with several rows stands in several."""
+        """The running request of each slot; a request with several rows has several slots."""
         return tuple(request for request, _ in self._rows)
 
     @property
     def slots(self) -> dict[str, list[int]]:
-        """The slots of each running request's first, second, ... row, which moves may mix; in
-        the order of `rows`."""
+        """The slots of each running request's first, second, ... row, in the order of `rows`; moves
+        may have mixed them."""
         slots: dict[str, list[int]] = {request: [] for request in self.rows}
         for slot in sorted(range(len(self._rows)), key=lambda slot: self._rows[slot][1]):
             slots[self._rows[slot][0]].append(slot)
@@ -70,14 +72,14 @@ class Batcher:
         return bool(self._rows or self._waiting)
 
     def state(self, request: str) -> State | None:
-        """None where the request was never submitted or is gone."""
+        """The request's state; None if it was never submitted or is gone."""
         if request in self._waiting:
             return State.WAITING
         return State.RUNNING if request in self.rows else None
 
     def submit(self, request: str, prompt_tokens: int, rows: int = 1) -> None:
-        """A new request waits. Raises QueueFull, or ServeError for an id that is in use or a
-        request that can never be admitted."""
+        """Queue a new request. Raises QueueFull, or ServeError if the id is in use or the request
+        can never be admitted."""
         if self.state(request) is not None:
             raise ServeError("a request was submitted twice", seen=request)
         if rows > self.max_rows:
@@ -98,7 +100,8 @@ class Batcher:
         self._waiting[request] = (prompt_tokens, rows)
 
     def _queued(self, wanted: Sequence[int]) -> int:
-        """How many requests, of so many rows each, would not find free rows; nobody overtakes."""
+        """How many requests with these numbers of rows would have to wait; none may overtake
+        another."""
         free = self.max_rows - len(self._rows)
         for place, rows in enumerate(wanted):
             if rows > free:
@@ -107,7 +110,8 @@ class Batcher:
         return 0
 
     def admit(self) -> tuple[str, ...]:
-        """Move waiting requests into free slots, appended to `rows`; returns the new slots'."""
+        """Move waiting requests into free slots at the end of `rows`; returns the request of each
+        new slot."""
         admitted: list[str] = []
         added: list[tuple[str, int]] = []
         longest = 0
@@ -124,8 +128,8 @@ class Batcher:
         return tuple(request for request, _ in added)
 
     def release(self, request: str) -> tuple[Move, ...]:
-        """A running request leaves its slots. The moves are to be done in their order: the last
-        row goes where one left; where `source` is `target` the slot only becomes empty."""
+        """Release a running request's slots. The moves must be done in order: each moves the last
+        row to a released slot or, if `source` is `target`, only empties the slot."""
         moves = []
         for slot in reversed([n for n, row in enumerate(self.rows) if row == request]):
             last = len(self._rows) - 1
@@ -135,5 +139,5 @@ class Batcher:
         return tuple(moves)
 
     def withdraw(self, request: str) -> bool:
-        """A waiting request leaves; False where it does not wait (any more)."""
+        """Remove a waiting request; returns False if it is not (or no longer) waiting."""
         return self._waiting.pop(request, None) is not None

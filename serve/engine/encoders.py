@@ -1,8 +1,8 @@
-"""Prompts to tokens in several threads, so that a slow one holds nobody up.
+"""Encode prompts in several threads, so that a slow one does not delay others.
 
-A fast tokenizer may not be reconfigured while another thread uses it, and every call may
-reconfigure it. So each copy of the template is used by one thread at a time: it is taken out
-of a queue and put back. The price is a tokenizer's memory for each copy.
+A fast tokenizer must not be reconfigured while another thread uses it, and every call may
+reconfigure it. So each copy of the template is used by one thread at a time: it is taken from a
+queue and put back. The trade-off: each copy needs a tokenizer's memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ptuning.data.encode import Template
 from ptuning.errors import ServeError
 from ptuning.types import Message
 
-_NO_LIMIT = 1 << 40  # nothing of a request is cut
+_NO_LIMIT = 1 << 40  # prompts of requests are never cut
 
 
 class Encoders:
-    """`count` copies of a template, as many threads."""
+    """`count` copies of a template, and as many threads."""
 
     def __init__(self, template: Template, count: int) -> None:
         self._free: queue.SimpleQueue[Template] = queue.SimpleQueue()
@@ -32,7 +32,7 @@ class Encoders:
         self._closed = False
 
     async def encode(self, prompt: str | tuple[Message, ...]) -> list[int]:
-        """Ids of the whole prompt, nothing cut. Raises DataError; ServeError after `close`."""
+        """The ids of the full prompt. Raises DataError, or ServeError after `close`."""
         if self._closed:
             raise ServeError("the service is shutting down")
         loop = asyncio.get_running_loop()
@@ -43,17 +43,18 @@ class Encoders:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, prompt: str | tuple[Message, ...]) -> list[int]:
-        template = self._free.get_nowait()  # never empty: as many copies as threads
+        template = self._free.get_nowait()  # never empty: there are as many copies as threads
         try:
-            return template.encode_prompt(_without_developers(prompt, template), _NO_LIMIT)
+            return template.encode_prompt(_replace_developer(prompt, template), _NO_LIMIT)
         finally:
             self._free.put(template)
 
 
-def _without_developers(
+def _replace_developer(
     prompt: str | tuple[Message, ...], template: Template
 ) -> str | Sequence[Message]:
-    """OpenAI's newer name for the system role, where the chat template does not know it."""
+    """Replace `developer`, OpenAI's newer name of the system role, by `system`, unless the chat
+    template supports it."""
     if isinstance(prompt, str):
         return prompt
     chat_template = str(template.tokenizer.chat_template) if template.kind == "chat" else ""

@@ -1,9 +1,9 @@
-"""Continuous batching: one thread owns the model, requests join and leave between steps.
+"""Continuous batching: one thread owns the model, and requests join and leave between steps.
 
-A turn of the loop: drop those whose client left, prefill the newcomers together, then one
-decoding step for every running row, each with its own user's prefix. What to do is decided
-by `Batcher`; tensors are moved by `SlotRunner`. A failing step fails the rows in it, and the
-loop goes on; a slot in an unknown state ends the loop, and everybody is told.
+One iteration of the loop drops requests whose client has disconnected, prefills the new requests
+together, and does one decoding step for all running rows, each with its user's prefix. `Batcher`
+decides what to do, and `SlotRunner` moves tensors. A failing step fails its rows, and the loop
+continues. A slot in an unknown state ends the loop, and all requests fail.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ DIED = Problem(status=503, message="the engine has stopped; try again", code="en
 
 
 class _SlotLost(ServeError):
-    """What lies in a slot is not known any more."""
+    """The contents of a slot are unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldPrefix:
-    """A user's prefix in memory, ready for the model, and what the answer says of it."""
+    """A user's prefix in memory, ready for the model, with its description for the answer."""
 
     info: PrefixInfo
     ready: ReadyPrefix
@@ -55,9 +55,9 @@ class HeldPrefix:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """An answer to be. `prompt` has the prefix's virtual tokens and anchors around it, where it
-    has any. `emit` is called in the engine's thread, or in the one that cancels or closes, and
-    must not block."""
+    """A request to the engine. `prompt` includes the prefix's virtual tokens and anchor tokens, if
+    any. `emit` is called in the engine's thread, or in the thread that cancels or closes, and must
+    not block."""
 
     id: str
     prompt: tuple[int, ...]
@@ -72,12 +72,12 @@ class Request:
 
     @property
     def members(self) -> tuple[Member | None, ...]:
-        """The prefixes that answer together, one row each."""
+        """The ensemble's prefixes, one row each."""
         return (None,) if self.prefix is None else self.prefix.ready.members
 
     @property
     def name(self) -> str:
-        """What a log line calls it: its id and which prefix answers, never a text or a user."""
+        """The name in log lines: the id and the prefix's digest, never a text or a user."""
         return f"{self.id} (prefix {self.prefix.info.digest if self.prefix else 'base'})"
 
     @property
@@ -88,42 +88,42 @@ class Request:
 
 @dataclass
 class _Voice:
-    """One answer in the making: what it has said, and the token that it said last."""
+    """One answer being generated: its text so far, and its last token."""
 
     text: TextStream
     generator: torch.Generator | None
     last: int = 0
     count: int = 0
-    said: str = ""
-    log_p: float = 0.0  # of its tokens; counted where voices are compared
+    answer: str = ""  # kept only if answers are compared
+    log_p: float = 0.0  # of its tokens; summed only if answers are compared
     reason: FinishReason | None = None  # why it ended
 
 
 @dataclass
 class _Running:
-    """A request in the batch: one voice, or one for each member of an ensemble that votes; and
-    where the next tokens go."""
+    """A request in the batch. It has one voice, or one per member of an ensemble that votes, and
+    the column of the next tokens."""
 
     request: Request
     voices: list[_Voice]
-    column: int  # P + prompt + generated tokens before it
+    column: int  # P + prompt + tokens generated so far
 
-    def voice(self, place: int) -> _Voice:
-        """Whose tokens the request's row at `place` reads: its own member's, or the only one's."""
-        return self.voices[place if len(self.voices) > 1 else 0]
+    def voice(self, index: int) -> _Voice:
+        """The voice whose tokens the request's row `index` reads."""
+        return self.voices[index if len(self.voices) > 1 else 0]
 
     def by_voice(self, logits_MV: Tensor) -> list[Tensor]:
-        """Logits `[V]` of each voice, of all members' rows."""
+        """Combine the rows' logits into logits `[V]` for each voice."""
         size = len(logits_MV) // len(self.voices)
         return [combine_logits(part_MV) for part_MV in logits_MV.split(size)]
 
 
 class Engine:
-    """`submit`, `cancel` and the figures may be used from any thread.
+    """The engine; `submit`, `cancel` and the properties may be used from any thread.
 
-    Every submitted request hears exactly one last event, `Finished` or `Failed`, whatever
-    happens to its client, its step or the engine's thread. A slot that could not be cleared or
-    moved ends the engine: nobody knows any more whose keys and values lie in which row.
+    Every submitted request gets exactly one last event, `Finished` or `Failed`, whatever happens to
+    its client, its step or the engine's thread. If a slot cannot be cleared or moved, the engine
+    ends, because it is no longer known which row has whose keys and values.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class Engine:
         self.runner = make_runner(backbone, max_rows)
         self.metrics = metrics or Metrics()
         self._batcher = Batcher(max_rows, max_queue, prefill_tokens)
-        self._requests: dict[str, Request] = {}  # those that have not heard their last event
-        self._running: dict[str, _Running] = {}  # touched by the engine's thread only
+        self._requests: dict[str, Request] = {}  # those without their last event
+        self._running: dict[str, _Running] = {}  # used only by the engine's thread
         self._cancelled: set[str] = set()
         self._ends = stop_ids(backbone)
-        # Guards the batcher, the requests, the cancellations and why the engine ends.
+        # Guards the batcher, the requests, the cancellations and `_stopping`.
         self._wake = threading.Condition()
         self._stopping: Problem | None = None
         self._thread = threading.Thread(target=self._run, name="ptuning-engine", daemon=True)
@@ -162,7 +162,7 @@ class Engine:
         return len(self._batcher.waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request; its events follow through `emit`. Raises QueueFull, ServeError."""
+        """Queue a request, whose events are passed to `emit`. Raises QueueFull or ServeError."""
         with self._wake:
             if not self.alive:
                 raise ServeError("the engine is not running", fix="restart the service")
@@ -171,7 +171,8 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
-        """The client left: the row is free before the next step, and the request has failed."""
+        """Cancel a request whose client has gone: it fails, and its rows are free before the next
+        step."""
         with self._wake:
             waited = self._batcher.withdraw(request_id)
             if not waited:
@@ -184,8 +185,8 @@ class Engine:
             self._end(request_id, Failed(problem=CANCELLED))
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop after the current step. Whoever is left hears a 503, after `timeout_s` at the
-        latest, even if the step never ends."""
+        """Stop after the current step. All remaining requests fail with 503, after `timeout_s` at
+        the latest, even if the step never ends."""
         with self._wake:
             self._stopping = self._stopping or SHUTTING_DOWN
             self._wake.notify()
@@ -224,7 +225,7 @@ class Engine:
             self._guard(self._batcher.rows, self._decode)
 
     def _guard(self, ids: Sequence[str], step: Callable[[Sequence[str]], None]) -> None:
-        """Run a step; if it fails, its rows fail with it and nobody else."""
+        """Run a step; if it fails, only its requests fail."""
         try:
             step(ids)
         except _SlotLost:
@@ -247,7 +248,7 @@ class Engine:
                 slot += 1
         prompts = [request.prompt for request in requests for _ in request.members]
         logits = self.runner.prefill(first, prompts).cpu()
-        # Before the first is taken: one that ends moves others.
+        # Collected before the first `_take`: a request that ends moves other rows.
         slots = self._batcher.slots
         parts = [logits[[slot - first for slot in slots[request.id]]] for request in requests]
         for request, logits_MV in zip(requests, parts, strict=True):
@@ -263,8 +264,8 @@ class Engine:
         tokens, columns = [0] * len(ids), [0] * len(ids)
         for request_id, rows in slots.items():
             running = self._running[request_id]
-            for place, slot in enumerate(rows):
-                tokens[slot], columns[slot] = running.voice(place).last, running.column
+            for index, slot in enumerate(rows):
+                tokens[slot], columns[slot] = running.voice(index).last, running.column
         logits = self.runner.decode(tokens, columns).cpu()
         self.metrics.observe("ptuning_step_rows", len(ids))
         for request_id, rows in slots.items():
@@ -273,7 +274,7 @@ class Engine:
 
     def _begin(self, request: Request) -> _Running:
         ready = None if request.prefix is None else request.prefix.ready
-        # Of one seed: what differs between voices is their members.
+        # All voices have the same seed: they differ only in their members.
         voices = [
             _Voice(
                 text=TextStream(self.backbone.template.decode, request.stop),
@@ -285,7 +286,7 @@ class Engine:
         return _Running(request, voices, column)
 
     def _take(self, request_id: str, logits_MV: Tensor) -> None:
-        """Choose the next token of each voice; the request ends with its last voice."""
+        """Choose the next token of each voice; the request ends when all its voices have."""
         running = self._running[request_id]
         try:
             for voice, logits_V in zip(running.voices, running.by_voice(logits_MV), strict=True):
@@ -293,7 +294,7 @@ class Engine:
                     self._advance(running, voice, logits_V)
             if any(voice.reason is None for voice in running.voices):
                 return
-            text, finished = _last_words(running)
+            text, finished = _finish(running)
         except Exception as error:
             self.metrics.add("ptuning_row_errors_total")
             log.error("request %s: a row failed: %s", running.request.name, describe(error))
@@ -305,7 +306,7 @@ class Engine:
         self._leave(request_id, finished)
 
     def _advance(self, running: _Running, voice: _Voice, logits_V: Tensor) -> None:
-        """One token more; an only voice is heard as it speaks."""
+        """Add a token to a voice; if it is the only one, its text is streamed."""
         request, alone = running.request, len(running.voices) == 1
         token = choose(logits_V, request.temperature, request.top_p, voice.generator)
         voice.last, voice.count = token, voice.count + 1
@@ -321,20 +322,20 @@ class Engine:
             fresh += voice.text.finish()
             voice.reason = "stop" if voice.text.stopped else voice.reason
         if not alone:
-            voice.said += fresh
+            voice.answer += fresh
         elif fresh:
             self._say(request, Delta(text=fresh))
 
     def _fail(self, request_id: str, message: str) -> None:
         with self._wake:
             running = self._batcher.state(request_id) is State.RUNNING
-        if running:  # else it ended before the step failed
+        if running:  # otherwise it ended before the step failed
             problem = Problem(status=500, message=message, code="engine_error")
             self._leave(request_id, Failed(problem=problem))
 
     def _leave(self, request_id: str, last: Finished | Failed) -> None:
-        """The request's slots are cleared and may be filled by the last rows, in the same order
-        in which the batcher's books say so. Its last event is said even if that fails."""
+        """End a running request: clear its slots or move other rows there, in the order that the
+        batcher gives. The last event is sent even if that fails."""
         with self._wake:
             moves = self._batcher.release(request_id)
             self._cancelled.discard(request_id)
@@ -351,8 +352,8 @@ class Engine:
             self._end(request_id, last)
 
     def _say(self, request: Request, event: Event) -> None:
-        """An event that is not the last; a request that has ended hears nothing more. One whose
-        listener is gone is cancelled."""
+        """Send an event that is not the last, unless the request has ended. If its listener is
+        gone, cancel it."""
         with self._wake:
             if request.id not in self._requests:
                 return
@@ -360,14 +361,14 @@ class Engine:
             self.cancel(request.id)
 
     def _end(self, request_id: str, last: Finished | Failed) -> None:
-        """The last event, once."""
+        """Send a request's last event, once."""
         with self._wake:
             request = self._requests.pop(request_id, None)
         if request is not None:
             _emit(request, last)
 
     def _end_all(self, problem: Problem) -> None:
-        """Nobody is taken any more, and all who have not heard their last event hear this."""
+        """Accept no more requests, and fail all those that have not ended."""
         with self._wake:
             self._stopping = self._stopping or problem
             left = list(self._requests)
@@ -375,18 +376,18 @@ class Engine:
             self._end(request_id, Failed(problem=problem))
 
 
-def _last_words(running: _Running) -> tuple[str, Finished]:
-    """How the answer ended, and, where several voices answered, the whole text of the one that
-    is given: only now it is known which."""
+def _finish(running: _Running) -> tuple[str, Finished]:
+    """The last event and, if there were several voices, the full text of the winner, which is
+    known only now."""
     voices = running.voices
-    given = voices[pick_winner([(voice.said, voice.log_p / voice.count) for voice in voices])]
-    assert given.reason is not None
-    finished = Finished(reason=given.reason, completion_tokens=given.count)
-    return given.said if len(voices) > 1 else "", finished
+    winner = voices[pick_winner([(voice.answer, voice.log_p / voice.count) for voice in voices])]
+    assert winner.reason is not None
+    finished = Finished(reason=winner.reason, completion_tokens=winner.count)
+    return winner.answer if len(voices) > 1 else "", finished
 
 
 def _emit(request: Request, event: Event) -> bool:
-    """False where nobody listens any more (its loop is closed): that disturbs nobody else."""
+    """Send an event; returns False if nobody listens any more (the event loop is closed)."""
     try:
         request.emit(event)
     except Exception:  # noqa: BLE001

@@ -1,7 +1,7 @@
-"""Forward passes over slots: prefill of newcomers, one decoding step of all rows.
+"""Forward passes over slots: prefill of new rows, and decoding steps of all rows.
 
-Every call goes through `Backbone.step`, which plans masks and positions as for any other call; all
-that is said here is at which columns of the slots a row's tokens and its prefix lie.
+Every call goes through `Backbone.step`, which plans masks and positions as for any other call. This
+module only determines the columns of a row's tokens and prefix in the slots.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from serve.engine.slots import SlotCache, View
 
 
 class Runner(Protocol):
-    """Forward passes over slots, each with its own row and prefix. One thread at a time."""
+    """Forward passes over slots, each with one row and its prefix. Not thread-safe."""
 
     def enter(self, slot: int, member: Member | None) -> None:
-        """Put a newcomer's prefix (None: the base model) into its slot."""
+        """Put a new row's prefix (None: the base model) into its slot."""
 
     def leave(self, slot: int) -> None:
-        """The slot is empty; no trace of its row stays."""
+        """Empty the slot, without leaving a trace of its row."""
 
     def move(self, source: int, target: int) -> None:
-        """The row of `source` goes on in `target`; `source` is empty."""
+        """Move the row of `source` to `target`; `source` is then empty."""
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits `[R, V]` after each prompt; row r has slot `first + r` and has entered it."""
+        """Logits `[R, V]` after each prompt; row r is in slot `first + r`, which it has entered."""
         ...
 
     def decode(self, tokens: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """Logits `[R, V]` after one more token of slots 0..R-1, each put at its own column."""
+        """Logits `[R, V]` after one more token in each of the slots 0..R-1, at these columns."""
         ...
 
 
 def make_runner(backbone: Backbone, rows: int) -> Runner:
-    """What runs this backbone; raises UnsupportedModel where nothing can."""
+    """The runner for this backbone. Raises UnsupportedModel if there is none."""
     if backbone.facts.decoder_start_id is not None:
         from serve.engine.answer_runner import AnswerRunner
 
@@ -55,22 +55,22 @@ def make_runner(backbone: Backbone, rows: int) -> Runner:
 
 @dataclass
 class _Slot:
-    """What a slot's row needs besides its keys and values."""
+    """The state of a slot's row besides its keys and values."""
 
     member: Member | None = None
-    prompt: int = 0  # tokens of the prompt, virtual ones at the input too
+    prompt: int = 0  # tokens of the prompt, including virtual tokens at the input
 
     @property
     def length(self) -> int:
-        """P, columns before the row's first token."""
+        """P, the columns before the row's first token."""
         return 0 if self.member is None else self.member.length
 
 
 class SlotRunner:
     """A causal backbone with `rows` slots.
 
-    Raises UnsupportedModel at once where the model's layers keep something else than keys and
-    values, or where its answers differ from the same model without slots.
+    The constructor raises UnsupportedModel if the model's layers cache anything but keys and
+    values, or if its logits differ from those of the same model without slots.
     """
 
     def __init__(self, backbone: Backbone, rows: int) -> None:
@@ -109,8 +109,8 @@ class SlotRunner:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
             slots[row].prompt = len(prompt)
-        # Padding is on the right: it is written beyond the row's end, which no query of the row
-        # sees before its own tokens overwrite it.
+        # Padding is on the right, beyond the row's end, where the row's tokens overwrite it before
+        # any query can attend to it.
         columns = [[slot.length + n for n in range(longest)] for slot in slots]
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         return self._step(first, ids.to(device), columns, last)
@@ -140,8 +140,8 @@ class SlotRunner:
         )
 
     def _prefix(self, first: int, count: int) -> RowPrefix | None:
-        """The prefixes of slots `first..first+count-1`, which lie in the cache but for virtual
-        tokens among the prompt's. The same until a row comes, goes or moves."""
+        """The prefixes of slots `first..first+count-1`. They are in the cache, except for virtual
+        tokens within the prompt. Memoised until a row enters, leaves or moves."""
         if (first, count) not in self._prefixes:
             members = [slot.member for slot in self._slots[first : first + count]]
             self._prefixes[first, count] = rows_of(self.backbone, members, cached=True)
@@ -149,10 +149,10 @@ class SlotRunner:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """A few tokens through the slots and through the plain model must give equal logits.
+        """Check that a few tokens give equal logits with slots and without a cache.
 
-        Cheaper than knowing every architecture: whatever a model does with positions or its
-        cache, it either works here or is refused.
+        This is easier than supporting every architecture by name: whatever a model does with
+        positions or its cache, it either works or is refused.
         """
         backbone, slots = self.backbone, 2 if len(self._slots) > 1 else 1
         ids = torch.arange(1, 6) % backbone.facts.vocab_size
@@ -161,20 +161,20 @@ class SlotRunner:
             name: 0.1 * torch.randn(shape, generator=generator).to(backbone.device, backbone.dtype)
             for name, shape in backbone.facts.kv_shapes(3).items()
         }
-        entered = [Member(split_groups(noise, backbone.facts, 0)), None][:slots]
-        for slot, member in enumerate(entered):
+        members = [Member(split_groups(noise, backbone.facts, 0)), None][:slots]
+        for slot, member in enumerate(members):
             self.enter(slot, member)
         self.prefill(0, [ids[:-1].tolist()] * slots)
         columns = [len(ids) - 1 + self._slots[slot].length for slot in range(slots)]
-        seen = self.decode([int(ids[-1])] * slots, columns)
-        wanted = torch.cat([_plain(backbone, ids, member) for member in entered])
+        actual = self.decode([int(ids[-1])] * slots, columns)
+        expected = torch.cat([_plain(backbone, ids, member) for member in members])
         for slot in range(slots):
             self.leave(slot)
-        tolerance = (1e-3 if backbone.dtype == torch.float32 else 0.3) * float(wanted.std())
-        error = float((seen - wanted).abs().max())
-        if not error <= tolerance:  # NaN is not
+        tolerance = (1e-3 if backbone.dtype == torch.float32 else 0.3) * float(expected.std())
+        error = float((actual - expected).abs().max())
+        if not error <= tolerance:  # true for NaN too
             raise UnsupportedModel(
-                "the model answers differently with a cache of slots than without",
+                "the model's logits differ between a cache of slots and no cache",
                 seen=f"logits differ by {error:.3g}",
                 expected=f"at most {tolerance:.3g}",
                 fix="serve a model with plain attention layers, such as Llama, Qwen or Mistral",
@@ -182,7 +182,7 @@ class SlotRunner:
 
 
 def _plain(backbone: Backbone, ids: Tensor, member: Member | None) -> Tensor:
-    """Logits `[1, V]` after `ids` without any cache."""
+    """Logits `[1, V]` after `ids`, without a cache."""
     row = ids[None].to(backbone.device)
     tokens = Tokens.of_mask(torch.ones_like(row), row.shape[1])
     return backbone.step(row, tokens, rows_of(backbone, [member]), None)

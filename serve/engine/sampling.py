@@ -1,16 +1,16 @@
-"""The next token of one row. A row's random stream depends on its own seed alone."""
+"""Sample the next token of a row. A row's random stream depends only on its seed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_GREEDY_BELOW = 1e-5  # a smaller temperature cannot be told from greedy
-_LIKELY = 1024  # top_p almost always ends within these; sorting the vocabulary costs 10x more
+_GREEDY_BELOW = 1e-5  # smaller temperatures count as greedy
+_LIKELY = 1024  # almost always enough for top_p; sorting the vocabulary costs 10x more
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """The random stream of one request, on the CPU whatever the device."""
+    """The random stream of one request, on the CPU for every device."""
     generator = torch.Generator()
     generator.manual_seed(seed & (2**63 - 1))
     return generator
@@ -19,8 +19,9 @@ def generator_of(seed: int) -> torch.Generator:
 def choose(
     logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> int:
-    """A token id from finite fp32 logits on the CPU: the largest, or drawn (nucleus sampling,
-    Holtzman et al. 2020, section 3.1: the fewest tokens whose probabilities reach `top_p`)."""
+    """A token id from finite fp32 logits on the CPU: the most likely one, or drawn by nucleus
+    sampling (Holtzman et al. 2020, section 3.1) from the smallest set of tokens whose probability
+    reaches `top_p`."""
     if temperature < _GREEDY_BELOW or generator is None:
         return int(logits_V.argmax())
     probs = torch.softmax(logits_V.double() / temperature, dim=-1)
@@ -36,7 +37,7 @@ def choose(
 
 
 def _invert(weights: Tensor, draw: Tensor) -> int:
-    """Index at `draw` (0 to 1) of the cumulative weights, which need not sum to 1."""
+    """The index at which the cumulative weights reach `draw` (0 to 1) of their sum."""
     cumulative = weights.cumsum(0)
     at = torch.searchsorted(cumulative, draw * cumulative[-1], right=True)
     return int(at.clamp_max(len(weights) - 1))

@@ -1,10 +1,10 @@
-"""A dense key-value cache of slots: one row each, written in place, read without copies.
+"""A dense key-value cache of slots, one row each, written in place and read without copies.
 
-Transformers sees a `Cache`; rows join, leave and stand at different lengths. A row's user
-prefix lies in its first P columns as if it had been computed there. One rule keeps rows
-apart in time: a query at column p sees columns 0..p of its own slot, and all of those were
-written since the row joined. Released slots are zeroed all the same. What is traded: a slot
-has room for the longest row (memory), where a paged cache would not.
+To Transformers it is a `Cache`, but rows join, leave and have different lengths. A user's prefix is
+in the row's first P columns, as if it had been computed there. One rule isolates successive rows: a
+query at column p attends to columns 0..p of its slot, all of which were written after the row
+joined. Released slots are zeroed nevertheless. The trade-off: every slot has room for the longest
+row, which costs more memory than a paged cache.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ BLOCK = 64  # columns are added in multiples of this
 
 @dataclass(frozen=True)
 class View:
-    """What the next forward pass reads and writes.
+    """The columns that the next forward pass reads and writes.
 
-    Slots `first..first+R-1`; new tokens of row r go to `columns[r]`, Long `[R, T]`; attention
+    It uses slots `first..first+R-1`, writes row r's new tokens to `columns[r]`, Long `[R, T]`, and
     reads the first `width` columns.
     """
 
@@ -48,14 +48,14 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the tensors are made at once."""
+        """Does nothing: the constructor makes the tensors."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values `[R, H, T, D]`; returns what attention reads `[R, H, S, D]`."""
         view = self.view
-        assert view is not None, "SlotCache.look comes before the model's call"
+        assert view is not None, "call SlotCache.look before the model"
         count = key_states.shape[0]
         keys = self.keys[view.first : view.first + count]
         values = self.values[view.first : view.first + count]
@@ -75,7 +75,7 @@ class SlotLayer(CacheLayerMixin):
         return (self.view.width if self.view else query_length), 0
 
     def get_seq_length(self) -> int:
-        """Columns before the new tokens, as far as one number can say it for all rows."""
+        """Columns before the new tokens, as a single number for all rows."""
         return self.view.width - self.view.columns.shape[1] if self.view else 0
 
     def get_max_length(self) -> int:
@@ -83,7 +83,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """`rows` slots for every layer; columns are added as rows get longer."""
+    """`rows` slots in every layer; columns are added as rows get longer."""
 
     def __init__(
         self, facts: StackFacts, rows: int, dtype: torch.dtype, device: torch.device
@@ -94,10 +94,10 @@ class SlotCache(Cache):
         ]
         super().__init__(layers=list(self.slots))
         self.columns = BLOCK
-        self._used = [0] * rows  # columns of each slot that may hold something
+        self._used = [0] * rows  # columns of each slot that may be non-zero
 
     def look(self, view: View) -> None:
-        """Say what the next forward pass reads and writes, and make room for it."""
+        """Set what the next forward pass reads and writes, and make room for it."""
         end = int(view.columns.max()) + 1
         self._reserve(max(end, view.width))
         for slot in range(view.first, view.first + view.columns.shape[0]):
@@ -106,9 +106,9 @@ class SlotCache(Cache):
             layer.view = view
 
     def enter(self, slot: int, layers: Layers | None) -> None:
-        """A new row begins in a slot: its user's keys `[H, P, Dk]` and values `[H, P, Dv]` fill
-        the first P columns of the top K layers (below them these columns stay empty, and nobody
-        may look at them)."""
+        """Start a new row in a slot: its prefix's keys `[H, P, Dk]` and values `[H, P, Dv]` fill
+        the first P columns of the top K layers. In lower layers these columns stay empty and must
+        be masked."""
         self.clear(slot)
         if not layers:
             return
@@ -120,14 +120,14 @@ class SlotCache(Cache):
             layer.values[slot, :, :length] = values
 
     def clear(self, slot: int) -> None:
-        """Zero a slot: no trace of its row stays."""
+        """Zero a slot, so that no trace of its row remains."""
         used, self._used[slot] = self._used[slot], 0
         for layer in self.slots:
             layer.keys[slot, :, :used] = 0
             layer.values[slot, :, :used] = 0
 
     def move(self, source: int, target: int) -> None:
-        """The row of `source` goes on in `target`; `source` is zeroed."""
+        """Move the row of `source` to `target`; `source` is zeroed."""
         self.clear(target)
         used = self._used[source]
         for layer in self.slots:
@@ -139,7 +139,7 @@ class SlotCache(Cache):
     def _reserve(self, columns: int) -> None:
         if columns <= self.columns:
             return
-        # At least a quarter more, so that a long answer does not copy the cache every block.
+        # Grow by at least a quarter, so that a long answer does not copy the cache for every block.
         wanted = max(columns, self.columns * 5 // 4)
         self.columns = -(-wanted // BLOCK) * BLOCK
         for layer in self.slots:

@@ -1,39 +1,39 @@
-"""Tokens to text, piece by piece: whole characters only, and nothing of a stop string.
+"""Decode tokens to text piece by piece: only complete characters, and nothing of a stop string.
 
-A byte-level token can be part of a character, so text is held back while it ends in one;
-text that could be the beginning of a stop string is held back too.
+A byte-level token can be part of a character, so text is held back while it ends in an incomplete
+character. Text that could be the beginning of a stop string is held back too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_PART = "\ufffd"  # what decoders write for bytes that are no whole character
+_PART = "\ufffd"  # the replacement character, which decoders write for an incomplete character
 
 
 class TextStream:
-    """The text of one growing list of tokens.
+    """The text of a growing list of tokens.
 
-    `push` and `finish` return what may go out now; together they return the decoded text up
-    to the first stop string. Decoding starts at a recent token, not at the first, so a long
-    answer costs no more per token than a short one.
+    `push` and `finish` return text that can be sent; together they return the decoded text up to
+    the first stop string. Decoding starts at a recent token, so the cost per token does not grow
+    with the length of the answer.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stops = tuple(stops)
         self._ids: list[int] = []
-        self._from, self._until = 0, 0  # tokens whose text is out: context, and its end
+        self._from, self._until = 0, 0  # the range of tokens already sent that serves as context
         self._pending = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Text that this token completes; sets `stopped` where a stop string appeared."""
+        """The text that this token completes; sets `stopped` if there is a stop string."""
         self._ids.append(token)
         return self._cut(self._decode_fresh(final=False))
 
     def finish(self) -> str:
-        """What was held back, at the end of the answer."""
+        """The text held back so far, at the end of the answer."""
         if self.stopped:
             return ""
         out = self._cut(self._decode_fresh(final=True))
@@ -62,7 +62,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """The length of the longest suffix of `text` that is a prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size

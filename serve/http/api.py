@@ -1,7 +1,7 @@
 """The HTTP side: OpenAI's endpoints as a FastAPI application, without Ray.
 
-It parses, checks, asks an engine (behind `EngineClient`) and writes answers; it knows no
-model. Every error, also of routing, has OpenAI's shape.
+It parses and validates requests, passes them to an engine (behind `EngineClient`) and writes the
+responses; it has no model. Every error, including routing errors, has OpenAI's format.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ from serve.metrics import HTTP_FAMILIES, Metrics, Snapshot, render
 
 log = logging.getLogger(LOGGER)
 
-# Not x-request-id, which Ray Serve sets to what the caller sent: an id of ours names one request.
+# Not x-request-id, which Ray Serve sets to the caller's value: our ids must be unique.
 REQUEST_ID = "x-ptuning-request-id"
 
 
 class EngineClient(Protocol):
-    """How the HTTP side reaches the engines; Ray's handle or, in tests, a Service."""
+    """The HTTP side's access to the engines: Ray's handle or, in tests, a Service."""
 
     async def answer(self, ask: Ask) -> Answer | Failed:
-        """One whole answer. Cancelling the call frees the row."""
+        """A complete answer. Cancelling the call frees the row."""
 
     def stream(self, ask: Ask) -> AsyncGenerator[Event, None]:
-        """One request's events. Closing the generator frees the row."""
+        """A request's events. Closing the generator frees the row."""
 
     async def reports(self) -> list[Snapshot]:
-        """Every live replica's metrics; fewer than `config.replicas` where some are down."""
+        """The metrics of all live replicas; fewer than `config.replicas` if some are down."""
 
 
 class Api:
-    """The endpoints' bodies."""
+    """The endpoints."""
 
     def __init__(
         self,
@@ -89,11 +89,11 @@ class Api:
         return JSONResponse(self._model_value())
 
     async def health(self, _request: Request) -> Response:
-        """200: this process lives."""
+        """200: this process is alive."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
-        """200 once an engine can answer: its model is loaded and its thread runs."""
+        """200 if an engine can answer: its model is loaded and its thread is running."""
         ready, wanted = len(await self._reports()), self.config.replicas
         status = "unavailable" if not ready else "ok" if ready >= wanted else "degraded"
         value = {"status": status, "replicas_ready": ready, "replicas": wanted}
@@ -108,12 +108,12 @@ class Api:
     async def _reports(self) -> list[Snapshot]:
         try:
             return await self.engine.reports()
-        except Exception as error:  # noqa: BLE001 - an engine that cannot be asked is not ready
-            log.warning("the engine replicas cannot be asked: %s", describe(error))
+        except Exception as error:  # noqa: BLE001 - an engine that cannot be reached is not ready
+            log.warning("the engine replicas cannot be reached: %s", describe(error))
             return []
 
     async def _read(self, request: Request) -> bytes:
-        """The body. Raises Refused: 415 where it is compressed, 413, or 408 where it is late."""
+        """The body. Raises Refused: 415 if compressed, 413 if too large, 408 if late."""
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
             raise Refused(
@@ -126,7 +126,7 @@ class Api:
                 return await self._read_all(request)
         except TimeoutError as error:
             raise Refused(
-                f"the body did not come within {self.config.body_timeout_s:g} s",
+                f"the body did not arrive within {self.config.body_timeout_s:g} s",
                 status=408,
                 code="body_timeout",
             ) from error
@@ -144,14 +144,15 @@ class Api:
                 return bytes(data)
         raise Refused(f"the body has more than {limit} bytes", status=413, code="body_too_large")
 
-    async def _respond(self, request: Request, kind: type[Body]) -> Response:
-        """The caller is known before anything of the body is read."""
+    async def _respond(self, request: Request, body_type: type[Body]) -> Response:
+        """Answer a request; the caller is authenticated before the body is read."""
         users = self._check_key(request)
-        body = parse(kind, await self._read(request), self.config)
+        body = parse(body_type, await self._read(request), self.config)
         check_user(users, body.user)
         self._check_model(body.model)
         ask = body.ask(self.config, request.state.id, self.user_key)
-        frame = Frame(chat=kind is ChatBody, id=ask.id, model=self.model, created=int(time.time()))
+        chat = body_type is ChatBody
+        frame = Frame(chat=chat, id=ask.id, model=self.model, created=int(time.time()))
         if body.stream:
             return await self._stream(frame, ask, body.stream_options or StreamOptions())
         answer = await self.engine.answer(ask)
@@ -164,7 +165,8 @@ class Api:
         return problem_response(failed.problem)
 
     async def _stream(self, frame: Frame, ask: Ask, options: StreamOptions) -> Response:
-        """The status and headers wait for the first event, so that early errors have theirs."""
+        """Stream an answer. Status and headers wait for the first event, so that an early error can
+        set them."""
         events = self.engine.stream(ask)
         try:
             first = await anext(events, None)
@@ -188,7 +190,7 @@ class Api:
         events: AsyncGenerator[Event, None],
         options: StreamOptions,
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events of a stream that has begun; the last says how it ended."""
+        """The server-sent events of a stream that has started; the last one says how it ended."""
         last: Event = _BROKEN
         try:
             yield frame.first_chunk(started.prefix)
@@ -198,8 +200,8 @@ class Api:
                         yield frame.chunk(event.text)
                     else:
                         last = event
-            except Exception as error:  # noqa: BLE001 - the status is out: say it in the stream
-                log.error("request %s: the stream broke off: %s", ask.id, describe(error))
+            except Exception as error:  # noqa: BLE001 - the status is sent: report it in the stream
+                log.error("request %s: the stream failed: %s", ask.id, describe(error))
             if isinstance(last, Finished):
                 yield frame.chunk(None, last.reason)
                 if options.include_usage:
@@ -222,7 +224,7 @@ class Api:
     def _check_model(self, name: str) -> None:
         if name != self.model:
             raise Refused(
-                f"no model {name[:200]!r} here; GET /v1/models lists what there is",
+                f"no model {name[:200]!r} here; GET /v1/models lists the models",
                 status=404,
                 code="model_not_found",
                 param="model",
@@ -237,11 +239,11 @@ class Api:
         }
 
 
-_BROKEN = Failed(problem=Problem(status=500, message="the answer broke off", code=None))
+_BROKEN = Failed(problem=Problem(status=500, message="the answer is incomplete", code=None))
 
 
 def _log_failure(ask: Ask, problem: Problem, started: Started | None = None) -> None:
-    """One line for what /metrics counts as an error: who asked what stays out of it."""
+    """Log a line for each error that /metrics counts, without the user or the prompt."""
     if problem.status >= 500:
         digest = digest_header(started.prefix)["x-prefix-digest"] if started else "not known"
         log.error(
@@ -260,7 +262,7 @@ def make_app(
     user_key: Callable[[str], str],
     keys: Keys | None = None,
 ) -> FastAPI:
-    """The application for one served model name; `user_key` makes the store's keys of ids."""
+    """The application for one model name; `user_key` converts ids to the store's keys."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     api = Api(config, model, engine, user_key, keys)
     app.add_api_route("/v1/chat/completions", _count(api, api.chat), methods=["POST"])
@@ -279,7 +281,7 @@ def make_app(
             expose_headers=["x-prefix-digest", REQUEST_ID],
         )
     if keys is None:
-        app.add_middleware(LocalOnly, config=config)  # last added, so asked first
+        app.add_middleware(LocalOnly, config=config)  # added last, so it runs first
 
     async def unrouted(_request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -293,7 +295,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def _count(api: Api, endpoint: Endpoint) -> Endpoint:
-    """Turn errors into answers, name every request and count every answer by its status."""
+    """Give each request an id, convert errors to responses, and count responses by status."""
     name = endpoint.__name__
 
     async def call(request: Request) -> Response:

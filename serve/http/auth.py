@@ -1,7 +1,7 @@
-"""Who may ask as which user.
+"""Authentication, and the users that a caller may name.
 
-Without a keys file the body's `user` is trusted, and the service may listen on loopback only.
-With one, a caller shows `Authorization: Bearer KEY` and may name the users listed for it.
+Without a keys file the body's `user` is trusted, and the service may listen on loopback only. With
+one, a caller sends `Authorization: Bearer KEY` and may name the users listed for that key.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ ANYONE = "*"
 
 
 class Keys:
-    """Callers' keys, held as SHA-256: a lookup's time says nothing about a key's characters."""
+    """Callers' keys, stored as SHA-256, so that the time of a lookup reveals nothing about them."""
 
     def __init__(self, users_of: Mapping[str, frozenset[str] | None]) -> None:
         self._users_of = users_of  # digest of a key -> its users, None: any
 
     @classmethod
     def read(cls, path: str) -> Keys:
-        """From the JSON file `{"key": ["user", …] or "*", …}`. Raises ConfigError."""
+        """Read the JSON file `{"key": ["user", …] or "*", …}`. Raises ConfigError."""
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -35,22 +35,22 @@ class Keys:
                 "serve.api_keys_file cannot be read", seen=f"{type(error).__name__}: {error}"
             ) from error
         users_of: dict[str, frozenset[str] | None] = {}
-        good = isinstance(entries, dict) and bool(entries)
-        for key, users in entries.items() if good else ():
-            listed = isinstance(users, list) and all(isinstance(user, str) for user in users)
-            if not key or not (listed or users == ANYONE):
-                good = False
+        valid = isinstance(entries, dict) and bool(entries)
+        for key, users in entries.items() if valid else ():
+            is_list = isinstance(users, list) and all(isinstance(user, str) for user in users)
+            if not key or not (is_list or users == ANYONE):
+                valid = False
                 break
             users_of[_digest(key)] = None if users == ANYONE else frozenset(users)
-        if not good:
+        if not valid:
             raise ConfigError(
-                "serve.api_keys_file has another form than it should",
-                expected='{"key": ["user", …] or "*", …}, at least one key, none of them empty',
+                "serve.api_keys_file does not have the required form",
+                expected='{"key": ["user", …] or "*", …}, with at least one key, none empty',
             )
         return cls(users_of)
 
     def check_caller(self, authorization: str | None) -> frozenset[str] | None:
-        """The users this caller may name; None: any. Raises Refused (401)."""
+        """The users that this caller may name; None: any. Raises Refused (401)."""
         scheme, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip())
         if scheme.lower() != "bearer" or digest not in self._users_of:
@@ -63,7 +63,8 @@ class Keys:
 
 
 def check_user(users: frozenset[str] | None, user: str | None) -> None:
-    """Raises Refused (403) for a user that is not among the caller's (None: any)."""
+    """Raise Refused (403) if the user is not one of `users`, which the caller may name (None:
+    any)."""
     if users is not None and user is not None and user not in users:
         raise Refused(
             "this key may not ask as that user", status=403, code="forbidden", param="user"
@@ -71,7 +72,7 @@ def check_user(users: frozenset[str] | None, user: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach that address."""
+    """Whether only this machine can reach the address."""
     if host == "localhost":
         return True
     try:
@@ -81,7 +82,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(config: ServeConfig) -> None:
-    """Raises ConfigError where strangers could name any user."""
+    """Raise ConfigError if strangers could name any user."""
     if config.api_keys_file is None and not is_loopback(config.host):
         raise ConfigError(
             "without credentials the service trusts the user in a request, so it listens on "
@@ -92,7 +93,7 @@ def check_exposure(config: ServeConfig) -> None:
         )
     if config.api_keys_file is None and "*" in config.cors_origins:
         raise ConfigError(
-            "without credentials any web page that is open in a browser here could ask as any user",
+            "without credentials any web page in a browser on this machine could ask as any user",
             seen="serve.cors_origins=*",
             expected="the origins of your pages, such as http://localhost:3000",
             fix="name the origins, or set serve.api_keys_file",

@@ -1,9 +1,8 @@
-"""Fields of OpenAI's API that this service does not implement, and the values that ask nothing.
+"""Fields of OpenAI's API that this service does not implement, and their neutral values.
 
-One declared table for each kind of object. A null says nothing, whatever the field's name. A
-field in the table may have one of its neutral values, with which the answer is the same as
-without it. Any other value would give an answer that looks right and is not, so it is refused
-by name; so is a field that nobody knows.
+There is one table for each type of object. Null is accepted for any field. A field in the table may
+have one of its neutral values, which do not change the answer. With any other value the answer
+would look right but be wrong, so it is refused by name, as are unknown fields.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from serve.events import Refused
 
 
 class Anything:
-    """Every value is neutral: the field changes no answer, only bills, caches or logs."""
+    """Every value is neutral: the field affects only billing, caching or logging."""
 
 
 ANYTHING = Anything()
@@ -107,23 +106,23 @@ PART: Table = {"annotations": ([],), "cache_control": ANYTHING, "prompt_cache_br
 
 STREAM_OPTIONS: Table = {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)}
 
-# What a refusal says more than that the value is not supported.
+# Hints that are added to a refusal.
 _HINTS: Mapping[str, str] = {
-    "tools": "this service calls no tools",
-    "functions": "this service calls no functions",
-    "tool_calls": "this service calls no tools: write calls as content, or leave them out",
-    "function_call": "this service calls no functions",
-    "n": "ask several times, with a seed each",
+    "tools": "this service does not call tools",
+    "functions": "this service does not call functions",
+    "tool_calls": "this service does not call tools: write calls as content, or omit them",
+    "function_call": "this service does not call functions",
+    "n": "send several requests with different seeds",
 }
 
 
 def drop_neutral(
     body: Mapping[str, Any], table: Table, implemented: Set[str], where: str = ""
 ) -> dict[str, Any]:
-    """The implemented fields of an object, without nulls of others.
+    """The implemented fields of an object; all others must be neutral and are dropped.
 
-    `where` is the object's place in the body, `"messages.1."`. Raises Refused (400) with the
-    name of the first field that this service does not know or whose value asks for something.
+    `where` is the object's path in the body, such as `"messages.1."`. Raises Refused (400) with the
+    name of the first field that is unknown or has an unsupported value.
     """
     kept = {}
     for name, value in body.items():
@@ -135,10 +134,10 @@ def drop_neutral(
 
 
 def _check(name: str, value: object, table: Table, where: str) -> None:
-    place = f"{where}{name}"[:200]
+    path = f"{where}{name}"[:200]
     if name not in table:
         raise Refused(
-            f"{place}: no such field here", status=400, code="unsupported_parameter", param=place
+            f"{path}: no such field here", status=400, code="unsupported_parameter", param=path
         )
     neutral = table[name]
     if isinstance(neutral, Anything) or any(_equal(value, allowed) for allowed in neutral):
@@ -146,13 +145,13 @@ def _check(name: str, value: object, table: Table, where: str) -> None:
     allowed = " or ".join(["null", *map(json.dumps, neutral)])
     hint = f"; {_HINTS[name]}" if name in _HINTS else ""
     raise Refused(
-        f"{place}: only {allowed} is supported{hint}",
+        f"{path}: only {allowed} is supported{hint}",
         status=400,
         code="unsupported_value",
-        param=place,
+        param=path,
     )
 
 
 def _equal(value: object, neutral: object) -> bool:
-    """Equal as JSON: true is not 1, 0 and 0.0 are one number."""
+    """Equal as JSON values: true differs from 1, but 0 equals 0.0."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -1,8 +1,8 @@
-"""Keeps web pages away from a service that trusts every local caller.
+"""Protects a service that trusts every local caller from web pages.
 
-A page that a browser shows can reach loopback in two ways: under a foreign name that resolves
-to 127.0.0.1 (DNS rebinding), which the Host header gives away, and with a simple POST, which
-the Origin header gives away. Programs on this machine send neither.
+A page in a browser can reach loopback in two ways: by a foreign name that resolves to 127.0.0.1
+(DNS rebinding), which the Host header reveals, and by a simple POST, which the Origin header
+reveals. Programs on this machine send neither.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NAMES = ("localhost", "127.0.0.1", "[::1]")
 def find_foreign(
     hosts: Sequence[str], origins: Sequence[str], config: ServeConfig
 ) -> tuple[str, str] | None:
-    """The header that gives a foreign page away, and what is expected there; else None.
+    """The header that reveals a foreign page, and its expected value; None if there is none.
 
-    `hosts` and `origins` are all values of these headers; a request without a Host, or with
-    two, is refused. The host's port is the service's, whatever it is where `config.port` is 0.
+    `hosts` and `origins` are all values of these headers; a request without a Host, or with two, is
+    refused. The host's port must be the service's; with `config.port` 0, any port is accepted.
 
     >>> find_foreign(["evil.example"], [], ServeConfig(port=8000))
     ('host', 'localhost:8000, 127.0.0.1:8000 or [::1]:8000')
@@ -44,7 +44,7 @@ def find_foreign(
 
 
 def _is_local(host: str, names: Collection[str], port: int) -> bool:
-    """Whether `host` is `name:port`; the port may be left out where it is 80."""
+    """Whether `host` is `name:port` for one of `names`; port 80 may be omitted."""
     name, colon, number = host.rpartition(":")
     if not colon or host.endswith("]"):
         name, number = host, "80"

@@ -1,7 +1,7 @@
-"""HTTP bodies in OpenAI's shapes: requests as strict models, answers and chunks as JSON values.
+"""HTTP bodies in OpenAI's formats: requests as strict models, answers and chunks as JSON values.
 
-What this service implements is a field of the models here; what it only takes with a neutral
-value stands in the tables of `fields.py`. Ignoring `n=2` or `tools` silently would give a
+The models here have the fields that this service implements. Fields that it accepts only with a
+neutral value are in the tables of `fields.py`: silently ignoring `n=2` or `tools` would give a
 wrong answer that looks right.
 """
 
@@ -24,24 +24,24 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 def _list_of(value: object) -> object:
-    """One text where a list of texts may stand; a union would muddle the error messages."""
+    """Accept a single text for a list of texts; a union type would give confusing errors."""
     return [value] if isinstance(value, str) else value
 
 
 def _list_of_parts(value: object) -> object:
     if value is None:
-        raise ValueError("a message needs content; this service takes no tool calls or refusals")
+        raise ValueError("a message needs content; tool calls and refusals are not supported")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 def _only_prompt(value: object) -> object:
-    """The prompt of a list of one; clients of old write one so."""
+    """Accept a list of one prompt, which old clients send."""
     if not isinstance(value, list):
         return value
     if len(value) != 1:
-        raise ValueError(f"one prompt a request, not {len(value)}")
+        raise ValueError(f"one prompt per request, not {len(value)}")
     if not isinstance(value[0], str):
-        raise ValueError("a prompt is a text here, not token ids")
+        raise ValueError("the prompt must be text, not token ids")
     return value[0]
 
 
@@ -57,7 +57,7 @@ class StreamOptions(_Strict):
 
 
 class _Body(_Strict):
-    """What both endpoints implement."""
+    """The fields of both endpoints."""
 
     NEUTRAL: ClassVar[Table]
 
@@ -102,7 +102,7 @@ class _Body(_Strict):
 
 
 class CompletionBody(_Body):
-    """POST /v1/completions: `prompt` is encoded as a training row's prompt."""
+    """POST /v1/completions: `prompt` is encoded like a training row's prompt."""
 
     NEUTRAL: ClassVar[Table] = COMPLETION
 
@@ -151,10 +151,10 @@ class ChatBody(_Body):
 Body = TypeVar("Body", CompletionBody, ChatBody)
 
 
-def parse(kind: type[Body], data: bytes, config: ServeConfig) -> Body:
-    """A checked body, or Refused (400) that names the first thing wrong.
+def parse(body_type: type[Body], data: bytes, config: ServeConfig) -> Body:
+    """Parse and validate a body. Raises Refused (400), which names the first problem.
 
-    What costs time for each message comes after messages, and their parts, are counted.
+    Messages and their parts are counted before any work that takes time per message.
     """
     try:
         value = pydantic_core.from_json(data.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
@@ -164,7 +164,7 @@ def parse(kind: type[Body], data: bytes, config: ServeConfig) -> Body:
         raise Refused("the body is not a JSON object", status=400, code="invalid_value")
     _check_count(value, config)
     try:
-        return kind.model_validate(_implemented(kind, value))
+        return body_type.model_validate(_drop_neutral(body_type, value))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])
@@ -175,7 +175,7 @@ def parse(kind: type[Body], data: bytes, config: ServeConfig) -> Body:
 
 
 def _check_count(body: Mapping[str, Any], config: ServeConfig) -> None:
-    """Raises Refused (400) for too many messages, or parts over all of them."""
+    """Raise Refused (400) for too many messages, or too many parts in total."""
     messages, most = body.get("messages"), config.max_messages
     if not isinstance(messages, list):
         return
@@ -184,18 +184,18 @@ def _check_count(body: Mapping[str, Any], config: ServeConfig) -> None:
     for count, what in ((len(messages), "messages"), (parts, "parts of content")):
         if count > most:
             raise Refused(
-                f"this service takes at most {most} {what} a request; this one has {count}",
+                f"this service takes at most {most} {what} per request; this one has {count}",
                 status=400,
                 code="too_many_messages",
                 param="messages",
             )
-    if len(messages) > config.max_length:  # each has a token of the template at least
+    if len(messages) > config.max_length:  # each needs at least one token of the template
         raise too_long(f"at least {len(messages)}", config.max_length, "messages")
 
 
-def _implemented(kind: type[_Body], body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body without what is neutral, at every depth. Raises Refused (400)."""
-    kept = drop_neutral(body, kind.NEUTRAL, kind.model_fields.keys())
+def _drop_neutral(body_type: type[_Body], body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body without neutral fields, at every depth. Raises Refused (400)."""
+    kept = drop_neutral(body, body_type.NEUTRAL, body_type.model_fields.keys())
     if isinstance(options := kept.get("stream_options"), dict):
         names = StreamOptions.model_fields.keys()
         kept["stream_options"] = drop_neutral(options, STREAM_OPTIONS, names, "stream_options.")
@@ -205,7 +205,7 @@ def _implemented(kind: type[_Body], body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _message(turn: Any, where: str) -> Any:
-    """A message, or whatever stands in its place, without what is neutral."""
+    """A message without neutral fields; a value that is not an object is returned unchanged."""
     if not isinstance(turn, dict):
         return turn
     kept = drop_neutral(turn, MESSAGE, Turn.model_fields.keys(), where)
@@ -219,12 +219,12 @@ def _message(turn: Any, where: str) -> Any:
 
 
 def _is_text(part: object) -> bool:
-    """Another kind of part is refused for its kind, not for the fields that come with it."""
+    """Whether a part is text. Other parts are refused for their type rather than their fields."""
     return isinstance(part, dict) and part.get("type") == "text"
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts; virtual tokens are not the caller's and not counted."""
+    """Token counts; virtual tokens are not counted, since the caller did not send them."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -243,17 +243,17 @@ def digest_header(info: PrefixInfo | None) -> dict[str, str]:
 
 
 class Frame:
-    """The fixed parts of one response: its id, kind, model and time (epoch seconds)."""
+    """The fixed parts of a response: its id, type, model and time (epoch seconds)."""
 
     def __init__(self, *, chat: bool, id: str, model: str, created: int) -> None:
         self.chat = chat
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{id}"
         self._model, self._created = model, created
 
-    def _envelope(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, object_type: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self._id,
-            "object": kind,
+            "object": object_type,
             "created": self._created,
             "model": self._model,
             "choices": list(choices),
@@ -261,42 +261,42 @@ class Frame:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
-        said: dict[str, Any] = {"text": answer.text}
+        content: dict[str, Any] = {"text": answer.text}
         if self.chat:
-            said = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
-        choice = {"index": 0, **said, "finish_reason": answer.reason, "logprobs": None}
-        kind = "chat.completion" if self.chat else "text_completion"
+            content = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+        choice = {"index": 0, **content, "finish_reason": answer.reason, "logprobs": None}
+        object_type = "chat.completion" if self.chat else "text_completion"
         return {
-            **self._envelope(kind, [choice]),
+            **self._envelope(object_type, [choice]),
             "usage": usage(answer.prompt_tokens, answer.completion_tokens),
             "prefix": prefix_value(answer.prefix),
         }
 
     def chunk(self, text: str | None, reason: str | None = None) -> bytes:
-        """One server-sent event with a piece of text (None: nothing is said)."""
+        """One server-sent event with a piece of text (None: no text)."""
         if self.chat:
             delta = {} if text is None else {"content": text}
-            said: dict[str, Any] = {"delta": delta}
+            content: dict[str, Any] = {"delta": delta}
         else:
-            said = {"text": text or ""}
-        choice = {"index": 0, **said, "finish_reason": reason, "logprobs": None}
-        return sse(self._envelope(self._kind, [choice]))
+            content = {"text": text or ""}
+        choice = {"index": 0, **content, "finish_reason": reason, "logprobs": None}
+        return sse(self._envelope(self._chunk_type, [choice]))
 
     def first_chunk(self, info: PrefixInfo | None) -> bytes:
-        """The first chunk: no text, but who answers."""
-        said: dict[str, Any] = {"text": ""}
+        """The first chunk: no text, but the prefix that answers."""
+        content: dict[str, Any] = {"text": ""}
         if self.chat:
-            said = {"delta": {"role": "assistant", "content": ""}}
-        choice = {"index": 0, **said, "finish_reason": None, "logprobs": None}
-        return sse({**self._envelope(self._kind, [choice]), "prefix": prefix_value(info)})
+            content = {"delta": {"role": "assistant", "content": ""}}
+        choice = {"index": 0, **content, "finish_reason": None, "logprobs": None}
+        return sse({**self._envelope(self._chunk_type, [choice]), "prefix": prefix_value(info)})
 
     def usage_chunk(self, prompt_tokens: int, completion_tokens: int) -> bytes:
-        """The last chunk where the client asked for `include_usage`."""
+        """The last chunk, sent if the client requests `include_usage`."""
         counts = usage(prompt_tokens, completion_tokens)
-        return sse({**self._envelope(self._kind, []), "usage": counts})
+        return sse({**self._envelope(self._chunk_type, []), "usage": counts})
 
     @property
-    def _kind(self) -> str:
+    def _chunk_type(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
 

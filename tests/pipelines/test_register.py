@@ -13,6 +13,7 @@ from pipelines.candidates.publish import deploy
 from pipelines.candidates.register import (
     Lineage,
     hold_overtaken,
+    pack_metrics,
     register_pack,
     retire_users,
     user_metrics,
@@ -20,6 +21,7 @@ from pipelines.candidates.register import (
 from pipelines.candidates.rejudge import find_losses, records_of
 from pipelines.done_record import DoneRecord
 from pipelines.plan import Pack, PlannedUser
+from pipelines.report.metrics import PACK_METRICS, USER_METRICS, WHO
 from pipelines.run_folder import RunFolder
 from ptuning.champions import ChampionList, ChampionRef, acknowledge, publish
 from ptuning.errors import ConfigError, RunError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from pipelines.plan import Plan, PlannedUser, make_packs
 from pipelines.run_folder import RunFolder, all_runs, find_unfinished, new_run_id
 from ptuning.errors import RunError
 from ptuning.store import Store
-from ptuning.types import SplitLosses, UserReport
+from ptuning.types import Counts, EpochLoss, Gate, SplitLosses, UserReport
 
 HEADER = {"partition_id": "p", "config_digest": "c"}
 

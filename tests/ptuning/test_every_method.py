@@ -55,8 +55,8 @@ def test_a_registered_method_is_a_public_name_and_a_type_checkers_too() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    of_methods = {name for name, file in typed.items() if (file or "").startswith("ptuning.methods.")}
-    assert of_methods == {*REGISTERED}, "a name that type checkers see is there at run time"
+    methods = {name for name, file in typed.items() if str(file).startswith("ptuning.methods.")}
+    assert methods == {*REGISTERED}, "a name that type checkers see is there at run time"
     for name, file in REGISTERED.items():
         assert getattr(ptuning, name) in METHODS.values()
         assert name in ptuning.__all__

@@ -327,14 +327,15 @@ def test_a_bad_row_names_its_user_where_it_has_one() -> None:
     assert caught.value.fields["user_id"] == "alice"
 
 
-# Digests of what rows are taken for, by ROW_RULES. Never change an entry: partitions have its number.
-KNOWN_RULES = {2: "1d822842ef74bc58", 3: "?"}
+# Digests of what rows are taken for, by ROW_RULES. Entries never change: partitions name them.
+KNOWN_RULES = {2: "1d822842ef74bc58", 3: "15ca8afecef347d2"}
 
 
 def test_an_older_partition_is_never_taken_for_rows_read_by_newer_rules() -> None:
     """Where this fails, what a raw row means has changed: raise ROW_RULES, then this digest."""
     bases: list[dict[str, Any]] = [row(), {"user_id": 7, "messages": TURNS}]
     bases += [{"user_id": b"a", "conversations": [{"from": "human", "value": "q"}, *TURNS]}]
+    bases += [{"user_id": "a", "conversations": TURNS, "instruction": "q"}]
     bases += [{"USER ID": "a", "instruction": "q", "input": "x", "output": 1}]
     changes: list[dict[str, Any]] = [{}, {"weight": 0}, {"weight": 2}, {"split": "dev"}]
     changes += [{"timestamp": 10**power * 3 + 7} for power in range(20)]
@@ -351,8 +352,8 @@ def test_an_older_partition_is_never_taken_for_rows_read_by_newer_rules() -> Non
     rules = [FIELDS, COLUMN_ALIASES, INPUT, ROLE_NAMES, SPLIT_NAMES, outcomes]
     digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
     assert KNOWN_RULES.get(ROW_RULES) == digest, (
-        f"the rules have changed: raise ROW_RULES in ptuning/data/columns.py, and add {digest!r} to "
-        "KNOWN_RULES under the new number"
+        f"the rules have changed: raise ROW_RULES in ptuning/data/columns.py, and add "
+        f"{digest!r} to KNOWN_RULES under the new number"
     )
 
 

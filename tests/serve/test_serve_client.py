@@ -241,7 +241,7 @@ def test_a_history_with_reasoning_and_caching_marks_is_taken_and_a_tool_call_nam
 
         called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
         result = {"role": "tool", "tool_call_id": "c", "content": "12"}
-        with pytest.raises(openai.BadRequestError, match="calls no tools") as caught:
+        with pytest.raises(openai.BadRequestError, match="does not call tools") as caught:
             await ask(USER, called, result, USER)
         assert caught.value.param == "messages.1.tool_calls"
         with pytest.raises(openai.BadRequestError, match="a message needs content"):

@@ -96,7 +96,7 @@ def test_a_model_that_answers_otherwise_with_slots_is_refused(
         return all_keys, all_values.roll(1, dims=2)
 
     monkeypatch.setattr(SlotLayer, "update", forget)
-    with pytest.raises(UnsupportedModel, match="differently"):
+    with pytest.raises(UnsupportedModel, match="logits differ"):
         SlotRunner(backbone, 2)
 
 

@@ -21,7 +21,7 @@ def test_a_running_service_is_given_up_when_it_is_gone_or_silent_for_too_long() 
     assert find_death("RUNNING", 0, 300) is None
     # A replica that is replaced, for as long as a start may take.
     assert find_death("UNHEALTHY", 299, 300) is None
-    assert find_death("UNHEALTHY", 301, 300) == "the service has answered nobody for 301 s"
+    assert find_death("UNHEALTHY", 301, 300) == "the service has not answered for 301 s"
     assert find_death("DEPLOYING", 301, 300)
     for state in ("ABSENT", "DEPLOY_FAILED", "DELETING"):
         assert find_death(state, 0, 300) == "the service has died"
