@@ -22,6 +22,15 @@ settings.register_profile("ptuning", deadline=None)
 settings.load_profile("ptuning")
 
 
+@pytest.fixture(autouse=True)
+def registry_log_level() -> Iterator[None]:
+    """A command that a test calls in this process silences the registry's log for good."""
+    logger = logging.getLogger("ptuning.registry")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A local Ray with 4 logical CPUs, shared by all tests that need one.

@@ -44,10 +44,14 @@ def _run(data: Path, store: Path, config: RunConfig) -> dict[str, Any]:
     return summary
 
 
-def _prefixes(store: Path) -> dict[str, Any]:
+def _prefixes(store: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """What the run trained, by user key; other runs in the store may have trained the same users."""
     return {
-        path.parent.name: load_file(path)["decoder.0.keys"]
-        for path in (store / "prefixes").glob("*/*/*.safetensors")
+        row["user_key"]: load_file(store / prefix_path(row["user_key"], row["digest"]))[
+            "decoder.0.keys"
+        ]
+        for row in users_of(store, summary["run_id"])
+        if row["digest"] is not None
     }
 
 
@@ -268,7 +272,7 @@ def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
     finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """One worker with one pack of everybody, against two with a pack for each two users."""
-    _, store, _ = finished
+    _, store, finished_summary = finished
     others = ("ray.workers=2", "train.pack_users=2", "data.buckets=7")
     shared = {user: count for user, count in USERS.items() if user not in ("few", "cy/../../x")}
     other = tmp_path / "store"
@@ -276,7 +280,7 @@ def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
     records = [json.loads(p.read_text()) for p in (other / "runs").glob("*/done/*.json")]
     assert len({record["attempt"] for record in records}) == 2, "both workers had packs"
     assert summary["users"]["trained"] == len(shared) + 1
-    first, second = _prefixes(store), _prefixes(other)
+    first, second = _prefixes(store, finished_summary), _prefixes(other, summary)
     for user in shared:
         assert (first[user_key(user)] - second[user_key(user)]).abs().max() < 1e-4, user
 
@@ -295,7 +299,9 @@ def test_a_sharded_gang_with_unequal_work_trains_the_prefixes_of_a_whole_backbon
             "train.pack_users=2",
         )
         summaries[sharding] = _run(data, tmp_path / sharding, config)
-    whole, sharded = _prefixes(tmp_path / "replicate"), _prefixes(tmp_path / "zero3")
+    whole, sharded = (
+        _prefixes(tmp_path / sharding, summaries[sharding]) for sharding in ("replicate", "zero3")
+    )
     assert set(whole) == set(sharded)
     assert len(whole) == 5
     for key, kv in whole.items():
