@@ -10,7 +10,7 @@ from ptuning.generation import generate
 from ptuning.store import Store
 
 
-def answer(
+def answer_prompts(
     config: RunConfig,
     store: Store,
     user_id: str,

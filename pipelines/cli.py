@@ -88,7 +88,7 @@ def _described(key: str, field: Any) -> tuple[str, str]:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="ptuning")
-def cli() -> None:
+def verbs() -> None:
     """One frozen language model, one small trained prefix per user.
 
     \b
@@ -102,7 +102,7 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=_Keys)
+@verbs.command(cls=_Keys)
 @click.option(
     "--data",
     "sources",
@@ -150,7 +150,7 @@ def run(
     return SOME_FAILED if failed else DONE
 
 
-@cli.command()
+@verbs.command()
 @click.option("--user", "user_id", required=True, help="The user's id, as in the data.")
 @click.option(
     "--max-new-tokens",
@@ -188,10 +188,10 @@ def generate(
         ptuning generate --user alice --temperature 0.8 --seed 1 "Hello" "Good morning"
     """
     config = _load(model, config_file, settings)
-    from pipelines.answer import answer
+    from pipelines.answer import answer_prompts
     from ptuning.store import Store
 
-    answers, served_by = answer(
+    answers, served_by = answer_prompts(
         config, Store(store), user_id, list(prompts), max_new_tokens, temperature, seed
     )
     click.echo(served_by, err=True)
@@ -200,7 +200,7 @@ def generate(
     return DONE
 
 
-@cli.command(cls=_Keys)
+@verbs.command(cls=_Keys)
 @click.option("--host", help="Address to bind to; loopback by default.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
 @_configured
@@ -233,7 +233,7 @@ def serve(
     return DONE
 
 
-@cli.command()
+@verbs.command()
 @_STORE
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, for programs.")
 def status(store: str, as_json: bool) -> int:
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from ptuning.errors import ConfigError, PTuningError
 
     try:
-        code = cli.main(
+        code = verbs.main(
             args=list(arguments) if arguments is not None else None, standalone_mode=False
         )
     except click.ClickException as error:

@@ -19,8 +19,8 @@ from pipelines.opening import Run, check_inputs, open_run, reach_registry
 from pipelines.plan import IndexRow, Plan
 from pipelines.report.page import html_report
 from pipelines.report.progress import RunProgress
-from pipelines.report.summary import RunFacts, summary, users_table
-from pipelines.rows.partition import partition
+from pipelines.report.summary import RunFacts, make_summary, users_table
+from pipelines.rows.partition import make_partition
 from ptuning.registry import registry_uri
 from ptuning.store import Store
 from ptuning.store_identity import open_identity
@@ -42,7 +42,7 @@ def execute(
     with cluster.session(config.ray) as seconds:
         watch.seconds["start"] += seconds
         with watch.time("partition"):
-            part = partition(
+            part = make_partition(
                 sources,
                 store,
                 config.data,
@@ -164,4 +164,4 @@ def _finish(run: Run, facts: RunFacts) -> None:
     run.folder.remove_scratch()
     run.folder.write_users(users_table(facts))
     run.folder.write_report(html_report(facts))
-    run.folder.write_summary(summary(facts))
+    run.folder.write_summary(make_summary(facts))

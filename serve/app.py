@@ -29,7 +29,7 @@ from ray.serve.schema import LoggingConfig
 from ptuning.data.encode import TemplateKind
 from ptuning.errors import ServeError
 from ptuning.model.facts import BackboneConfig
-from ptuning.model.locate import locate
+from ptuning.model.locate import locate_model
 from ptuning.store import Store
 from ptuning.store_identity import read_identity
 from ptuning.system.ports import free_port
@@ -49,7 +49,7 @@ def served_name(config: ServeConfig, backbone: BackboneConfig) -> str:
     """The name in /v1/models: the configured name, or the model's, without directories."""
     if config.model_name:
         return config.model_name
-    name = locate(backbone.name).name
+    name = locate_model(backbone.name).name
     return Path(name).name if name.startswith("/") else name
 
 

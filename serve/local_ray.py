@@ -21,7 +21,7 @@ import ray  # noqa: E402
 import ray._private.ray_constants as ray_constants  # noqa: E402
 
 from ptuning.errors import ServeError  # noqa: E402
-from ptuning.system.private import private, set_private  # noqa: E402
+from ptuning.system.private import get_private, set_private  # noqa: E402
 
 _STORE_BYTES = 128 << 20  # requests and tokens are small
 _LOOPBACK = ("127.0.0.1", "::1")
@@ -72,7 +72,7 @@ def keep_replica_on_loopback() -> None:
 
     if ray.util.get_node_ip_address() not in _LOOPBACK:
         return
-    add = private(replica, "add_port_to_grpc_server")
+    add = get_private(replica, "add_port_to_grpc_server")
     if getattr(add, "_ptuning", False):
         return
 

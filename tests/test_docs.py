@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cli import cli
+from pipelines.cli import verbs
 from pipelines.config import RunConfig, known_keys
 from ptuning.methods.catalogue import METHODS
 from serve.metrics import FAMILIES
@@ -99,7 +99,7 @@ def test_the_pages_name_every_method_and_every_verb() -> None:
     methods = (DOCS / "methods.md").read_text()
     assert [name for name in METHODS if f"| `{name}` (" not in methods] == []
     operations = (DOCS / "operations.md").read_text()
-    assert [verb for verb in cli.commands if f"`ptuning {verb}" not in operations] == []
+    assert [verb for verb in verbs.commands if f"`ptuning {verb}" not in operations] == []
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:

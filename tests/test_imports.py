@@ -258,6 +258,19 @@ def test_imports_inside_the_library_never_point_to_a_higher_tier() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_module_shares_its_name_with_what_it_defines() -> None:
+    """`from package import name` must say which of the two it is."""
+    shared = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for top in ("ptuning", "pipelines", "serve", "infra")
+        for path in sorted((ROOT / top).rglob("*.py"))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and node.name == path.stem
+    ]
+    assert shared == []
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     check_no_circle(one for one in all_imports() if not one.typing_only)
 

@@ -20,7 +20,7 @@ from ptuning.errors import ConfigError, RunError
 from ptuning.model.devices import choose_attention, choose_device, choose_dtype, free_memory
 from ptuning.model.fingerprint import fingerprint_of
 from ptuning.model.load import load_template, model_class, read_config, weight_bytes
-from ptuning.model.locate import locate
+from ptuning.model.locate import locate_model
 from ptuning.system import environment
 from ptuning.system.private import set_private
 
@@ -112,7 +112,7 @@ def _workers_in_memory(config: RunConfig, cores: int) -> int:
     if free is None or config.backbone.sharding == "zero3":
         return max(1, cores)
     dtype = choose_dtype(config.backbone.dtype, choose_device("cpu"))
-    source = locate(config.backbone.name)
+    source = locate_model(config.backbone.name)
     each = weight_bytes(source, read_config(source), dtype) + _WORKER_BYTES
     return max(1, min(cores, int(free // 2 // each)))
 
@@ -125,7 +125,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     chosen = config.backbone
     device = choose_device(chosen.device)
-    chosen_class = model_class(read_config(locate(chosen.name)))
+    chosen_class = model_class(read_config(locate_model(chosen.name)))
     kind = choose_attention(chosen.attention, device, chosen_class)
     dtype = chosen.dtype
     if dtype == "auto":
@@ -168,7 +168,7 @@ class NamedBackbone:
 
 def identify_backbone(config: RunConfig) -> NamedBackbone:
     """The backbone's name, fingerprint and template digest, without loading its weights."""
-    source = locate(config.backbone.name)
+    source = locate_model(config.backbone.name)
     template = load_template(config.backbone.name, config.data.template)
     return NamedBackbone(
         backbone_name=source.name,

@@ -18,6 +18,7 @@ from pipelines.report.summary import (
     RunFacts,
     duration_text,
     loss_text,
+    make_summary,
     next_steps,
     nll,
     notice_lines,
@@ -25,7 +26,6 @@ from pipelines.report.summary import (
     reason_of,
     shares,
     stage_rates,
-    summary,
     trained_users,
 )
 from ptuning.system.redaction import hide_user
@@ -66,7 +66,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 def html_report(facts: RunFacts) -> str:
     """The page as one file, with its style and drawing; all data is escaped."""
-    result = summary(facts)
+    result = make_summary(facts)
     body = [
         f"<h1>Run {_escape(facts.run_id)}</h1>",
         '<p class="soft">One trained prefix per user on one frozen model. '

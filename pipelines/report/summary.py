@@ -85,7 +85,7 @@ class RunFacts:
 # ---------------------------------------------------------------- summary.json
 
 
-def summary(facts: RunFacts) -> dict[str, Any]:
+def make_summary(facts: RunFacts) -> dict[str, Any]:
     """The contents of summary.json; raises RunError if the counts do not add up.
 
     Losses are in nats per completion token: medians over trained users, or None without any.
@@ -363,7 +363,7 @@ def duration_text(seconds: float) -> str:
 def print_report(console: Console, facts: RunFacts) -> None:
     """Print the report: outcomes, losses, time, failures, next steps."""
     # Text, not markup: an error message may contain brackets.
-    result = summary(facts)
+    result = make_summary(facts)
     console.print(Text(f"Run {facts.run_id}", style="bold"), end="\n\n")
     losses = _losses(shares(facts), result.get("nll_test"))
     for table in (_outcomes(result), losses, _stages(facts, result)):

@@ -60,7 +60,7 @@ FORMAT = 2  # of everything below partitions/; part of the id
 BLOCK_BYTES = 16 << 20  # text per shard, and at most per piece of a file
 
 
-def partition(
+def make_partition(
     sources: Sequence[str],
     store: Store,
     config: DataConfig,
@@ -77,10 +77,10 @@ def partition(
     configuration, rules and template is reused. Raises DataError (no or unreadable input, too many
     bad rows, a file with only bad rows), or RunError if Ray is not initialised. `block_bytes`
     limits memory and has no other effect. Example:
-    `partition(["rows.jsonl"], store, DataConfig(), "smollm2", open_identity(store)).users`.
+    `make_partition(["rows.jsonl"], store, DataConfig(), "smollm2", open_identity(store)).users`.
     """
     if not ray.is_initialized():
-        raise RunError("Ray is not initialised", fix="call ray.init() before partition()")
+        raise RunError("Ray is not initialised", fix="call ray.init() before make_partition()")
     started = time.monotonic()
     report = progress or (lambda *_: None)
     listing = find_files(sources)

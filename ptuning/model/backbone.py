@@ -42,7 +42,7 @@ from ptuning.model.attention_plan import (
     plan_attention,
 )
 from ptuning.model.batch import EMBEDDINGS, Batch, PackPrefix, RowPrefix
-from ptuning.model.discover import discover
+from ptuning.model.discover import discover_facts
 from ptuning.model.facts import DECODER, ENCODER, Facts
 from ptuning.model.frozen_pass import FrozenPass
 from ptuning.model.groups import stack_groups
@@ -146,7 +146,7 @@ class Backbone:
                 self.runner(AttentionPlan({}, None), None, None, 1, None, None, **inputs)
 
         frozen_pass = self._frozen_pass
-        return discover(
+        return discover_facts(
             self.model, frozen_pass.table, frozen_pass.takes_embeddings, run, self.device
         )
 

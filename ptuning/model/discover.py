@@ -129,7 +129,7 @@ def _recording(model: Any) -> Iterator[Recorder]:
         AttentionMaskInterface._global_mapping.pop(name)
 
 
-def discover(
+def discover_facts(
     model: Any, table: nn.Module, takes_embeddings: bool, run: Run, device: torch.device
 ) -> tuple[Facts, AttentionFacts]:
     """Run a few tokens, record which modules attend, in which order and with which shapes and

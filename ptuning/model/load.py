@@ -17,7 +17,7 @@ from ptuning.model.devices import choose_attention, choose_dtype, free_memory, u
 from ptuning.model.discover import EXAMPLES
 from ptuning.model.facts import CROSS, DECODER, ENCODER, BackboneConfig, Facts, StackFacts
 from ptuning.model.fingerprint import fingerprint_of, fingerprint_of_weights
-from ptuning.model.locate import Source, locate, weight_files
+from ptuning.model.locate import Source, locate_model, weight_files
 from ptuning.model.quiet import quiet_transformers
 
 
@@ -32,7 +32,7 @@ def load_tokenizer(source: Source) -> Any:
 
 def load_template(name: str, kind: TemplateKind = "auto") -> Template:
     """Load a model's prompt template, without its weights."""
-    source = locate(name)
+    source = locate_model(name)
     config = read_config(source)
     return Template.of(
         load_tokenizer(source),
@@ -45,7 +45,7 @@ def load_template(name: str, kind: TemplateKind = "auto") -> Template:
 def outline(name: str) -> Facts:
     """The facts known from a model's configuration alone: stacks, layers, positions. Enough to
     check a method before loading weights; key-value heads and widths are unknown (set to 1)."""
-    full_config = read_config(locate(name))
+    full_config = read_config(locate_model(name))
     config = full_config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     layers = {DECODER: _layers(config, "decoder_layers", "num_decoder_layers")}
@@ -109,7 +109,7 @@ def load_backbone(
             fix="omit the tokenizer: it is loaded with the model's files",
         )
     config = _settings(model if isinstance(model, BackboneConfig) else None, settings, model)
-    source = locate(config.name)
+    source = locate_model(config.name)
     device = usable_device(config.device)
     read = read_config(source)
     kind = choose_attention(config.attention, device, model_class(read))

@@ -59,7 +59,7 @@ class Source:
     path: str
 
 
-def locate(name: str) -> Source:
+def locate_model(name: str) -> Source:
     """Resolve a model's name; converts a .gguf on first use. Raises ModelNotFound."""
     if name in MODEL_ALIASES:
         return Source(name, str(_convert_gguf(_packaged(name))))

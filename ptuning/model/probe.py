@@ -77,7 +77,7 @@ def _cached(digest: str, model: Any) -> Isolation:
     try:
         return Isolation(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        found = probe(model)
+        found = probe_isolation(model)
     with suppress(OSError):  # without a writable cache, every load probes again
         _write(path, json.dumps(asdict(found)))
     return found
@@ -105,7 +105,7 @@ def _digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def probe(model: Any) -> Isolation:
+def probe_isolation(model: Any) -> Isolation:
     """Run small copies of a model, with rows beyond one threshold after another."""
     config = model.config
     original = original_positions(config)

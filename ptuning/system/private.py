@@ -8,7 +8,7 @@ from typing import Any
 from ptuning.errors import PTuningError
 
 
-def private(module: ModuleType, name: str) -> Any:
+def get_private(module: ModuleType, name: str) -> Any:
     """A private name of a library that we rely on. Raises PTuningError if it is gone: continuing
     without it could, for instance, leave a port open unnoticed."""
     try:
@@ -24,5 +24,5 @@ def private(module: ModuleType, name: str) -> Any:
 
 def set_private(module: ModuleType, name: str, value: object) -> None:
     """Set a private name of a library. Raises PTuningError if it is gone."""
-    private(module, name)
+    get_private(module, name)
     setattr(module, name, value)

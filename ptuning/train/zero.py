@@ -22,7 +22,7 @@ from ptuning.model.devices import choose_attention, choose_dtype, usable_device
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.fingerprint import fingerprint_of
 from ptuning.model.load import load_tokenizer, model_class, read_config, read_model
-from ptuning.model.locate import locate
+from ptuning.model.locate import locate_model
 from ptuning.system import environment
 from ptuning.train.step import Capture, Machine, Result, Score, T, Train, Work, prefix_of
 
@@ -42,7 +42,7 @@ def load_sharded(config: BackboneConfig, *, template: TemplateKind = "auto") -> 
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     dtype = choose_dtype(config.dtype, device)
     sharding = _sharding(dtype, device)
-    source = locate(config.name)
+    source = locate_model(config.name)
     read = read_config(source)
     # from_pretrained shards while this object is alive.
     keep_alive = HfDeepSpeedConfig(sharding)

@@ -13,7 +13,7 @@ import click
 import pytest
 from rich.console import Console
 
-from pipelines.cli import cli, main
+from pipelines.cli import main, verbs
 from pipelines.plan import Plan, PlannedUser, make_packs
 from pipelines.report.status import print_status, run_states
 from pipelines.run_folder import RunFolder
@@ -31,18 +31,18 @@ def test_help_lists_every_verb_and_gives_an_example_of_each(
 ) -> None:
     assert _exit_code(["--help"]) == 0
     examples, listed = capsys.readouterr().out.split("Commands:")
-    assert cli.commands
-    for verb, command in cli.commands.items():
+    assert verbs.commands
+    for verb, command in verbs.commands.items():
         assert f"ptuning {verb}" in examples, f"--help shows no use of {verb}"
         assert f"  {verb} " in listed
         assert command.help, f"{verb} does not say what it does"
     planned = {"key", "export", "rollback", "forget", "migrate", "gc", "doctor"}
-    for verb in planned - set(cli.commands):
+    for verb in planned - set(verbs.commands):
         assert f"ptuning {verb}" not in examples, f"{verb} is not built"
 
 
 def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, command in cli.commands.items():
+    for verb, command in verbs.commands.items():
         assert _exit_code([verb, "--help"]) == 0
         text = capsys.readouterr().out
         for parameter in command.params:
@@ -64,7 +64,7 @@ def test_every_verb_says_what_is_missing_where_there_is_no_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each of them runs as far as that, and a mistyped path is a usage error of all of them."""
-    assert _IN_VAIN.keys() == cli.commands.keys(), "say here how the new verb is called"
+    assert _IN_VAIN.keys() == verbs.commands.keys(), "say here how the new verb is called"
     for verb, arguments in _IN_VAIN.items():
         code = _exit_code([verb, "--store", str(tmp_path / "typo"), *arguments])
         said = capsys.readouterr()
@@ -82,8 +82,8 @@ def test_help_of_run_describes_every_configuration_key(capsys: pytest.CaptureFix
 
 def test_help_comes_without_importing_torch_ray_or_mlflow() -> None:
     code = (
-        "import sys; from pipelines.cli import cli; "
-        "cli.main(['--help'], standalone_mode=False); "
+        "import sys; from pipelines.cli import verbs; "
+        "verbs.main(['--help'], standalone_mode=False); "
         "print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     )
     begin = time.monotonic()

@@ -27,7 +27,7 @@ from partition_rows import (
 )
 
 from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.partition import partition
+from pipelines.rows.partition import make_partition
 from pipelines.rows.readers import Piece, RawRow, read_piece
 from ptuning.data.columns import Columns
 from ptuning.data.encode import Template
@@ -73,7 +73,7 @@ def test_every_format_gives_the_same_index(
     indexes = []
     for file in write_formats(tmp_path / "in", rows):
         store = Store(tmp_path / "stores" / file.name)
-        made = partition([str(file)], store, SMALL, template, KEYS, block_bytes=2000)
+        made = make_partition([str(file)], store, SMALL, template, KEYS, block_bytes=2000)
         assert made.rows_read == len(rows), file.name
         assert read_all(store, made) == expected_users(rows), file.name
         indexes.append(index_of(store, made))
@@ -134,7 +134,7 @@ def test_bad_rows_are_quarantined_with_file_row_and_reason(
 ) -> None:
     expected = write_bad_rows(tmp_path / "in")
     config = DataConfig(buckets=3, max_bad_fraction=0.2)
-    made = partition([str(tmp_path / "in")], store, config, template, KEYS, block_bytes=300)
+    made = make_partition([str(tmp_path / "in")], store, config, template, KEYS, block_bytes=300)
     assert quarantined(store, made.partition_id) == expected
     assert made.rows_quarantined == len(expected)
     assert made.rows_kept == made.rows_read - len(expected) == 104
@@ -161,7 +161,7 @@ def test_conversations_are_kept_turn_by_turn(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(cells)
-    made = partition([str(tmp_path / "*.*")], store, SMALL, template, KEYS)
+    made = make_partition([str(tmp_path / "*.*")], store, SMALL, template, KEYS)
     (examples,) = read_all(store, made).values()
     assert len(examples) == made.rows_read == 27
     assert len({replace(example, timestamp=0, split=None) for example in examples}) == 1
@@ -185,7 +185,7 @@ def test_inputs_that_cannot_be_used_fail_with_a_reason(
     ray_session: None, tmp_path: Path, store: Store, template: Template, make: Any, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        partition([str(make(tmp_path))], store, SMALL, template, KEYS)
+        make_partition([str(make(tmp_path))], store, SMALL, template, KEYS)
 
 
 def test_a_gzip_file_that_breaks_off_fails_and_names_the_file(
@@ -194,7 +194,7 @@ def test_a_gzip_file_that_breaks_off_fails_and_names_the_file(
     whole = gzip.compress(write_jsonl(tmp_path / "x", make_rows(["a"], each=500)).read_bytes())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
-        partition([str(tmp_path / "a.jsonl.gz")], store, SMALL, template, KEYS)
+        make_partition([str(tmp_path / "a.jsonl.gz")], store, SMALL, template, KEYS)
 
 
 def test_a_file_named_twice_is_read_once_and_hidden_files_are_left_out(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from partition_rows import (
 
 from pipelines.rows.buckets import read_bad, read_blocks, shard_of, write_shard
 from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.partition import partition
+from pipelines.rows.partition import make_partition
 from pipelines.rows.stored import Partition, read_index, read_partition, read_users
 from ptuning.data.columns import ColumnNames
 from ptuning.data.encode import Template
@@ -55,7 +55,7 @@ def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
     before = context.target_max_block_size
     context.target_max_block_size = max(block_bytes, 64)
     try:
-        made = partition(
+        made = make_partition(
             [str(tmp_path / "in")], store, SMALL, template, KEYS, block_bytes=block_bytes
         )
     finally:
@@ -84,7 +84,9 @@ def test_bucket_files_are_sorted_by_user_then_time(
 ) -> None:
     rows = make_rows([f"u{n}" for n in range(30)], each=8)
     random.Random(1).shuffle(rows)
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, SMALL, template, KEYS)
+    made = make_partition(
+        [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, SMALL, template, KEYS
+    )
     folder = Path(store.path("partitions", made.partition_id))
     files = sorted(folder.glob("user_bucket=*/*"))
     assert {file.parent.name for file in files} <= {f"user_bucket={n:05d}" for n in range(5)}
@@ -110,7 +112,9 @@ def test_order_and_layout_of_files_change_no_digest(
         for number in range(count):
             write_jsonl(folder / f"{seed}-{number}.jsonl", shuffled[number::count])
         store = Store(tmp_path / f"store{seed}")
-        made = partition([str(folder)], store, DataConfig(buckets=5, max_rows=10), template, KEYS)
+        made = make_partition(
+            [str(folder)], store, DataConfig(buckets=5, max_rows=10), template, KEYS
+        )
         indexes.append((index_of(store, made), read_all(store, made)))
     assert indexes[0] == indexes[1]
 
@@ -123,7 +127,9 @@ def test_max_rows_keeps_the_newest_and_test_rows_apart(
     rows += [row | {"split": "valid"} for row in make_rows(["tested"], each=20)]
     rows += make_rows(["tested"], each=60, start=10**11)
     config = DataConfig(buckets=2, max_rows=40)
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS)
+    made = make_partition(
+        [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
+    )
     assert read_all(store, made) == expected_users(rows, max_rows=40)
     counts = {
         entry["user_id"]: (entry["rows_train"], entry["rows_valid"], entry["rows_test"])
@@ -142,7 +148,9 @@ def test_max_users_keeps_those_with_most_train_and_valid_rows_ties_by_id(
     rows += [row | {"split": "test"} for row in make_rows(["few"], each=9, start=10**11)]
     rows += [row | {"completion": "x" * 600} for row in make_rows(["few"], each=3)]
     config = DataConfig(buckets=5, max_users=3, max_bad_fraction=0.2)
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS)
+    made = make_partition(
+        [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
+    )
     assert [entry["user_id"] for entry in index_of(store, made)] == ["a", "b", "most"]
     assert set(read_all(store, made)) == {"a", "b", "most"}
     assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (len(rows), 32, 3)
@@ -154,7 +162,9 @@ def test_users_with_too_few_rows_are_in_the_index_and_marked(
     rows = make_rows(["seven"], each=7) + make_rows(["eight"], each=8)
     rows += [row | {"split": "train"} for row in make_rows(["unvalidated"], each=20)]
     config = DataConfig(buckets=2, max_rows=4)  # fewer than min_examples: nobody's fault
-    made = partition([str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS)
+    made = make_partition(
+        [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
+    )
     marked = {entry["user_id"]: entry["too_few"] for entry in index_of(store, made)}
     assert marked == {"seven": True, "eight": False, "unvalidated": True}
     assert (made.users, made.too_few) == (3, 2)
@@ -166,7 +176,7 @@ def test_too_many_bad_rows_fail_and_leave_the_quarantine_file(
     rows = make_rows(["a"], each=90) + [{"user_id": True}] * 6 + [{}] * 4
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError) as caught:
-        partition([source], store, SMALL, template, KEYS)
+        make_partition([source], store, SMALL, template, KEYS)
     assert "user_id is not a string but bool (6), user_id is missing (4)" in str(caught.value)
     assert "10 of 100 rows" in str(caught.value)
     file = Path(caught.value.fields["quarantine"])
@@ -175,7 +185,9 @@ def test_too_many_bad_rows_fail_and_leave_the_quarantine_file(
     assert read_partition(store, file.parent.name) is None
     with pytest.raises(RunError, match="not finished"):
         read_index(store, file.parent.name)
-    assert partition([source], store, DataConfig(max_bad_fraction=0.1), template, KEYS).users == 1
+    assert (
+        make_partition([source], store, DataConfig(max_bad_fraction=0.1), template, KEYS).users == 1
+    )
 
 
 def texts_of(made: Partition) -> dict[tuple[str, str], tuple[int, str]]:
@@ -189,7 +201,7 @@ def test_a_file_of_bad_rows_alone_fails_and_is_named_with_its_columns(
         write_jsonl(tmp_path / "in" / f"{number}.jsonl", make_rows([f"u{number}"]))
     write_jsonl(tmp_path / "in" / "odd.jsonl", [{"name": "bob", "text": "hi"}] * 10)
     with pytest.raises(DataError) as caught:  # 3 % of the rows are bad
-        partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+        make_partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
     for part in (
         "odd.jsonl: user_id is missing (10)",
         "columns are 'name', 'text'",
@@ -198,7 +210,7 @@ def test_a_file_of_bad_rows_alone_fails_and_is_named_with_its_columns(
         assert part in str(caught.value)
     assert pq.read_table(caught.value.fields["quarantine"]).num_rows == 10
     config = DataConfig(buckets=5, max_bad_fraction=1)
-    made = partition([str(tmp_path / "in")], store, config, template, KEYS)
+    made = make_partition([str(tmp_path / "in")], store, config, template, KEYS)
     assert made.users == 30
     assert texts_of(made)["lost_file", "odd.jsonl"][0] == 10
     assert [(Path(bad.file).name, bad.rows, bad.reasons) for bad in made.bad_files] == [
@@ -217,7 +229,7 @@ def test_a_user_of_whom_no_row_is_left_is_named(
     rows += [{"user_id": "cy", "prompt": "q"}]
     config = DataConfig(buckets=3, max_bad_fraction=0.1, max_users=max_users)
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    made = partition([source], store, config, template, KEYS)
+    made = make_partition([source], store, config, template, KEYS)
     lost = {key: count for (kind, key), (count, _) in texts_of(made).items() if kind == "lost_user"}
     assert lost == {KEYS.user_key("bob"): 3, KEYS.user_key("dan"): 2}
     table = pq.read_table(store.path("partitions", made.partition_id, "quarantine.parquet"))
@@ -228,11 +240,11 @@ def test_files_that_are_not_read_are_named_each_time(
     ray_session: None, tmp_path: Path, store: Store, template: Template
 ) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", make_rows(["ann"]))
-    made = partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    made = make_partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
     assert made.notices == ()
     for number in range(30):
         write_jsonl(tmp_path / "in" / f"{number:02}.xlsx", [])
-    again = partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    again = make_partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
     assert again.partition_id == made.partition_id
     assert len(again.notices) == 21
     assert again.notices[0].subject == str(tmp_path / "in" / "00.xlsx")
@@ -248,7 +260,7 @@ def test_what_was_read_in_a_way_that_one_may_not_expect_is_said(
     ]
     rows = [row | {"weight": min(row["weight"], 1), "split": "dev"} for row in rows]
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    made = partition([source], store, SMALL, template, KEYS, block_bytes=100)
+    made = make_partition([source], store, SMALL, template, KEYS, block_bytes=100)
     assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (10, 8, 0)
     assert [(one.kind, one.subject, one.count) for one in made.notices] == [
         ("unknown_column", "mood", 10),
@@ -270,16 +282,16 @@ def test_a_partition_depends_on_folders_rules_and_the_stores_keys(
     first = write_jsonl(tmp_path / "split=train" / "a.jsonl", rows)
     moved = write_jsonl(tmp_path / "day=2" / "split=train" / "a.jsonl", rows)
     other = write_jsonl(tmp_path / "split=test" / "a.jsonl", rows)
-    made = partition([str(first)], store, SMALL, template, KEYS)
+    made = make_partition([str(first)], store, SMALL, template, KEYS)
     assert made.too_few == 2
-    assert partition([str(moved)], store, SMALL, template, KEYS) == made
+    assert make_partition([str(moved)], store, SMALL, template, KEYS) == made
     ids = [
         made.partition_id,
-        partition([str(other)], store, SMALL, template, KEYS).partition_id,
-        partition([str(first)], store, SMALL, template, Keys(b"other")).partition_id,
+        make_partition([str(other)], store, SMALL, template, KEYS).partition_id,
+        make_partition([str(first)], store, SMALL, template, Keys(b"other")).partition_id,
     ]
     monkeypatch.setattr("pipelines.rows.partition.ROW_RULES", 99)
-    ids.append(partition([str(first)], store, SMALL, template, KEYS).partition_id)
+    ids.append(make_partition([str(first)], store, SMALL, template, KEYS).partition_id)
     assert len(set(ids)) == 4
 
 
@@ -306,7 +318,7 @@ def test_too_many_rows_that_do_not_fit_fail_too(
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", make_rows(["a"], each=10))
     with pytest.raises(DataError, match="10 of 10 rows"):
-        partition([str(source)], store, DataConfig(max_length=8), template, KEYS)
+        make_partition([str(source)], store, DataConfig(max_length=8), template, KEYS)
     assert len(list(Path(store.root).rglob("quarantine.parquet"))) == 1
 
 
@@ -320,20 +332,22 @@ def test_a_finished_partition_is_found_again_wherever_the_data_lies(
     def note(stage: str, done: int, total: int) -> None:
         stages.append(stage)
 
-    made = partition([str(first)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
+    made = make_partition([str(first)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
     assert {"inspect", "read", "finish"} <= set(stages)
     stages.clear()
     second = write_jsonl(tmp_path / "there" / "a.jsonl", rows)
-    again = partition([str(second)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
+    again = make_partition([str(second)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
     assert again == made
     assert set(stages) == {"inspect"}
 
     others = [
-        partition(
+        make_partition(
             [str(write_jsonl(tmp_path / "b.jsonl", rows))], store, SMALL, str(tiny_model_dir), KEYS
         ),
-        partition([str(first)], store, DataConfig(buckets=6), str(tiny_model_dir), KEYS),
-        partition([str(write_jsonl(first, rows[1:]))], store, SMALL, str(tiny_model_dir), KEYS),
+        make_partition([str(first)], store, DataConfig(buckets=6), str(tiny_model_dir), KEYS),
+        make_partition(
+            [str(write_jsonl(first, rows[1:]))], store, SMALL, str(tiny_model_dir), KEYS
+        ),
     ]
     assert len({made.partition_id, *(other.partition_id for other in others)}) == 4
 
@@ -342,7 +356,7 @@ KILLED = """
     import os, signal, sys
     import ray
     from partition_rows import KEYS
-    from pipelines.rows.partition import partition
+    from pipelines.rows.partition import make_partition
     from ptuning.data.examples import DataConfig
     from ptuning.store import Store
 
@@ -352,7 +366,7 @@ KILLED = """
 
     ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
     config = DataConfig(buckets=5)
-    partition([sys.argv[3]], Store(sys.argv[4]), config, sys.argv[5], KEYS, progress=progress)
+    make_partition([sys.argv[3]], Store(sys.argv[4]), config, sys.argv[5], KEYS, progress=progress)
 """
 
 
@@ -383,7 +397,7 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
     living = folder / f"_attempt-0-{os.getpid()}-ab-{socket.gethostname()}"
     living.mkdir()
 
-    made = partition([str(source)], store, SMALL, str(tiny_model_dir), KEYS)
+    made = make_partition([str(source)], store, SMALL, str(tiny_model_dir), KEYS)
     assert made.partition_id == partition_id
     assert read_all(store, made) == expected_users(rows)
     assert list(folder.glob("_attempt-*")) == [living]  # of a process that lives: not ours
@@ -407,7 +421,7 @@ def test_killed_workers_cost_no_row_and_count_none_twice(
                 os.kill(workers.pop(), signal.SIGKILL)
 
     source = str(tmp_path / "in")
-    made = partition([source], store, SMALL, template, KEYS, progress=kill, block_bytes=500)
+    made = make_partition([source], store, SMALL, template, KEYS, progress=kill, block_bytes=500)
     assert not workers
     assert made.rows_read == len(rows)
     assert read_all(store, made) == expected_users(rows)
@@ -418,7 +432,7 @@ def test_without_ray_the_error_says_so(
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RunError, match="Ray is not initialised"):
-        partition([str(tmp_path)], store, SMALL, template, KEYS)
+        make_partition([str(tmp_path)], store, SMALL, template, KEYS)
 
 
 def test_a_user_that_is_missing_from_its_bucket_is_an_error(store: Store) -> None:
@@ -434,6 +448,6 @@ def test_the_shared_chat_data(ray_session: None, tmp_path: Path, template: Templ
         pytest.skip("no shared data: set PTUNING_SHARED_DATA to its folder")
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     store = Store(tmp_path)
-    made = partition([str(source)], store, DataConfig(max_rows=40), template, KEYS)
+    made = make_partition([str(source)], store, DataConfig(max_rows=40), template, KEYS)
     assert (made.users, made.rows_read, made.rows_kept) == (100, 6000, 4000)
     assert read_all(store, made) == expected_users(rows, max_rows=40)

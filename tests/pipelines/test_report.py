@@ -18,8 +18,8 @@ from pipelines.report.summary import (
     STAGES,
     USERS_SCHEMA,
     RunFacts,
+    make_summary,
     print_report,
-    summary,
     users_table,
 )
 from ptuning.errors import RunError
@@ -106,7 +106,7 @@ def printed(facts: RunFacts) -> str:
 
 
 def test_summary_has_every_key_of_the_contract(facts: RunFacts) -> None:
-    result = json.loads(json.dumps(summary(facts), allow_nan=False))
+    result = json.loads(json.dumps(make_summary(facts), allow_nan=False))
     assert result == {
         "run_id": "20250101-ab12",
         "users": {
@@ -142,41 +142,41 @@ def test_summary_has_every_key_of_the_contract(facts: RunFacts) -> None:
 
 
 def test_summary_of_an_empty_run_keeps_its_keys() -> None:
-    result = summary(facts_of())
+    result = make_summary(facts_of())
     assert result["users"]["total"] == 0
     assert result["nll"] == {"base": None, "candidate": None}
     assert result["failures"] == []
 
 
 def test_test_losses_are_there_only_with_test_rows(facts: RunFacts) -> None:
-    assert "nll_test" not in summary(facts)
-    with_test = summary(facts_of(*facts.users, trained("fay", 3.0, 2.5, test=2.6)))
+    assert "nll_test" not in make_summary(facts)
+    with_test = make_summary(facts_of(*facts.users, trained("fay", 3.0, 2.5, test=2.6)))
     assert with_test["nll_test"] == {"base": pytest.approx(3.0), "candidate": pytest.approx(2.6)}
 
 
 def test_a_loss_that_is_not_finite_is_no_part_of_a_median() -> None:
     users = trained("ann", 3.0, float("nan")), trained("bob", 4.0, 3.0)
-    assert summary(facts_of(*users))["nll"]["candidate"] == pytest.approx(3.0)
+    assert make_summary(facts_of(*users))["nll"]["candidate"] == pytest.approx(3.0)
 
 
 def test_a_user_without_a_report_stops_the_summary(facts: RunFacts) -> None:
     with pytest.raises(RunError, match="total 6, trained 3") as caught:
-        summary(replace(facts, users_total=6))
+        make_summary(replace(facts, users_total=6))
     assert caught.value.fields["run_id"] == facts.run_id
 
 
 def test_a_trained_user_without_a_decision_stops_the_summary(facts: RunFacts) -> None:
     facts.users[0][1].decision = None
     with pytest.raises(RunError, match="trained must be promoted"):
-        summary(facts)
+        make_summary(facts)
 
 
 def test_a_report_under_another_users_id_stops_the_summary() -> None:
     _, report = trained("ann", 3.0, 2.5)
     with pytest.raises(RunError, match="another user's id"):
-        summary(facts_of(("bob", report)))
+        make_summary(facts_of(("bob", report)))
     with pytest.raises(RunError, match="two reports"):
-        summary(facts_of(("ann", report), ("ann", report)))
+        make_summary(facts_of(("ann", report), ("ann", report)))
 
 
 def retired(user_id: str | None, name: str) -> tuple[str | None, UserReport]:
@@ -193,10 +193,10 @@ def judged_again(user_id: str, decision: Decision) -> tuple[str | None, UserRepo
 def test_users_who_left_and_users_judged_again_add_up(facts: RunFacts) -> None:
     more = [retired("fay", "fay"), retired(None, "gil"), judged_again("hal", "rejected")]
     found = facts_of(*facts.users, *more)
-    counts = summary(found)["users"]
+    counts = make_summary(found)["users"]
     assert (counts["total"], counts["retired"], counts["unchanged"]) == (8, 2, 1)
     assert counts["rejected"] == 1, "of those who trained"
-    assert summary(found)["judged_again"] == {"promoted": 0, "rejected": 1, "pending": 0}
+    assert make_summary(found)["judged_again"] == {"promoted": 0, "rejected": 1, "pending": 0}
     rows = users_table(found).to_pylist()
     assert [row["user_id"] for row in rows[-3:]] == ["fay", None, "hal"]
     assert rows[-2]["reason"].startswith("the rows are gone")
@@ -227,7 +227,7 @@ def test_both_reports_say_who_retired_and_what_was_skipped() -> None:
 
 
 def test_a_summary_keeps_a_hundred_failures_and_counts_them_all() -> None:
-    result = summary(facts_of(*(failed(f"u{n}", "no") for n in range(120))))
+    result = make_summary(facts_of(*(failed(f"u{n}", "no") for n in range(120))))
     assert len(result["failures"]) == 100
     assert result["users"]["failed"] == 120
 
@@ -235,14 +235,14 @@ def test_a_summary_keeps_a_hundred_failures_and_counts_them_all() -> None:
 def test_a_stores_keys_are_made_as_the_store_makes_them() -> None:
     _, report = trained("ann", 3.0, 2.5)
     of_store = facts_of(("ann", replace(report, user_key="salted")))
-    assert summary(replace(of_store, key_of=lambda _: "salted"))["users"]["total"] == 1
+    assert make_summary(replace(of_store, key_of=lambda _: "salted"))["users"]["total"] == 1
     with pytest.raises(RunError, match="another user's id"):
-        summary(of_store)
+        make_summary(of_store)
 
 
 def test_a_stage_that_the_contract_does_not_have_stops_the_summary(facts: RunFacts) -> None:
     with pytest.raises(RunError, match="tuning"):
-        summary(replace(facts, seconds={"tuning": 1.0}))
+        make_summary(replace(facts, seconds={"tuning": 1.0}))
 
 
 # ---------------------------------------------------------------- the users table

@@ -45,7 +45,7 @@ def _run(data: Path, store: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _prefixes(store: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """What the run trained, by user key; other runs in the store may have trained the same users."""
+    """What the run trained, by user key: other runs in the store may have trained them too."""
     return {
         row["user_key"]: load_file(store / prefix_path(row["user_key"], row["digest"]))[
             "decoder.0.keys"

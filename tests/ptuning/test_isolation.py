@@ -33,7 +33,7 @@ from ptuning.model import probe as probe_module
 from ptuning.model.attention import implementation
 from ptuning.model.backbone import Backbone
 from ptuning.model.load import load_backbone
-from ptuning.model.probe import Isolation, check_isolation, probe
+from ptuning.model.probe import Isolation, check_isolation, probe_isolation
 from ptuning.scoring import nll
 from ptuning.train.config import TrainConfig
 from ptuning.train.packed import train_pack
@@ -209,9 +209,9 @@ def test_experts_that_take_a_limited_number_of_a_batchs_tokens_couple_rows() -> 
         )
         return build_model(config, "eager")
 
-    limited = probe(experts(expert_capacity=64, moe_eval_capacity_token_fraction=-1.0))
+    limited = probe_isolation(experts(expert_capacity=64, moe_eval_capacity_token_fraction=-1.0))
     assert limited.coupling is not None
-    assert probe(experts(moe_eval_capacity_token_fraction=1.0)) == Isolation()
+    assert probe_isolation(experts(moe_eval_capacity_token_fraction=1.0)) == Isolation()
 
 
 def test_a_verdict_is_reached_once_and_kept_by_configuration(
@@ -223,9 +223,9 @@ def test_a_verdict_is_reached_once_and_kept_by_configuration(
 
     def count(model: Any) -> Isolation:
         probed.append(model)
-        return probe(model)
+        return probe_isolation(model)
 
-    monkeypatch.setattr(probe_module, "probe", count)
+    monkeypatch.setattr(probe_module, "probe_isolation", count)
     longrope, plain = build_model(phi3_longrope(), "eager"), build_model(with_rope("yarn"), "eager")
     assert check_isolation(longrope) == check_isolation(longrope) == Isolation(positions=ORIGINAL)
     assert check_isolation(plain) == Isolation()

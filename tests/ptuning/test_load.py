@@ -21,7 +21,7 @@ from ptuning.model.devices import choose_attention, choose_dtype
 from ptuning.model.facts import BackboneConfig
 from ptuning.model.fingerprint import fingerprint_of, settings_text
 from ptuning.model.load import model_class, read_config, weight_bytes
-from ptuning.model.locate import locate, weight_files
+from ptuning.model.locate import locate_model, weight_files
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def directory(tiny_model_dir: Path, tmp_path: Path) -> Path:
 
 
 def fingerprint(directory: Path) -> str:
-    source = locate(str(directory))
+    source = locate_model(str(directory))
     return fingerprint_of(source, read_config(source))
 
 
@@ -54,7 +54,11 @@ def shard(directory: Path) -> None:
 
 def test_weights_that_are_not_loaded_count_for_nothing(directory: Path) -> None:
     """Repositories of Mistral hold a consolidated.safetensors beside the shards."""
-    source, config, before = locate(str(directory)), read_config(locate(str(directory))), None
+    source, config, before = (
+        locate_model(str(directory)),
+        read_config(locate_model(str(directory))),
+        None,
+    )
     for _ in range(2):
         now = fingerprint(directory), weight_bytes(source, config, torch.float32)
         assert before in (None, now)
@@ -95,7 +99,7 @@ def test_a_download_takes_the_named_weights_only(
         return str(directory)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    locate("owner/model")
+    locate_model("owner/model")
     assert not any("safetensors" in pattern for pattern in asked[0])
     assert [pattern for pattern in asked[1] if "safetensors" in pattern] == [
         "model-00001-of-00002.safetensors",
