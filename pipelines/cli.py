@@ -33,7 +33,7 @@ _SETTINGS = (
 )
 
 
-def _configured(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_SETTINGS):
         function = option(function)
     return function
@@ -63,7 +63,7 @@ class _Keys(click.Command):
         )
         rows = [("method.type", f"tuning method: {types} [default: {DEFAULT}]")]
         rows += [
-            _described(key, field)
+            _describe(key, field)
             for key, field in known_keys()
             if key in shared or not key.startswith("method.")
         ]
@@ -73,14 +73,14 @@ class _Keys(click.Command):
             with formatter.section(f"Keys of method.type={name}"):
                 formatter.write_dl(
                     [
-                        _described(key, field)
+                        _describe(key, field)
                         for key, field in keys
                         if key not in shared and key != "method.type"
                     ]
                 )
 
 
-def _described(key: str, field: Any) -> tuple[str, str]:
+def _describe(key: str, field: Any) -> tuple[str, str]:
     default = field.get_default(call_default_factory=True)
     shown = "none" if default is None else default
     return key, f"{field.description or ''} [default: {shown}]"
@@ -112,7 +112,7 @@ def verbs() -> None:
     help="Parquet, JSONL, JSON, CSV or TSV, compressed or not: a file, folder, glob or URI; "
     "may be repeated.",
 )
-@_configured
+@_with_settings
 def run(
     sources: tuple[str, ...],
     store: str,
@@ -164,10 +164,10 @@ def run(
     default=0.0,
     show_default=True,
     type=click.FloatRange(0.0),
-    help="0 takes the likeliest token; higher is more varied.",
+    help="0 takes the likeliest token; higher values vary more.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the draw, if temperature > 0.")
-@_configured
+@click.option("--seed", default=0, show_default=True, help="For sampling, if temperature > 0.")
+@_with_settings
 @click.argument("prompts", nargs=-1, required=True)
 def generate(
     user_id: str,
@@ -203,7 +203,7 @@ def generate(
 @verbs.command(cls=_Keys)
 @click.option("--host", help="Address to bind to; loopback by default.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
-@_configured
+@_with_settings
 def serve(
     host: str | None,
     port: int | None,

@@ -49,7 +49,7 @@ class RayConfig(Config):
     workers: int | None = Field(
         None,
         ge=1,
-        description="training processes of the gang; none: one per GPU, or without GPUs one per "
+        description="training processes of the gang; none: one per GPU or, without GPUs, one per "
         "CPU core as far as memory allows",
     )
     cpus_per_worker: float | None = Field(

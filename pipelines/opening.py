@@ -69,8 +69,8 @@ def reach_registry(
         fingerprint=fingerprint,
         store_id=identity.store_id,
     )
-    nobody = identity.user_key("")  # no user has an empty id
-    registry.champion(nobody, config.registry.prefix_name)
+    no_user = identity.user_key("")  # no user has an empty id
+    registry.champion(no_user, config.registry.prefix_name)
     return registry
 
 

@@ -126,7 +126,7 @@ class RunFolder:
         return {name.removesuffix(".json") for name in names if name.endswith(".json")}
 
     def commit(self, record: DoneRecord) -> bool:
-        """Write a pack's record unless there is one; says whether this call did."""
+        """Write a pack's record unless it exists; returns whether this call wrote it."""
         return self.store.write_once(self._name("done", f"{record.pack_id}.json"), record.to_json())
 
     def read_done(self, pack_id: str) -> DoneRecord | None:
@@ -183,7 +183,7 @@ class RunFolder:
         if not self.store.is_local:
             yield
             return
-        with _locked(self.store.path(self._name("lock")), wait=False) as file:
+        with _lock_file(self.store.path(self._name("lock")), wait=False) as file:
             if file is None:
                 raise RunError(
                     "another process is working on this run",
@@ -203,7 +203,7 @@ class RunFolder:
         path = self.store.path(self._name("lock"))
         if not self.store.is_local or not os.path.exists(path):
             return "unfinished"
-        with _locked(path, wait=False) as file:
+        with _lock_file(path, wait=False) as file:
             if file is None:
                 return "running"
             holder = json.loads(file.read() or "{}")
@@ -238,12 +238,12 @@ def lock_runs(store: Store) -> Iterator[None]:
     if not store.is_local:
         yield
         return
-    with _locked(store.path("runs.lock"), wait=True):
+    with _lock_file(store.path("runs.lock"), wait=True):
         yield
 
 
 @contextlib.contextmanager
-def _locked(path: str, *, wait: bool) -> Iterator[Any]:
+def _lock_file(path: str, *, wait: bool) -> Iterator[Any]:
     """Open and lock a file; gives None if another process has the lock and `wait` is false."""
     import fcntl
 

@@ -66,7 +66,7 @@ class LocalWrites:
         return data, hashlib.sha256(data).hexdigest()
 
     def replace_if_unchanged(self, path: str, data: bytes, etag: str) -> bool:
-        with _locked(path):
+        with _lock_file(path):
             current = self.read(path)
             if current is None or current[1] != etag:
                 return False
@@ -75,7 +75,7 @@ class LocalWrites:
 
 
 @contextmanager
-def _locked(path: str) -> Iterator[None]:
+def _lock_file(path: str) -> Iterator[None]:
     """Hold a file's lock. The lock file is never removed: otherwise two processes could hold locks
     on two different files of the same name."""
     folder, name = os.path.split(path)
@@ -102,7 +102,7 @@ class S3Writes:
         except FileNotFoundError:
             return None
         except Exception as error:
-            if _says(error, _ABSENT):
+            if _has_code(error, _ABSENT):
                 return None
             raise
 
@@ -117,9 +117,9 @@ class S3Writes:
         try:
             self._fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
         except Exception as error:
-            if _says(error, _LOST):
+            if _has_code(error, _LOST):
                 return False
-            if "IfMatch" in condition and _says(error, _ABSENT):
+            if "IfMatch" in condition and _has_code(error, _ABSENT):
                 return False
             raise
         return True
@@ -138,7 +138,7 @@ def _body(fs: Any, answer: Any) -> bytes:
     return bytes(sync(fs.loop, read))
 
 
-def _says(error: BaseException | None, codes: tuple[str, ...]) -> bool:
+def _has_code(error: BaseException | None, codes: tuple[str, ...]) -> bool:
     """Whether an error, or one of its causes, is an S3 response with one of these codes."""
     while error is not None:
         code = getattr(error, "response", {}).get("Error", {}).get("Code")

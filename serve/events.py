@@ -58,10 +58,10 @@ class Refused(ServeError):
         return Problem(message=self.message, **self.fields)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_refused, (asdict(self.problem),))
+        return (_rebuild_refused, (asdict(self.problem),))
 
 
-def _refused(fields: dict[str, Any]) -> Refused:
+def _rebuild_refused(fields: dict[str, Any]) -> Refused:
     return Refused(fields.pop("message"), **fields)
 
 

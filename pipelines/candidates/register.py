@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipelines.plan import PlannedUser
-from pipelines.report.metrics import PACK_METRICS, USER_METRICS, WHO, check_names
+from pipelines.report.metrics import LOSS_NAMES, PACK_METRICS, USER_METRICS, check_names
 from ptuning.registry.base import PackRecord, Registration, Registry
 from ptuning.types import Decision, Gate, UserReport
 
@@ -146,7 +146,7 @@ def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
         "users_promoted": sum(report.decision == "promoted" for report in reports),
         "users_failed": sum(report.status == "failed" for report in reports),
     }
-    for name in WHO:
+    for name in LOSS_NAMES:
         losses = [user_metrics(report).get(f"nll_{name}_valid") for report in trained]
         known = [loss for loss in losses if loss is not None]
         if known:

@@ -12,10 +12,10 @@ from typing import TypeVar
 from ptuning.errors import RunError
 from ptuning.types import Split
 
-WHO = ("base", "champion", "candidate", "public", "other")  # the prefixes that are scored
+LOSS_NAMES = ("base", "champion", "candidate", "public", "other")  # what is scored
 SCORED: tuple[Split, ...] = ("valid", "test")
 
-_WHOSE = {
+_LOSS_TEXTS = {
     "base": "the base model",
     "champion": "the prefix that the user had",
     "candidate": "the prefix that this run trained or judged",
@@ -28,9 +28,9 @@ USER_METRICS: Mapping[str, str] = {
     "steps": "optimiser steps",
     "tokens": "tokens trained on",
     **{
-        f"nll_{name}_{split}": f"nats per completion token of {_WHOSE[name]} on {split} rows"
+        f"nll_{name}_{split}": f"nats per completion token of {_LOSS_TEXTS[name]} on {split} rows"
         for split in SCORED
-        for name in WHO
+        for name in LOSS_NAMES
     },
     **{
         f"gain_over_base_{split}": f"nats per completion token saved on {split} rows"
@@ -42,7 +42,10 @@ PACK_METRICS: Mapping[str, str] = {
     "users_trained": "users trained or judged again",
     "users_promoted": "of these, promoted",
     "users_failed": "users who failed",
-    **{f"nll_{name}_valid_median": f"median loss of {_WHOSE[name]} on valid rows" for name in WHO},
+    **{
+        f"nll_{name}_valid_median": f"median loss of {_LOSS_TEXTS[name]} on valid rows"
+        for name in LOSS_NAMES
+    },
 }
 
 _Metrics = TypeVar("_Metrics", bound=Mapping[str, object])

@@ -103,7 +103,7 @@ def _cards(facts: RunFacts, result: dict[str, Any]) -> str:
     cards = [
         (f"{users['trained']:,} / {users['total']:,}", f"users trained ({decided}; {rest})"),
         (
-            f"{loss_text(found.base)} → {loss_text(found.own)}",
+            f"{loss_text(found.base)} → {loss_text(found.candidate)}",
             "median loss, base model → own prefix",
         ),
         (percent_text(found.beat_base), "of trained users beat the base model"),
@@ -186,16 +186,16 @@ def _users_section(facts: RunFacts) -> str:
 def _page_row(user_id: str | None, report: UserReport) -> tuple[str, ...]:
     # Numbers for publication should come from test rows, if there are any.
     split = "valid" if nll(report, "candidate", "test") is None else "test"
-    base, own = nll(report, "base", split), nll(report, "candidate", split)
-    gain = f"{base - own:+.3f}" if base is not None and own is not None else "–"
+    base, candidate = nll(report, "base", split), nll(report, "candidate", split)
+    gain = f"{base - candidate:+.3f}" if base is not None and candidate is not None else "–"
     return (
         report.user_key[:12],
         report.decision or report.status.replace("_", " "),
         loss_text(base),
         loss_text(nll(report, "other", split)),
-        loss_text(own),
+        loss_text(candidate),
         gain,
-        split if own is not None else "–",
+        split if candidate is not None else "–",
         f"{report.steps:,}",
         f"{report.tokens:,}",
         hide_user(reason_of(report) or "", user_id or ""),
@@ -222,10 +222,10 @@ def draw_losses(reports: Sequence[UserReport]) -> str:
     "" if no user has both losses.
     """
     points = [
-        (report.user_key[:8], base, own, nll(report, "other", "valid"))
+        (report.user_key[:8], base, candidate, nll(report, "other", "valid"))
         for report in reports
         if (base := nll(report, "base", "valid")) is not None
-        and (own := nll(report, "candidate", "valid")) is not None
+        and (candidate := nll(report, "candidate", "valid")) is not None
     ]
     if not points:
         return ""
@@ -238,7 +238,7 @@ def draw_losses(reports: Sequence[UserReport]) -> str:
     figure = Figure(figsize=(10, height), layout="constrained")
     axes = figure.add_subplot()
     if many:
-        _histogram(axes, [base - own for _, base, own, _ in points])
+        _histogram(axes, [base - candidate for _, base, candidate, _ in points])
     else:
         _dumbbells(axes, sorted(points, key=lambda point: point[2] - point[1]))
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -249,15 +249,15 @@ def draw_losses(reports: Sequence[UserReport]) -> str:
 
 def _dumbbells(axes: Any, points: list[tuple[str, float, float, float | None]]) -> None:
     rows = range(len(points), 0, -1)
-    names, base, own, other = (list(column) for column in zip(*points, strict=True))
-    axes.hlines(rows, base, own, color=_BASE, linewidth=2, zorder=1)
+    names, base, candidate, other = (list(column) for column in zip(*points, strict=True))
+    axes.hlines(rows, base, candidate, color=_BASE, linewidth=2, zorder=1)
     axes.scatter(base, rows, s=46, color=_BASE, label="base model", zorder=2)
     known = [(value, row) for value, row in zip(other, rows, strict=True) if value is not None]
     if known:
         values, places = zip(*known, strict=True)
         label = "another user's prefix"
         axes.scatter(values, places, s=52, marker="|", linewidth=2.4, color=_OTHER, label=label)
-    axes.scatter(own, rows, s=58, color=_OWN, label="own prefix", zorder=3)
+    axes.scatter(candidate, rows, s=58, color=_OWN, label="own prefix", zorder=3)
     axes.set_yticks(list(rows), names, family="monospace")
     axes.set_ylim(0.3, len(points) + 0.7)
     axes.grid(axis="x", color="#e2e6ec", linewidth=0.8)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report.metrics import SCORED, WHO
+from pipelines.report.metrics import LOSS_NAMES, SCORED
 from ptuning.errors import RunError
 from ptuning.system.redaction import hide_passwords, hide_user
 from ptuning.types import SPLITS, UserReport, user_key
@@ -225,7 +225,7 @@ USERS_SCHEMA = pa.schema(
         pa.field("decision", pa.string()),
         pa.field("digest", pa.string()),
         *(pa.field(f"rows_{split}", pa.int64()) for split in SPLITS),
-        *(pa.field(f"nll_{name}_{split}", pa.float64()) for split in SCORED for name in WHO),
+        *(pa.field(f"nll_{name}_{split}", pa.float64()) for split in SCORED for name in LOSS_NAMES),
         pa.field("steps", pa.int64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
         pa.field("reason", pa.string()),
@@ -251,7 +251,11 @@ def _user_row(user_id: str | None, report: UserReport, facts: RunFacts) -> dict[
         "tokens": report.tokens,
         "reason": reason_of(report),
         **{f"rows_{split}": counts.get(split) for split in SPLITS},
-        **{f"nll_{name}_{split}": nll(report, name, split) for name in WHO for split in SCORED},
+        **{
+            f"nll_{name}_{split}": nll(report, name, split)
+            for name in LOSS_NAMES
+            for split in SCORED
+        },
     }
 
 
@@ -276,7 +280,7 @@ class Shares:
     """Median losses on validation rows, and shares of the measured users."""
 
     base: float | None
-    own: float | None
+    candidate: float | None
     other: float | None
     beat_base: float | None
     beat_other: float | None
@@ -288,7 +292,7 @@ def shares(facts: RunFacts) -> Shares:
     reports = list(trained_users(facts))
     return Shares(
         base=_median(nll(report, "base", "valid") for report in reports),
-        own=_median(nll(report, "candidate", "valid") for report in reports),
+        candidate=_median(nll(report, "candidate", "valid") for report in reports),
         other=_median(nll(report, "other", "valid") for report in reports),
         beat_base=_share_better(reports, "base"),
         beat_other=_share_better(reports, "other"),
@@ -404,7 +408,7 @@ def _losses(found: Shares, on_test: dict[str, float | None] | None) -> Table:
     table.add_row("base model", loss_text(found.base), "")
     if found.other is not None:
         table.add_row("another user's prefix", loss_text(found.other), "")
-    table.add_row("own prefix", Text(loss_text(found.own), style="bold green"), "")
+    table.add_row("own prefix", Text(loss_text(found.candidate), style="bold green"), "")
     table.add_row("own beats the base", percent_text(found.beat_base), "of trained users")
     if found.beat_other is not None:
         table.add_row(

@@ -77,7 +77,7 @@ def _expand(source: str) -> Listing:
             return Listing((file,), ())
         if fs.isdir(path):
             infos = fs.find(path, detail=True)
-            infos = {n: info for n, info in infos.items() if not _hidden(n.removeprefix(path))}
+            infos = {n: info for n, info in infos.items() if not _is_hidden(n.removeprefix(path))}
         else:
             infos = fs.glob(path, detail=True)
     except DataError:
@@ -129,7 +129,7 @@ def _folders(url: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in pairs if value not in ("", _NO_VALUE))
 
 
-def _hidden(relative: str) -> bool:
+def _is_hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 

@@ -162,7 +162,7 @@ class Template:
         """
         parts = {
             "kind": self.kind,
-            "chat_template": self._undated if self.kind == "chat" else None,
+            "chat_template": self._fixed_date_template if self.kind == "chat" else None,
             "parts": self.parts,
             "begin": self._begin,
             "after_prompt": self._tail,
@@ -227,7 +227,7 @@ class Template:
             completion, turns = example.messages[-1].content, example.messages[:-1]
         else:
             raise DataError("the example has neither a completion nor messages")
-        answer = self._known([*self.ids(completion), self.end_token_id])
+        answer = self._check_ids([*self.ids(completion), self.end_token_id])
         if len(answer) == 1:
             raise DataError("the completion has no tokens", seen=repr(completion[:80]))
         prompt = self.encode_prompt(
@@ -255,7 +255,7 @@ class Template:
                 else [{"role": turn.role, "content": turn.content} for turn in prompt]
             )
             ids, removable = self._chat_ids(turns)
-        self._known(ids)
+        self._check_ids(ids)
         excess = len(ids) - max_length
         if excess <= 0:
             return ids
@@ -282,7 +282,7 @@ class Template:
             return False
         return max(self.tokenizer.get_vocab().values(), default=0) >= self.vocab_size
 
-    def _known(self, ids: list[int]) -> list[int]:
+    def _check_ids(self, ids: list[int]) -> list[int]:
         """The ids, after checking that the model has embeddings for them. On a GPU an id without
         one would crash the process, with every other user's request."""
         if self.exceeds_vocabulary and ids and max(ids) >= (self.vocab_size or 0):
@@ -315,7 +315,7 @@ class Template:
         return random.Random(seed).choices(common, k=count)
 
     @cached_property
-    def _undated(self) -> str:
+    def _fixed_date_template(self) -> str:
         """The chat template with a fixed date: some templates print today's.
 
         The date comes from a macro because Transformers passes no function to a template; `+%}`
@@ -345,7 +345,7 @@ class Template:
             rendered = self.tokenizer.apply_chat_template(
                 conversation,
                 tokenize=False,
-                chat_template=self._undated,
+                chat_template=self._fixed_date_template,
                 add_generation_prompt=generation,
                 date_string="1 January 2025",
             )

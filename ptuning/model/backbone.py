@@ -366,7 +366,7 @@ class Backbone:
         last: Tensor,
     ) -> Tensor:
         """Logits `[R, V]` at column `last[r]` of each row's answer so far, fp32, given the
-        encoder's hidden states. Nothing is cached: each step reads the whole answer again."""
+        encoder's hidden states. Nothing is cached: each step reads the full answer again."""
         rows = torch.arange(decoder_input_ids.shape[0], device=self.device)
         tokens = pair_tokens(attention_mask, decoder_input_ids.shape[1])
         del tokens[ENCODER]

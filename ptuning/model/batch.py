@@ -73,9 +73,11 @@ class Dropout:
     def __call__(self, name: str, values_R: Tensor) -> Tensor:
         device, count = values_R.device, values_R[0].numel()
         seeds = [seed_of(seed, name) for seed in self.seeds]
-        low_R1 = torch.tensor([_signed(seed) for seed in seeds], dtype=torch.int32, device=device)
+        low_R1 = torch.tensor(
+            [_to_signed(seed) for seed in seeds], dtype=torch.int32, device=device
+        )
         high_R1 = torch.tensor(
-            [_signed(seed >> 32) for seed in seeds], dtype=torch.int32, device=device
+            [_to_signed(seed >> 32) for seed in seeds], dtype=torch.int32, device=device
         )
         indices = _mix(torch.arange(count, dtype=torch.int32, device=device))
         draws = _mix((indices ^ low_R1[:, None]) + high_R1[:, None])
@@ -84,7 +86,7 @@ class Dropout:
         return values_R * keep.view(values_R.shape).to(values_R) / (1.0 - self.rate)
 
 
-def _signed(word: int) -> int:
+def _to_signed(word: int) -> int:
     """The low 32 bits of a word as a signed integer: torch computes with signed integers only."""
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
@@ -92,9 +94,9 @@ def _signed(word: int) -> int:
 def _mix(bits: Tensor) -> Tensor:
     """MurmurHash3's finaliser on int32 integers, as a new tensor: every bit affects every bit."""
     bits = bits ^ ((bits >> 16) & 0xFFFF)
-    bits.mul_(_signed(0x85EBCA6B))
+    bits.mul_(_to_signed(0x85EBCA6B))
     bits.bitwise_xor_((bits >> 13) & 0x7FFFF)
-    bits.mul_(_signed(0xC2B2AE35))
+    bits.mul_(_to_signed(0xC2B2AE35))
     return bits.bitwise_xor_((bits >> 16) & 0xFFFF)
 
 

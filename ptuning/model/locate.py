@@ -62,7 +62,7 @@ class Source:
 def locate_model(name: str) -> Source:
     """Resolve a model's name; converts a .gguf on first use. Raises ModelNotFound."""
     if name in MODEL_ALIASES:
-        return Source(name, str(_convert_gguf(_packaged(name))))
+        return Source(name, str(_convert_gguf(_find_packaged(name))))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -83,13 +83,13 @@ def locate_model(name: str) -> Source:
             expected=f"an alias ({', '.join(MODEL_ALIASES)}), a directory, a .gguf file, or a hub "
             "id such as owner/model",
         )
-    return Source(name, _downloaded(name))
+    return Source(name, _download(name))
 
 
 _TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # configuration and tokenizer
 
 
-def _downloaded(name: str) -> str:
+def _download(name: str) -> str:
     """The local snapshot of a hub id, from the hub's cache or downloaded.
 
     The small files are fetched first: they name the weight files to download, and a repository
@@ -99,7 +99,7 @@ def _downloaded(name: str) -> str:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(_TEXT_FILES)))
-        wanted = _indexed(folder) or ["model.safetensors"]
+        wanted = _read_index(folder) or ["model.safetensors"]
         return str(snapshot_download(name, allow_patterns=[*_TEXT_FILES, *wanted]))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise ModelNotFound(
@@ -114,7 +114,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files with a model's weights, chosen as `from_pretrained` does: those named by an index,
     or else the single file with the usual name. Raises ModelNotFound if any is missing."""
     for single in ("model.safetensors", "pytorch_model.bin"):
-        files = [folder / name for name in _indexed(folder, f"{single}.index.json")]
+        files = [folder / name for name in _read_index(folder, f"{single}.index.json")]
         files = files or [folder / single]
         missing = [file.name for file in files if not file.is_file()]
         if not missing:
@@ -134,8 +134,8 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _indexed(folder: Path, name: str = "model.safetensors.index.json") -> list[str]:
-    """The file names in an index of weights; [] where there is no index."""
+def _read_index(folder: Path, name: str = "model.safetensors.index.json") -> list[str]:
+    """The file names in an index of weights; [] if there is no index."""
     index = folder / name
     if not index.is_file():
         return []
@@ -158,10 +158,10 @@ def _indexed(folder: Path, name: str = "model.safetensors.index.json") -> list[s
     return named
 
 
-def _packaged(alias: str) -> Path:
+def _find_packaged(alias: str) -> Path:
     """The alias's .gguf file; parts are joined in the cache on first use."""
     packaged = MODEL_ALIASES[alias]
-    parts = [_packaged_file(alias, module, file) for module, file in packaged.parts]
+    parts = [_find_in_package(alias, module, file) for module, file in packaged.parts]
     if len(parts) == 1:
         return parts[0]
     stat = [f"{part.resolve()}:{part.stat().st_size}:{part.stat().st_mtime_ns}" for part in parts]
@@ -178,7 +178,7 @@ def _packaged(alias: str) -> Path:
     return target
 
 
-def _packaged_file(alias: str, module: str, file: str) -> Path:
+def _find_in_package(alias: str, module: str, file: str) -> Path:
     spec = importlib.util.find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         found = next(Path(folder).rglob(file), None)

@@ -1,10 +1,10 @@
 """Probe at load time whether a row's logits depend on anything in the batch but the row itself.
 
 Some models couple rows: experts of limited capacity, statistics over the batch, rotary embeddings
-that use the longest position in a batch or remember an earlier one. A configuration does not tell.
-So a small random copy of the model (two layers, narrow, every threshold lowered) is run: a short
-row alone, beside a longer row, and after another batch must give the same logits. The trade-off:
-about a second at the first load of a configuration; the result is then cached.
+that use the longest position in a batch or remember an earlier one. The configuration does not show
+this. So a small random copy of the model (two layers, narrow, every threshold lowered) is run: a
+short row alone, beside a longer row, and after another batch must give the same logits. The
+trade-off: about a second at the first load of a configuration; the result is then cached.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_isolation(model: Any) -> Isolation:
     """
     digest = _digest(model)
     if digest not in _known:
-        _known[digest] = _cached(digest, model)
+        _known[digest] = _load_or_probe(digest, model)
     found = _known[digest]
     if found.coupling is not None:
         raise UnsupportedModel(
@@ -72,7 +72,7 @@ def check_isolation(model: Any) -> Isolation:
     return found
 
 
-def _cached(digest: str, model: Any) -> Isolation:
+def _load_or_probe(digest: str, model: Any) -> Isolation:
     path = cache_directory() / "isolation" / f"{digest}.json"
     try:
         return Isolation(**json.loads(path.read_text()))
@@ -198,7 +198,7 @@ def _small_copy(model: Any) -> tuple[nn.Module, int]:
                 if shallow:
                     _remove_layers(nested)
             config._attn_implementation = "eager"
-            small = _random(type(model), config)
+            small = _make_random(type(model), config)
             _logits(small, [torch.full((SHORT,), 3)])
             return small, int(config.get_text_config().vocab_size)
         except Exception as error:  # noqa: BLE001 - a family's code meets unexpected sizes
@@ -211,7 +211,7 @@ def _small_copy(model: Any) -> tuple[nn.Module, int]:
     )
 
 
-def _random(model_class: Any, config: Any) -> nn.Module:
+def _make_random(model_class: Any, config: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         model: nn.Module = model_class(config).float().eval()

@@ -79,7 +79,7 @@ def save_peft(prefix: Prefix, directory: str | os.PathLike[str], backbone: Backb
     task, (tensors,) = _task(backbone), prefix.members
     if has_keys:
         layers = torch.stack([tensors[_KEYS], tensors[_VALUES]], dim=1)
-        tensor = flattened(layers if task == CAUSAL_TASK else _for_pairs(layers))
+        tensor = flatten_layers(layers if task == CAUSAL_TASK else _for_pairs(layers))
     else:
         tensor = tensors[EMBEDDINGS]
     config = {
@@ -149,13 +149,13 @@ def load_peft(
     return prefix
 
 
-def flattened(layers_L2HPD: Tensor) -> Tensor:
+def flatten_layers(layers_L2HPD: Tensor) -> Tensor:
     """Flatten a stack's keys and values `[L, 2, H, P, D]` into PEFT's `[P, L * 2 * H * D]`."""
     layers = layers_L2HPD.detach().cpu()
     return layers.permute(3, 0, 1, 2, 4).reshape(layers.shape[3], -1).contiguous()
 
 
-def unflattened(flat: Tensor, backbone: Backbone, layers: int | None = None) -> Tensor:
+def unflatten_layers(flat: Tensor, backbone: Backbone, layers: int | None = None) -> Tensor:
     """The decoder's keys and values `[L, 2, H, P, D]` from PEFT's tensor, which has `layers` layers
     (default: L). Raises WrongShape, or WrongMethod if the decoder's layers have several shapes."""
     group = _only_group(backbone)
@@ -257,9 +257,9 @@ def _prefix(config: dict[str, Any], tensor: Tensor, backbone: Backbone, meta: Pr
     stored = ArtifactConfig.model_validate({"dtype": dtype})
     if config["peft_type"] == PEFT_PREFIX:
         if _task(backbone) == CAUSAL_TASK:
-            layers = unflattened(tensor, backbone)
+            layers = unflatten_layers(tensor, backbone)
         else:
-            layers = unflattened(tensor, backbone, config.get("num_layers"))
+            layers = unflatten_layers(tensor, backbone, config.get("num_layers"))
             decoder_layers = backbone.facts.stacks[DECODER].layers
             layers = layers[_read_by_pairs(decoder_layers, len(layers))]
         return make_prefix([{_KEYS: layers[:, 0], _VALUES: layers[:, 1]}], meta, stored)

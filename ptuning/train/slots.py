@@ -27,7 +27,7 @@ class Slots:
         self.method, self.facts = method, facts
         self._initial = users
         self.trained = _stack([user.trained for user in users], device)
-        self.fixed = _stack(_filled([user.fixed for user in users]), device)
+        self.fixed = _stack(_fill_missing([user.fixed for user in users]), device)
         self._first = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         self._second = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         self.updates = [0] * len(users)
@@ -155,7 +155,7 @@ def _stack(users: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str
     return {name: torch.stack([user[name] for user in users]).to(device) for name in users[0]}
 
 
-def _filled(users: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _fill_missing(users: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Give every user the same names; a missing tensor (a fixed start to add) becomes zeros."""
     zeros = {name: torch.zeros_like(like) for user in users for name, like in user.items()}
     return [zeros | user for user in users]

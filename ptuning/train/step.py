@@ -115,8 +115,8 @@ def collate(
     """
     if decoder_start_id is not None:
         return _collate_pairs(rows, device, decoder_start_id)
-    ids, mask = _padded([row.input_ids for row in rows])
-    labels, _ = _padded([row.labels for row in rows], IGNORE)
+    ids, mask = _pad([row.input_ids for row in rows])
+    labels, _ = _pad([row.labels for row in rows], IGNORE)
     # The hidden state at t predicts the token at t + 1.
     where_r, where_t = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     prompts = torch.tensor([row.prompt_length for row in rows])
@@ -126,20 +126,20 @@ def collate(
 
 def _collate_pairs(rows: Sequence[Encoded], device: torch.device, start: int) -> Batch:
     lengths = [row.prompt_length for row in rows]
-    ids, mask = _padded([row.input_ids[:at] for row, at in zip(rows, lengths, strict=True)])
+    ids, mask = _pad([row.input_ids[:at] for row, at in zip(rows, lengths, strict=True)])
     answers = [row.input_ids[at:] for row, at in zip(rows, lengths, strict=True)]
-    labels, _ = _padded(
+    labels, _ = _pad(
         [row.labels[at:] or [IGNORE] for row, at in zip(rows, lengths, strict=True)], IGNORE
     )
     # The decoder reads the answer shifted right: its state at t predicts the answer's token t.
-    shifted, _ = _padded([[start, *answer[:-1]] for answer in answers])
+    shifted, _ = _pad([[start, *answer[:-1]] for answer in answers])
     where_r, where_t = (labels != IGNORE).nonzero(as_tuple=True)
     return Batch(
         ids, mask, torch.tensor(lengths), where_r, where_t, labels[where_r, where_t], shifted
     ).to(device)
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
     """Rows padded on the right, Long `[R, T]`, and their mask."""
     longest = max(len(row) for row in rows)
     padded = torch.full((len(rows), longest), value, dtype=torch.long)

@@ -99,8 +99,8 @@ class LockstepDriver:
                     work = machine.send(result)  # type: ignore[arg-type]
                 except StopIteration as stop:
                     value.append(stop.value)
-            anybody, backward = self._agree(work)
-            if not anybody:
+            any_work, backward = self._agree(work)
+            if not any_work:
                 return value[0]
             result = self._execute(work, backward=backward)
 

@@ -44,7 +44,7 @@ class AnswerRunner:
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
         slots = self._slots[first : first + len(prompts)]
-        ids = _padded([torch.tensor(prompt) for prompt in prompts]).to(self.backbone.device)
+        ids = _pad([torch.tensor(prompt) for prompt in prompts]).to(self.backbone.device)
         mask = _mask([len(prompt) for prompt in prompts]).to(self.backbone.device)
         prefix = rows_of(self.backbone, [slot.member for slot in slots])
         encoded = self.backbone.encode_source(ids, mask, prefix)
@@ -65,15 +65,15 @@ class AnswerRunner:
         states = [slot.encoded for slot in slots if slot.encoded is not None]
         answers = [torch.tensor(slot.answer) for slot in slots]
         return self.backbone.answer_step(
-            _padded(states),
+            _pad(states),
             _mask([len(row) for row in states]).to(device),
-            _padded(answers).to(device),
+            _pad(answers).to(device),
             rows_of(self.backbone, [slot.member for slot in slots]),
             torch.tensor([len(answer) - 1 for answer in answers], device=device),
         )
 
 
-def _padded(rows: Sequence[Tensor]) -> Tensor:
+def _pad(rows: Sequence[Tensor]) -> Tensor:
     """Rows of different lengths, padded with zeros on the right."""
     return pad_sequence(list(rows), batch_first=True)
 

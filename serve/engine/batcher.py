@@ -89,7 +89,7 @@ class Batcher:
                 expected=f"at most {self.max_rows}",
                 fix="raise serve.max_rows",
             )
-        queued = self._queued([*(count for _, count in self._waiting.values()), rows])
+        queued = self._count_queued([*(count for _, count in self._waiting.values()), rows])
         if queued > self.max_queue:
             raise QueueFull(
                 "too many requests are waiting",
@@ -99,7 +99,7 @@ class Batcher:
             )
         self._waiting[request] = (prompt_tokens, rows)
 
-    def _queued(self, wanted: Sequence[int]) -> int:
+    def _count_queued(self, wanted: Sequence[int]) -> int:
         """How many requests with these numbers of rows would have to wait; none may overtake
         another."""
         free = self.max_rows - len(self._rows)

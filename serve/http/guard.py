@@ -30,7 +30,7 @@ def find_foreign(
     >>> find_foreign(["evil.example"], [], ServeConfig(port=8000))
     ('host', 'localhost:8000, 127.0.0.1:8000 or [::1]:8000')
     """
-    names = list(dict.fromkeys((*_NAMES, _bracketed(config.host))))
+    names = list(dict.fromkeys((*_NAMES, _bracket(config.host))))
     if len(hosts) != 1 or not _is_local(hosts[0].lower(), names, config.port):
         port = f":{config.port}" if config.port else ""
         *first, last = [name + port for name in names]
@@ -51,7 +51,7 @@ def _is_local(host: str, names: Collection[str], port: int) -> bool:
     return name in names and (port == 0 or number == str(port))
 
 
-def _bracketed(host: str) -> str:
+def _bracket(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 

@@ -721,13 +721,13 @@ def test_the_layout_is_pefts(tmp_path: Path) -> None:
     backbone = backbone_for("llama")
     prefix = prefix_for(backbone)
     layers = as_layers(prefix.tensors)
-    flat = peft_format.flattened(layers)
+    flat = peft_format.flatten_layers(layers)
     assert flat.shape == (P, 3 * 2 * 2 * 8)
     layer, head, token = 2, 1, 3
     for which in (0, 1):
         at = ((layer * 2 + which) * 2 + head) * 8
         assert torch.equal(flat[token, at : at + 8], layers[layer, which, head, token])
-    assert torch.equal(peft_format.unflattened(flat, backbone), layers)
+    assert torch.equal(peft_format.unflatten_layers(flat, backbone), layers)
     peft_adapter("llama", tmp_path)
     theirs = json.loads((tmp_path / CONFIG).read_text())
     save_peft(prefix, tmp_path / "ours", backbone)

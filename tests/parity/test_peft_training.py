@@ -55,7 +55,7 @@ from ptuning.model.backbone import Backbone
 from ptuning.model.batch import EMBEDDINGS, PackPrefix
 from ptuning.model.facts import DECODER, keys_name, values_name
 from ptuning.prefix.artifact import Prefix
-from ptuning.prefix.peft_format import flattened, load_peft, unflattened
+from ptuning.prefix.peft_format import flatten_layers, load_peft, unflatten_layers
 from ptuning.train.config import BestEpoch, TrainConfig, Trained, UserRows, learning_rate_at
 from ptuning.train.packed import train_pack
 from ptuning.train.plain import train_user
@@ -78,11 +78,11 @@ def transposed(tensor: Tensor, _backbone: Backbone) -> Tensor:
 
 
 def keys(flat: Tensor, backbone: Backbone) -> Tensor:
-    return unflattened(flat, backbone)[:, 0]
+    return unflatten_layers(flat, backbone)[:, 0]
 
 
 def values(flat: Tensor, backbone: Backbone) -> Tensor:
-    return unflattened(flat, backbone)[:, 1]
+    return unflatten_layers(flat, backbone)[:, 1]
 
 
 ToOurs = Callable[[Tensor, Backbone], Tensor]
@@ -210,7 +210,7 @@ def set_in_peft(case: Case, model: Any, ours: dict[str, Tensor]) -> None:
         for name, tensor in ours.items():
             theirs, change = case.names[name]
             if change in (keys, values):
-                tensor = flattened(as_layers(ours))
+                tensor = flatten_layers(as_layers(ours))
             parameters[theirs].copy_(tensor.T if change is transposed else tensor)
 
 
@@ -401,7 +401,7 @@ def with_peft(
             saved = model.get_prompt_embedding_to_save("default")
             stored = isinstance(model.active_peft_config, peft.PrefixTuningConfig)
             result.members = (
-                as_groups(unflattened(saved, backbone)) if stored else {EMBEDDINGS: saved},
+                as_groups(unflatten_layers(saved, backbone)) if stored else {EMBEDDINGS: saved},
             )
         if stop:
             break
@@ -586,7 +586,9 @@ def test_padding_on_the_left_moves_a_text_behind_pefts_prompt_but_not_behind_our
     case = CASES[name]
     backbone, model = build(config_of("llama")), case.peft_model(config_of("llama")).eval()
     saved = model.get_prompt_embedding_to_save("default")
-    tensors = as_groups(unflattened(saved, backbone)) if name == "prefix" else {EMBEDDINGS: saved}
+    tensors = (
+        as_groups(unflatten_layers(saved, backbone)) if name == "prefix" else {EMBEDDINGS: saved}
+    )
     text = random_ids(6, seed=1)
     pack = PackPrefix(
         {key: own[None] for key, own in tensors.items()}, backbone.facts, case.method.visibility

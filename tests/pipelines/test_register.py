@@ -21,7 +21,7 @@ from pipelines.candidates.register import (
 from pipelines.candidates.rejudge import find_losses, records_of
 from pipelines.done_record import DoneRecord
 from pipelines.plan import Pack, PlannedUser
-from pipelines.report.metrics import PACK_METRICS, USER_METRICS, WHO
+from pipelines.report.metrics import LOSS_NAMES, PACK_METRICS, USER_METRICS
 from pipelines.run_folder import RunFolder
 from ptuning.champions import ChampionList, ChampionRef, acknowledge, publish
 from ptuning.errors import ConfigError, RunError
@@ -135,7 +135,7 @@ def test_every_declared_metric_is_reported() -> None:
     """Of a user with losses of everybody: what is declared and filled nowhere is missed here."""
     report = replace(_report(OURS), steps=3, tokens=40, decision="promoted")
     loss = SplitLosses(nats=(1.0,), tokens=(1,))
-    report.losses |= {who: {"valid": loss, "test": loss} for who in WHO}
+    report.losses |= {who: {"valid": loss, "test": loss} for who in LOSS_NAMES}
     assert user_metrics(report).keys() == USER_METRICS.keys()
     assert pack_metrics([report]).keys() == PACK_METRICS.keys()
 
