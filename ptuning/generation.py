@@ -8,7 +8,7 @@ tests check that both give equal results.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,12 @@ from ptuning.prefix.ready import (
     pick_winner,
     rows_of,
 )
-from ptuning.types import seed_of
+from ptuning.types import Message, seed_of
 
 
 def generate(
     backbone: Backbone,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Message | Mapping[str, str]]],
     prefixes: Sequence[Prefix | None],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -45,6 +45,8 @@ def generate(
 ) -> list[str]:
     """Continue each prompt, encoded like a training prompt, with the prefix at the same index.
 
+    A prompt is a text, or the messages before the answer (Messages, or mappings with `role` and
+    `content`).
     `temperature` 0 is greedy. A row's random draws depend only on `seed` and the row's index, not
     on the other rows. Prompts longer than `max_length` tokens lose their oldest tokens. Raises
     ConfigError, DataError or an ArtifactError.
@@ -68,7 +70,9 @@ def generate(
     if not prompts:
         return []
     ready = [None if prefix is None else make_ready(prefix, backbone) for prefix in prefixes]
-    encoded = [backbone.template.encode_prompt(prompt, max_length) for prompt in prompts]
+    encoded = [
+        backbone.template.encode_prompt(_as_prompt(prompt), max_length) for prompt in prompts
+    ]
     if not all(encoded):
         raise DataError(
             "a prompt has no tokens, so there is nothing to continue",
@@ -82,6 +86,26 @@ def generate(
     for ids, ready_prefix in zip(arranged, ready, strict=True):
         check_positions(backbone, ready_prefix, ids, max_new_tokens)
     return _generate(backbone, arranged, ready, max_new_tokens, temperature, seed)
+
+
+def _as_prompt(prompt: str | Sequence[Message | Mapping[str, str]]) -> str | list[Message]:
+    if isinstance(prompt, str):
+        return prompt
+    turns = [turn if isinstance(turn, Message) else _as_message(turn) for turn in prompt]
+    if not turns:
+        raise DataError("a prompt has no messages", expected="at least one, from the user")
+    return turns
+
+
+def _as_message(turn: Mapping[str, str]) -> Message:
+    try:
+        return Message(role=turn["role"], content=turn["content"])
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            "a message of a prompt cannot be read",
+            seen=repr(turn)[:80],
+            expected='a mapping like {"role": "user", "content": "Hi!"}',
+        ) from error
 
 
 def stop_ids(backbone: Backbone) -> set[int]:

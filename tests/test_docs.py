@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from method_catalogue import CATALOGUE
 
 from pipelines.cli import verbs
 from pipelines.config import RunConfig, known_keys
-from ptuning.methods.catalogue import METHODS
 from serve.metrics import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +97,8 @@ def test_the_page_names_every_metric_of_the_service() -> None:
 
 def test_the_pages_name_every_method_and_every_verb() -> None:
     methods = (DOCS / "methods.md").read_text()
-    assert [name for name in METHODS if f"| `{name}` (" not in methods] == []
+    types = sorted({entry.method.type for entry in CATALOGUE.values()})
+    assert [name for name in types if f"| `{name}` (" not in methods] == []
     operations = (DOCS / "operations.md").read_text()
     assert [verb for verb in verbs.commands if f"`ptuning {verb}" not in operations] == []
 

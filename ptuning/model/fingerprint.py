@@ -17,14 +17,14 @@ import torch
 
 from ptuning.model.locate import CONVERTED, Source, sha256_of, weight_files
 
-# Settings that the forward pass of a frozen model in evaluation mode never reads.
+# Settings that the forward pass of a frozen model in evaluation mode never reads. `eos_token_id`
+# says where an answer may stop, not what is in it; vendors correct it after the fact.
 _COSMETIC = frozenset(
     {
         "architectures",
         "auto_map",
         "bad_words_ids",
         "bos_token_id",
-        "decoder_start_token_id",
         "dtype",
         "eos_token_id",
         "finetuning_task",

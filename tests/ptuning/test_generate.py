@@ -31,6 +31,7 @@ from ptuning.model.batch import EMBEDDINGS
 from ptuning.model.facts import DECODER
 from ptuning.prefix.artifact import Prefix, PrefixMeta, make_prefix
 from ptuning.prefix.ready import combine_logits, make_ready, pick_winner, rows_of
+from ptuning.types import Message
 
 PROMPTS = ["hello there", "the quick brown fox jumps over", "how", "are you today? the lazy dog"]
 
@@ -110,6 +111,18 @@ def test_a_row_without_a_prefix_is_the_plain_models_greedy_generation() -> None:
     prefixes = [None, prefix_for(backbone, 5, 1)]
     ours = generate(backbone, [PROMPTS[0], PROMPTS[1]], prefixes, max_new_tokens=10)
     assert ours[0] == expected
+
+
+def test_a_prompt_may_be_messages() -> None:
+    backbone = build(FAMILIES["llama"]())
+    turn = {"role": "user", "content": PROMPTS[1]}
+    text = backbone.template.decode(backbone.template.encode_prompt([Message(**turn)]))
+    assert PROMPTS[1] in text
+    given = generate(backbone, [[turn], [Message(**turn)], text], [None] * 3, max_new_tokens=4)
+    assert given[0] == given[1] == given[2]
+    for bad in ([], [{"role": "user"}]):
+        with pytest.raises(DataError, match="message"):
+            generate(backbone, [bad], [None])
 
 
 def test_the_prefix_decides_the_text() -> None:

@@ -132,7 +132,11 @@ def test_cosmetic_edits_of_the_configuration_keep_the_fingerprint(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rms_norm_eps": 1e-3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}],
+    [
+        {"rms_norm_eps": 1e-3},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
+        {"decoder_start_token_id": 5},  # every answer of an encoder-decoder model begins with it
+    ],
     ids=str,
 )
 def test_settings_that_change_an_answer_change_the_fingerprint(
