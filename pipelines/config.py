@@ -55,13 +55,15 @@ class RayConfig(Config):
     cpus_per_worker: float | None = Field(
         None,
         gt=0,
-        description="CPUs (compute threads) per worker; none: an equal share of the cluster's",
+        description="CPUs (compute threads) per worker; none: an equal share of the node's",
     )
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs per worker; none: one if the cluster has any"
     )
     max_failures: int = Field(
-        3, ge=0, description="how often the gang is restarted after the death of a worker"
+        3,
+        ge=0,
+        description="how many gangs in a row may end before anything is done; more fail the run",
     )
     timeout_s: float = Field(
         120.0, gt=0, description="seconds after which a sharded gang gives up on a silent peer"

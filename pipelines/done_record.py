@@ -1,7 +1,8 @@
-"""A pack's done-record: the outcome for its users, as JSON. Writing it commits the pack.
+"""A pack's record: the outcome for its users, as JSON. Writing it commits the pack.
 
 It keeps every row's loss, so that a changed gate can judge the same prefixes without training or
-scoring them again.
+scoring them again. If a pack is split because its worker died, a split record takes the place of
+the done-record: whichever is written first counts, so a late worker cannot commit a split pack.
 """
 
 from __future__ import annotations
@@ -48,6 +49,26 @@ class DoneRecord:
 # Of a report's fields: written in a form of their own, or made again from the losses on every read.
 _SPECIAL = ("history", "losses")
 _DECIDED = ("decision", "gate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRecord:
+    """A pack that was cut after its worker died: the users, by key, of each part. The parts are
+    packs, with records of their own."""
+
+    pack_id: str
+    parts: tuple[tuple[str, ...], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"pack_id": self.pack_id, "split": [list(part) for part in self.parts]}
+
+
+def record_from_json(value: Mapping[str, Any]) -> DoneRecord | SplitRecord:
+    """Either record, by what is in it."""
+    if "split" in value:
+        parts = tuple(tuple(part) for part in value["split"])
+        return SplitRecord(pack_id=value["pack_id"], parts=parts)
+    return DoneRecord.from_json(value)
 
 
 def _report_to_json(report: UserReport) -> dict[str, Any]:

@@ -269,21 +269,10 @@ def make_packs(users: Sequence[PlannedUser], pack_users: int, workers: int) -> t
             filled = 0
         packs[-1].append(user)
         filled += user.tokens
-    return tuple(Pack(pack_id=_pack_id(pack), users=tuple(pack)) for pack in packs)
+    return tuple(make_pack(pack) for pack in packs)
 
 
-def _pack_id(users: Sequence[PlannedUser]) -> str:
+def make_pack(users: Sequence[PlannedUser]) -> Pack:
+    """A pack of these users; the same users and trainings give the same id."""
     text = "\n".join(f"{user.user_key} {user.training_digest}" for user in users)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def assign(packs: Sequence[Pack], workers: int) -> list[list[Pack]]:
-    """Assign packs to workers: the largest first, each to the least loaded worker (Graham 1969,
-    LPT)."""
-    shares: list[list[Pack]] = [[] for _ in range(workers)]
-    loads = [0] * workers
-    for pack in sorted(packs, key=lambda pack: (-pack.tokens, pack.pack_id)):
-        worker = loads.index(min(loads))
-        shares[worker].append(pack)
-        loads[worker] += pack.tokens
-    return shares
+    return Pack(pack_id=hashlib.sha256(text.encode()).hexdigest()[:16], users=tuple(users))

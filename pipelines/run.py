@@ -55,12 +55,14 @@ def execute(
                 rows = stages.read_rows(run)
                 plan = stages.plan_run(run, registry, rows)
             with watch.time("tune"), _stage(progress, "tune", _users(plan.packs)):
-                stages.train(run, plan, progress.update)
+                stages.train(run, plan, progress.update, progress.note)
             with watch.time("evaluate"):
-                reports = stages.judge(run, plan)
+                settled = stages.settled_packs(run, plan)
+                reports = stages.judge(run, settled)
             total = _users((*plan.packs, *plan.judged))
             with watch.time("register"), _stage(progress, "register", total):
-                stages.register(run, plan, registry, reports, progress.update)
+                packs = [pack for pack, _ in settled]
+                stages.register(run, plan, packs, registry, reports, progress.update)
             with watch.time("deploy"):
                 late = stages.publish(run, plan, registry, reports)
             outcomes = stages.outcomes(plan, reports)

@@ -2,7 +2,8 @@
 
 config.yaml    the resolved configuration, and the header that identifies the run
 plan/          users.parquet, then plan.json: what to do with each user
-done/          one record per pack, written once, which commits the pack
+done/          one record per pack, written once, which commits the pack or says how it was split
+split/         one marker per pack that may have been split, so that these are found by listing
 users/         part-0.parquet: the users table, the only file of a run with user ids
 report.html    the report page
 summary.json   written last: a run without it is unfinished
@@ -18,7 +19,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -26,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines.done_record import DoneRecord
-from pipelines.plan import Pack, Plan, PlannedUser
+from pipelines.done_record import DoneRecord, SplitRecord, record_from_json
+from pipelines.plan import Pack, Plan, PlannedUser, make_pack
 from ptuning.errors import RunError
 from ptuning.store import Store
 
@@ -120,20 +121,51 @@ class RunFolder:
 
     # Committed packs.
 
-    def done_packs(self) -> set[str]:
-        """Ids of the packs that have a record."""
-        names = self.store.list(self._name("done"))
-        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    def settled_packs(self) -> set[str]:
+        """Ids of the packs that have a record: they are done, or split into others."""
+        return self._ids("done")
 
     def commit(self, record: DoneRecord) -> bool:
         """Write a pack's record unless it exists; returns whether this call wrote it."""
-        return self.store.write_once(self._name("done", f"{record.pack_id}.json"), record.to_json())
+        return self._write_record(record)
+
+    def commit_split(self, pack: Pack, parts: Sequence[Pack]) -> bool:
+        """Record that `parts` replace the pack, unless it has a record; returns whether this call
+        wrote it. The marker is written first; a marker without a split record means nothing."""
+        self.store.write_json(self._name("split", f"{pack.pack_id}.json"), {})
+        keys = tuple(tuple(user.user_key for user in part.users) for part in parts)
+        return self._write_record(SplitRecord(pack_id=pack.pack_id, parts=keys))
 
     def read_done(self, pack_id: str) -> DoneRecord | None:
+        """The record of a pack that is done; None where there is none, or the pack was split."""
+        record = self._read_record(pack_id)
+        return record if isinstance(record, DoneRecord) else None
+
+    def unfold(self, packs: Iterable[Pack]) -> list[Pack]:
+        """The packs, with the parts of those that were split in their place. Reads the records of
+        these only."""
+        marked = self._ids("split")
+        found: list[Pack] = []
+        for pack in packs:
+            record = self._read_record(pack.pack_id) if pack.pack_id in marked else None
+            if isinstance(record, SplitRecord):
+                users = {user.user_key: user for user in pack.users}
+                parts = [make_pack([users[key] for key in part]) for part in record.parts]
+                found += self.unfold(parts)
+            else:
+                found.append(pack)
+        return found
+
+    def _write_record(self, record: DoneRecord | SplitRecord) -> bool:
+        return self.store.write_once(self._name("done", f"{record.pack_id}.json"), record.to_json())
+
+    def _read_record(self, pack_id: str) -> DoneRecord | SplitRecord | None:
         name = self._name("done", f"{pack_id}.json")
-        if not self.store.exists(name):
-            return None
-        return DoneRecord.from_json(self.store.read_json(name))
+        return record_from_json(self.store.read_json(name)) if self.store.exists(name) else None
+
+    def _ids(self, folder: str) -> set[str]:
+        names = self.store.list(self._name(folder))
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
 
     # The results.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -19,11 +19,14 @@ from pipelines.candidates.register import (
     retire_users,
 )
 from pipelines.candidates.rejudge import find_losses, records_of
+from pipelines.done_record import DoneRecord
 from pipelines.gangs import cluster
+from pipelines.gangs.places import all_places
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
 from pipelines.rows.stored import read_index
 from ptuning.champions import ChampionRef
+from ptuning.errors import RunError
 from ptuning.identity import BackboneIdentity, digest_training
 from ptuning.registry.base import Current, PackRecord, Registry
 from ptuning.types import UserReport
@@ -66,8 +69,12 @@ def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
 
 
 def _rules(run: Run) -> Rules:
-    config = run.config
+    from pipelines.gangs.supervise import check_room, cluster_nodes
 
+    config = run.config
+    nodes, wanted = cluster_nodes(), cluster.wanted_workers(config)
+    check_room(nodes, wanted)
+    workers = sum(place.workers for place in all_places(nodes, wanted))
     backbone = BackboneIdentity(
         run.backbone.fingerprint, config.backbone.dtype, run.backbone.template_digest
     )
@@ -79,7 +86,7 @@ def _rules(run: Run) -> Rules:
         identity=training_digest,
         gate_digest=gate_digest(run),
         pack_users=config.train.pack_users,
-        workers=cluster.gang(config).workers,
+        workers=workers,
         on_shrink=config.data.on_shrink,
         max_shrink=config.data.max_shrink,
         everybody=config.data.max_users is None,
@@ -102,13 +109,14 @@ def _with_current(
             yield row, current.get(row.user_key)
 
 
-def train(run: Run, plan: Plan, progress: Progress) -> None:
-    """Train every pack of the plan that has no record yet."""
+def train(run: Run, plan: Plan, progress: Progress, note: Callable[[str], None]) -> None:
+    """Train every pack of the plan that has no record yet. `note` is called with a line whenever
+    a training worker died."""
     if not plan.packs:
         return
-    from pipelines.gangs.train import GangTask, tune
+    from pipelines.gangs.supervise import tune
+    from pipelines.gangs.train import GangTask
 
-    shape = cluster.gang(run.config)
     task = GangTask(
         store=run.store.root,
         run_id=run.run_id,
@@ -116,28 +124,45 @@ def train(run: Run, plan: Plan, progress: Progress) -> None:
         recipe=run.recipe,
         backbone=run.config.backbone,
         template=run.config.data.template,
-        threads=shape.threads,
+        timeout_s=run.config.ray.timeout_s,
     )
-    tune(plan, task, shape, run.config.ray, progress)
+    wanted, failures = cluster.wanted_workers(run.config), run.config.ray.max_failures
+    tune(run.folder, plan.packs, task, wanted, failures, progress, note)
 
 
-def judge(run: Run, plan: Plan) -> dict[str, UserReport]:
+def settled_packs(run: Run, plan: Plan) -> list[tuple[Pack, DoneRecord]]:
+    """The packs that were trained, and those that are only judged, with their records. A pack that
+    was split is there as its parts."""
+    packs = [*run.folder.unfold(plan.packs), *plan.judged]
+    found = [(pack, run.folder.read_done(pack.pack_id)) for pack in packs]
+    missing = sum(record is None for _, record in found)
+    if missing:
+        raise RunError(
+            "training ended without a record of every pack",
+            seen=f"{missing} of {len(packs)} packs without one",
+            fix="run the same command again; what is committed is kept",
+        )
+    return [(pack, record) for pack, record in found if record is not None]
+
+
+def judge(run: Run, settled: Sequence[tuple[Pack, DoneRecord]]) -> dict[str, UserReport]:
     """The reports, with decisions, of all users who were trained now or are judged again."""
-    reports: dict[str, UserReport] = {}
-    for pack in (*plan.packs, *plan.judged):
-        record = run.folder.read_done(pack.pack_id)
-        assert record is not None, "training ends when every pack has a record"
-        reports |= {report.user_key: report for report in record.reports}
+    reports = {report.user_key: report for _, record in settled for report in record.reports}
     gate_all(reports.values(), run.config.gate)
     return reports
 
 
 def register(
-    run: Run, plan: Plan, registry: Registry, reports: Mapping[str, UserReport], progress: Progress
+    run: Run,
+    plan: Plan,
+    packs: Sequence[Pack],
+    registry: Registry,
+    reports: Mapping[str, UserReport],
+    progress: Progress,
 ) -> None:
     """Register the decisions, pack by pack, and update those that a newer run has overtaken."""
     done = 0
-    for pack in (*plan.packs, *plan.judged):
+    for pack in packs:
         pack_reports = [reports[user.user_key] for user in pack.users]
         planned = {user.user_key: user for user in pack.users}
         overtaken = hold_overtaken(registry, run.config.registry.prefix_name, pack_reports, planned)

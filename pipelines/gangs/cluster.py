@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ import ray
 import ray._private.ray_constants as ray_constants
 
 from pipelines.config import RayConfig, RunConfig
-from ptuning.errors import ConfigError, RunError
-from ptuning.model.devices import choose_attention, choose_device, choose_dtype, free_memory
+from pipelines.gangs.places import Wanted
+from ptuning.errors import RunError
+from ptuning.model.devices import choose_attention, choose_device, choose_dtype
 from ptuning.model.fingerprint import fingerprint_of
 from ptuning.model.load import load_template, model_class, read_config, weight_bytes
 from ptuning.model.locate import locate_model
@@ -62,59 +62,29 @@ def session(config: RayConfig) -> Iterator[float]:
             ray.shutdown()
 
 
-@dataclass(frozen=True)
-class Gang:
-    """The shape of the training gang; `cpus` and `gpus` are per worker."""
-
-    workers: int
-    cpus: float
-    gpus: float
-    threads: int
-
-
-def gang(config: RunConfig) -> Gang:
-    """The gang's shape: one worker per GPU, or without GPUs one per CPU core as far as weights and
-    activations fit into memory. Raises ConfigError if it does not fit into the cluster.
+def wanted_workers(config: RunConfig) -> Wanted:
+    """What the configuration asks of the cluster: by default one worker per GPU, or without GPUs
+    one per CPU core as far as weights and activations fit into the node's memory.
 
     On CPUs many single-threaded workers are faster than few multi-threaded ones, since small
     operations need not synchronise threads (infra/decisions.md). A large model gets fewer workers
     with more threads.
     """
-    resources = ray.cluster_resources()
-    chosen, cores = config.ray, resources.get("CPU", 1.0)
-    gpus = chosen.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if resources.get("GPU", 0) else 0.0
-    count = chosen.workers
-    if count is None:
-        count = (
-            int(resources.get("GPU", 0) // gpus) if gpus else _workers_in_memory(config, int(cores))
-        )
-    # Ray counts in units of 1e-4; rounding up would request more than there is.
-    share = math.floor(1e4 * cores / max(1, count)) / 1e4
-    cpus = chosen.cpus_per_worker or (1.0 if gpus else share)
-    count = max(1, count)
-    for name, wanted in (("CPU", count * cpus), ("GPU", count * gpus)):
-        # Ray would wait forever for such workers.
-        if wanted > resources.get(name, 0.0):
-            raise ConfigError(
-                f"the gang does not fit into the cluster's {name}s",
-                seen=f"{count} workers need {wanted:g}",
-                expected=f"at most {resources.get(name, 0.0):g}",
-                fix="lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker",
-            )
-    return Gang(count, cpus, gpus, max(1, int(cpus)))
+    chosen, sharded = config.ray, config.backbone.sharding == "zero3"
+    return Wanted(
+        workers=chosen.workers,
+        cpus=chosen.cpus_per_worker,
+        gpus=chosen.gpus_per_worker,
+        worker_bytes=0.0 if sharded else _worker_bytes(config),
+        sharded=sharded,
+    )
 
 
-def _workers_in_memory(config: RunConfig, cores: int) -> int:
-    """How many copies of the backbone fit into this machine's memory, at most one per core."""
-    free = free_memory(choose_device("cpu"))
-    if free is None or config.backbone.sharding == "zero3":
-        return max(1, cores)
+def _worker_bytes(config: RunConfig) -> float:
+    """Memory to allow for a worker on a CPU: twice what it was measured to need."""
     dtype = choose_dtype(config.backbone.dtype, choose_device("cpu"))
     source = locate_model(config.backbone.name)
-    each = weight_bytes(source, read_config(source), dtype) + _WORKER_BYTES
-    return max(1, min(cores, int(free // 2 // each)))
+    return 2.0 * (weight_bytes(source, read_config(source), dtype) + _WORKER_BYTES)
 
 
 def resolve(config: RunConfig) -> RunConfig:

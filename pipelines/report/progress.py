@@ -83,6 +83,10 @@ class RunProgress:
             self._printed = self._clock()
             self._print_line(left=True)
 
+    def note(self, text: str) -> None:
+        """Print a line above the bar, about something that a person should know of."""
+        self.console.print(Text(text), soft_wrap=True)
+
     def _end_stage(self) -> None:
         if self._name and self._bar is None:
             self._print_line(left=False)

@@ -81,7 +81,7 @@ def test_a_killed_worker_is_replaced_and_the_gang_goes_on(
     process = start(command(data, store, tiny_model_dir, *SLOW), log)
     try:
         first = _wait("first commit", process, lambda: _done(store), log)
-        worker = int(json.loads(first[0].read_text())["attempt"].split("-")[1])
+        worker = int(json.loads(first[0].read_text())["attempt"].rsplit("-", 1)[1])
         os.kill(worker, signal.SIGKILL)
         _finish(process, log)
     finally:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.plan import IndexRow, Pack, Plan, PlannedUser, Rules, assign, make_packs, plan_users
+from pipelines.plan import IndexRow, Plan, PlannedUser, Rules, make_packs, plan_users
 from ptuning.errors import RunError
 from ptuning.registry.base import Current, Version
 
@@ -54,24 +54,6 @@ def test_the_plan_does_not_depend_on_the_order_of_the_index(
     assert make_packs(users, pack_users, 2) == make_packs(shuffled, pack_users, 2)
 
 
-@given(_tokens, st.integers(1, 8))
-def test_every_pack_goes_to_exactly_one_worker(tokens: list[int], workers: int) -> None:
-    packs = make_packs(_users(tokens), 4, workers)
-    shares = assign(packs, workers)
-    assert len(shares) == workers
-    assert Counter(p.pack_id for share in shares for p in share) == Counter(
-        p.pack_id for p in packs
-    )
-
-
-@given(_tokens, st.integers(1, 8))
-def test_no_worker_has_more_than_the_lpt_bound(tokens: list[int], workers: int) -> None:
-    packs = make_packs(_users(tokens), 4, workers)
-    loads = [sum(pack.tokens for pack in share) for share in assign(packs, workers)]
-    heaviest = max((pack.tokens for pack in packs), default=0)
-    assert max(loads) <= sum(loads) / workers + heaviest
-
-
 def test_packs_have_about_equal_tokens_where_users_have() -> None:
     packs = make_packs(_users([100] * 64), 16, 1)
     assert [len(pack.users) for pack in packs] == [16, 16, 16, 16]
@@ -81,13 +63,6 @@ def test_a_user_with_much_to_train_shares_the_pack_with_few() -> None:
     """Packs are cut by tokens, not by heads, while they have room."""
     packs = make_packs(_users([900, *[100] * 9], buckets=1), 9, 2)
     assert [(len(pack.users), pack.tokens) for pack in packs] == [(1, 900), (9, 900)]
-
-
-def test_workers_share_unequal_packs_by_their_tokens() -> None:
-    packs = [Pack(pack_id=str(n), users=(user,)) for n, user in enumerate(_users([8, 5, 4, 3, 2]))]
-    shares = assign(packs, 2)
-    assert [sum(pack.tokens for pack in share) for share in shares] == [11, 11]
-    assert [[pack.tokens for pack in share] for share in shares] == [[8, 3], [5, 4, 2]]
 
 
 def test_the_pack_id_follows_what_is_trained() -> None:

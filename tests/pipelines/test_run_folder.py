@@ -80,7 +80,7 @@ def test_a_done_record_keeps_losses_and_the_first_writer_wins(folder: RunFolder)
     assert folder.read_done("p") is None
     assert folder.commit(record)
     assert not folder.commit(other)
-    assert folder.done_packs() == {"p"}
+    assert folder.settled_packs() == {"p"}
     found = folder.read_done("p")
     assert found is not None
     assert (found.attempt, found.champions) == ("0", {"u": None})

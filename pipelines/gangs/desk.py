@@ -1,0 +1,147 @@
+"""The ledger's desk: the one actor that hands packs to workers and knows how far they are.
+
+Workers and the driver speak to it alone, so that nobody lists the records of a large run to
+find work. What it decides about a pack is in the store before it counts: a pack's record is written
+once, by the worker that did it or here, where it is split or its user is given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.done_record import DoneRecord
+from pipelines.ledger import Death, Ledger, Split, Verdict
+from pipelines.plan import Pack
+from pipelines.run_folder import RunFolder
+from ptuning.store import Store
+from ptuning.types import UserReport
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run's training is: users and tokens trained, packs that are open, and packs that
+    are open or leased. `told` are the verdicts since the last reading, in words."""
+
+    users: int
+    tokens: int
+    open: int
+    left: int
+    told: tuple[str, ...] = ()
+
+
+class Desk:
+    """The actor. Users are counted by pack, so that one that is trained again counts once."""
+
+    def __init__(self, store: str, run_id: str, packs: Sequence[Pack]) -> None:
+        self._folder = RunFolder(Store(store), run_id)
+        settled = self._folder.settled_packs()
+        leaves = self._folder.unfold(packs)
+        self._ledger = Ledger(leaves, settled)
+        self._users = {p.pack_id: len(p.users) for p in leaves if p.pack_id in settled}
+        self._tokens = 0
+        self._told: list[str] = []
+
+    def take(self, holder: str) -> Pack | Literal["wait"] | None:
+        """See `Ledger.take`."""
+        return self._ledger.take(holder)
+
+    def done(self, pack_id: str) -> None:
+        """The pack's record is written."""
+        self._ledger.done(pack_id)
+
+    def release(self, holders: Sequence[str]) -> None:
+        """Workers have ended, through nobody's fault: their packs are open again."""
+        for holder in holders:
+            self._ledger.release(holder)
+
+    def end(self, holders: Sequence[str], blamed: Mapping[str, str]) -> None:
+        """Workers have ended, `blamed` ones by a death, with the reason."""
+        for verdict in self._ledger.end(holders, blamed):
+            if self._record(verdict):
+                self._told.append(_describe(verdict))
+            self._ledger.settle(verdict)
+
+    def set_users(self, pack_id: str, users: int) -> None:
+        self._users[pack_id] = users
+
+    def add_tokens(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def read(self) -> Standing:
+        told, self._told = tuple(self._told), []
+        return Standing(
+            users=sum(self._users.values()),
+            tokens=self._tokens,
+            open=self._ledger.open,
+            left=self._ledger.left,
+            told=told,
+        )
+
+    def _record(self, verdict: Verdict) -> bool:
+        pack = verdict.pack
+        self._users.pop(pack.pack_id, None)
+        if isinstance(verdict, Split):
+            return self._folder.commit_split(pack, verdict.parts)
+        self._users[pack.pack_id] = len(pack.users)
+        return self._folder.commit(_record_of(verdict))
+
+
+def start_desk(store: str, run_id: str, packs: Sequence[Pack]) -> Any:
+    """The handle of a new desk, on this node: it ends with the driver, not with a worker's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(Desk)
+    return actor.options(scheduling_strategy=here).remote(store, run_id, packs)
+
+
+class PackPost:
+    """A worker's place at the desk for one pack."""
+
+    def __init__(self, desk: Any, pack_id: str) -> None:
+        self._desk, self._pack_id, self._users = desk, pack_id, 0
+        self._tell()
+
+    def add_user(self, _user_key: str) -> None:
+        """A user's training ended. Keys stay here."""
+        self._users += 1
+        self._tell()
+
+    def close(self, users: int) -> None:
+        """The pack is done, with all its users: those, too, who failed before they trained."""
+        self._users = users
+        self._tell()
+
+    def _tell(self) -> None:
+        self._desk.set_users.remote(self._pack_id, self._users)
+
+
+def _record_of(death: Death) -> DoneRecord:
+    """A user who is given up is a failed one."""
+    return DoneRecord(
+        pack_id=death.pack.pack_id,
+        attempt="given up",
+        seconds=0.0,
+        champions={user.user_key: user.champion_digest for user in death.pack.users},
+        reports=tuple(
+            UserReport(
+                user_key=user.user_key,
+                status="failed",
+                stage="tune",
+                error=f"the worker died each time it trained this user alone: {death.reason}; to "
+                "fix: look at the user's rows, or give workers more memory",
+            )
+            for user in death.pack.users
+        ),
+    )
+
+
+def _describe(verdict: Verdict) -> str:
+    if isinstance(verdict, Split):
+        users, parts = len(verdict.pack.users), len(verdict.parts)
+        return f"a pack of {users} users that a worker died of is tried in {parts} parts"
+    key = verdict.pack.users[0].user_key
+    return f"user {key} is given up and counts as failed: {verdict.reason}"

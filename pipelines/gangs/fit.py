@@ -1,0 +1,105 @@
+"""One gang from its start to its end, in an actor on the gang's own node.
+
+Ray Train's controller stays on the node that calls `fit()`, and costs about 600 MB there. Nothing
+of torch is imported here: only the workers need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from pipelines.gangs.places import Place
+from ptuning.errors import PTuningError
+
+
+@dataclass(frozen=True)
+class GangEnd:
+    """How a gang ended. `blamed` are the ranks of workers that died, with the reason; `error` is
+    why the gang ended early; `refused` an error that would only repeat; `blameless` says that the
+    error had nothing to do with the users that were trained."""
+
+    blamed: dict[int, str] = field(default_factory=dict)
+    error: str | None = None
+    refused: str | None = None
+    blameless: bool = False
+
+
+class GangHost:
+    """An actor that runs one gang. An actor, since the driver of a task whose node is killed may
+    crash (Ray 2.60: "Tried to complete task that was not pending")."""
+
+    def fit(self, work: list[Any], gang: str, place: Place, scratch: str) -> GangEnd:
+        """See `fit_gang`."""
+        return fit_gang(work, gang, place, scratch)
+
+
+def fit_gang(work: list[Any], gang: str, place: Place, scratch: str) -> GangEnd:
+    """Run a gang's workers until they have no more packs, or one of them dies.
+
+    `work` holds one reference to what `train.run_worker` is told: a reference, so that it is
+    unpickled, and torch with it, by the workers alone.
+    """
+    # Without a process group: replicated workers have nothing to say to each other, and nothing
+    # that listens is opened for it. Sharded ones join one themselves (meeting.py).
+    trainer = DataParallelTrainer(
+        partial(_start_worker, work, gang, place),
+        scaling_config=ScalingConfig(
+            num_workers=place.workers,
+            use_gpu=bool(place.gpus),
+            resources_per_worker={
+                "CPU": place.cpus,
+                **({"GPU": place.gpus} if place.gpus else {}),
+            },
+            label_selector={"ray.io/node-id": place.node_id} if place.node_id else None,
+        ),
+        run_config=ray.train.RunConfig(
+            name=gang,
+            storage_path=scratch,
+            # A death is looked into before anything starts again; what cannot be placed is given
+            # up, since it is told where there is room (places.py) and may be told anew.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is looked into
+        return _end_of(error)
+    return GangEnd()
+
+
+def _start_worker(work: list[Any], gang: str, place: Place) -> None:
+    from pipelines.gangs.train import run_worker  # imports torch
+
+    task, desk = ray.get(work[0])
+    run_worker(task, desk, gang, place)
+
+
+def _end_of(error: Exception) -> GangEnd:
+    failures: dict[int, Any] = getattr(error, "worker_failures", None) or {}
+    causes = [_cause(failure) for failure in failures.values()]
+    refused = next((str(cause) for cause in causes if isinstance(cause, PTuningError)), None)
+    reasons = {rank: _reason(failure) for rank, failure in failures.items()}
+    said = next(iter(reasons.values()), _reason(error))
+    if any(isinstance(cause, OSError) for cause in causes):  # a disk, a store, the network
+        return GangEnd(error=said, refused=refused, blameless=True)
+    return GangEnd(reasons, said, refused)
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """What a worker raised; Ray wraps it together with its traceback's text."""
+    cause: BaseException = getattr(failure, "_base_exc", failure)
+    return cause
+
+
+def _reason(failure: BaseException) -> str:
+    """What it is, and the first and last lines of its text."""
+    cause = _cause(failure)
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: " + " | ".join(lines[:1] + lines[1:][-1:])

@@ -1,0 +1,116 @@
+"""The ledger's desk, in this process: progress, and what is in the store before it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from packs import pack_of
+
+from pipelines.done_record import DoneRecord
+from pipelines.gangs.desk import Desk, PackPost
+from pipelines.run_folder import RunFolder
+from ptuning.store import Store
+from ptuning.types import UserReport
+
+RUN = "20260101-000000-aaaa"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(Store(tmp_path), RUN)
+
+
+def desk_of(folder: RunFolder, *packs: Any) -> Desk:
+    return Desk(folder.store.root, folder.run_id, packs)
+
+
+def as_actor(desk: Desk) -> Any:
+    return SimpleNamespace(set_users=SimpleNamespace(remote=desk.set_users))
+
+
+def record(pack: Any, attempt: str = "0") -> DoneRecord:
+    reports = tuple(UserReport(user_key=u.user_key, status="trained") for u in pack.users)
+    return DoneRecord(
+        pack_id=pack.pack_id, attempt=attempt, seconds=1.0, champions={}, reports=reports
+    )
+
+
+def test_users_are_counted_as_they_finish_and_failed_ones_with_their_pack(
+    folder: RunFolder,
+) -> None:
+    desk = desk_of(folder)
+    first, second = PackPost(as_actor(desk), "first"), PackPost(as_actor(desk), "second")
+    first.add_user("ann")
+    second.add_user("bob")
+    first.add_user("cy")
+    assert desk.read().users == 3
+    first.close(4)  # two of its users could not be trained
+    assert desk.read().users == 5
+
+
+def test_a_pack_that_is_trained_again_counts_its_users_once(folder: RunFolder) -> None:
+    desk = desk_of(folder)
+    for _ in range(2):  # the second time after the first worker's death
+        post = PackPost(as_actor(desk), "first")
+        assert desk.read().users == 0
+        post.add_user("ann")
+    post.close(2)
+    assert desk.read().users == 2
+
+
+def test_a_desk_that_is_opened_again_knows_what_was_done_and_split(folder: RunFolder) -> None:
+    done, poisoned, left = pack_of("a", "b"), pack_of("c", "d", "e"), pack_of("f")
+    desk = desk_of(folder, done, poisoned, left)
+    folder.commit(record(done))
+    desk.done(done.pack_id)
+    while desk.take("gang-0/0") != poisoned:
+        pass
+    desk.end(["gang-0/0"], {"gang-0/0": "killed"})
+    assert desk.read().told == ("a pack of 3 users that a worker died of is tried in 3 parts",)
+    assert desk.read().told == ()
+    again = desk_of(folder, done, poisoned, left)
+    assert again.read().users == 2
+    assert again.read().left == 4  # c, d, e alone, and f
+    assert [pack.users[0].user_key for pack in folder.unfold([poisoned])] == ["c", "d", "e"]
+    assert folder.read_done(poisoned.pack_id) is None
+
+
+def test_a_late_worker_cannot_commit_a_pack_that_was_split(folder: RunFolder) -> None:
+    pack = pack_of("a", "b")
+    desk = desk_of(folder, pack)
+    desk.take("gang-0/0")
+    desk.end(["gang-0/0"], {"gang-0/0": "cut off"})
+    assert not folder.commit(record(pack, "late"))
+    assert [len(part.users) for part in folder.unfold([pack])] == [1, 1]
+
+
+def test_a_pack_that_was_done_before_its_worker_died_is_not_split(folder: RunFolder) -> None:
+    pack = pack_of("a", "b")
+    desk = desk_of(folder, pack)
+    desk.take("gang-0/0")
+    folder.commit(record(pack))  # and died before it could say so
+    desk.end(["gang-0/0"], {"gang-0/0": "killed"})
+    assert desk.read().told == ()
+    assert folder.unfold([pack]) == [pack]
+    done = folder.read_done(pack.pack_id)
+    assert done is not None
+    assert done.attempt == "0"
+
+
+def test_a_user_who_is_given_up_is_a_failed_one_with_the_reason(folder: RunFolder) -> None:
+    pack = pack_of("a")
+    desk = desk_of(folder, pack)
+    for _ in range(2):
+        assert desk.take("gang-0/0") == pack
+        desk.end(["gang-0/0"], {"gang-0/0": "out of memory"})
+    standing = desk.read()
+    assert "a is given up and counts as failed: out of memory" in standing.told[0]
+    assert standing.left == 0
+    done = folder.read_done(pack.pack_id)
+    assert done is not None
+    (report,) = done.reports
+    assert (report.user_key, report.status, report.stage) == ("a", "failed", "tune")
+    assert "out of memory" in str(report.error)
