@@ -42,7 +42,11 @@ class Desk:
         settled = self._folder.settled_packs()
         leaves = self._folder.unfold(packs)
         self._ledger = Ledger(leaves, settled)
-        self._users = {p.pack_id: len(p.users) for p in leaves if p.pack_id in settled}
+        self._users: dict[str, int] = {}  # by pack
+        self._trained = 0  # their sum
+        for pack in leaves:
+            if pack.pack_id in settled:
+                self.set_users(pack.pack_id, len(pack.users))
         self._tokens = 0
         self._told: list[str] = []
 
@@ -67,6 +71,7 @@ class Desk:
             self._ledger.settle(verdict)
 
     def set_users(self, pack_id: str, users: int) -> None:
+        self._trained += users - self._users.get(pack_id, 0)
         self._users[pack_id] = users
 
     def add_tokens(self, tokens: int) -> None:
@@ -75,7 +80,7 @@ class Desk:
     def read(self) -> Standing:
         told, self._told = tuple(self._told), []
         return Standing(
-            users=sum(self._users.values()),
+            users=self._trained,
             tokens=self._tokens,
             open=self._ledger.open,
             left=self._ledger.left,
@@ -84,10 +89,10 @@ class Desk:
 
     def _record(self, verdict: Verdict) -> bool:
         pack = verdict.pack
-        self._users.pop(pack.pack_id, None)
+        self.set_users(pack.pack_id, 0)
         if isinstance(verdict, Split):
             return self._folder.commit_split(pack, verdict.parts)
-        self._users[pack.pack_id] = len(pack.users)
+        self.set_users(pack.pack_id, len(pack.users))
         return self._folder.commit(_record_of(verdict))
 
 

@@ -32,6 +32,7 @@ from ptuning.errors import RunError
 from ptuning.system.private import get_private
 
 TICK_S = 0.5  # how often the driver looks
+END_S = 10.0  # how long gangs without work may take to end
 ROOM_S = 60.0  # how long a run without any gang waits for room
 
 Progress = Callable[[int, int], None]  # users trained, tokens trained
@@ -58,6 +59,13 @@ def tune(
     supervisor = _Supervisor(desk, work, folder, wanted, max_failures, progress, tell)
     try:
         supervisor.run()
+        supervisor.wait_for_gangs()
+    except ray.exceptions.RayError as error:  # of the desk: it cannot write what it decides
+        raise RunError(
+            "the ledger of the run failed",
+            seen=f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}",
+            fix="mend the cause and run the same command again; committed users are kept",
+        ) from error
     finally:
         supervisor.stop()
 
@@ -116,10 +124,13 @@ class _Supervisor:
             if not self._gangs:
                 self._check_room()
 
-    def stop(self) -> None:
-        """Leave nothing behind. Gangs end of their own accord if no pack is left."""
+    def wait_for_gangs(self) -> None:
+        """Let the gangs end of their own accord, now that no pack is left."""
         if self._gangs:
-            ray.wait([*self._gangs], num_returns=len(self._gangs), timeout=10)
+            ray.wait([*self._gangs], num_returns=len(self._gangs), timeout=END_S)
+
+    def stop(self) -> None:
+        """Leave nothing behind."""
         for gang in self._gangs.values():
             ray.kill(gang.host)
         ray.kill(self._desk)
