@@ -63,7 +63,7 @@ class RayConfig(Config):
     max_failures: int = Field(
         3,
         ge=0,
-        description="how many gangs in a row may end before anything is done; more fail the run",
+        description="how many gangs in a row may fail without progress; one more fails the run",
     )
     timeout_s: float = Field(
         120.0, gt=0, description="seconds after which a sharded gang gives up on a silent peer"

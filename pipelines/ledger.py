@@ -43,7 +43,15 @@ class Death:
     reason: str
 
 
-Verdict = Split | Death
+@dataclass(frozen=True)
+class Suspicion:
+    """A user who was alone when the worker died, and is tried once more."""
+
+    pack: Pack
+    reason: str
+
+
+Verdict = Split | Death | Suspicion
 
 
 @dataclass
@@ -72,6 +80,7 @@ class Ledger:
         self._entries: dict[str, _Entry] = {}  # open or leased
         self._open: list[tuple[bool, int, str]] = []  # a heap; may name packs that are not open
         self._leases: dict[str, str] = {}  # holder -> pack_id
+        self._closed: set[str] = set()  # gangs that have ended
         for pack in packs:
             if pack.pack_id not in settled:
                 self._add(_Entry(pack))
@@ -87,10 +96,13 @@ class Ledger:
         return len(self._entries) - len(self._leases)
 
     def take(self, holder: str) -> Pack | Literal["wait"] | None:
-        """Lease an open pack; None where there is none, "wait" where there may be one later.
-        Holders are named `gang/worker`. What the holder held before goes back without blame."""
+        """Lease an open pack. None: nothing is open, or the gang has been closed. "wait": only
+        suspects are open, and others of the gang are at work. Holders are named `gang/worker`.
+        What the holder held before goes back without blame."""
         self._give_back(holder)
         gang = holder.split("/")[0]
+        if gang in self._closed:
+            return None
         at_work = [id_ for who, id_ in self._leases.items() if who.split("/")[0] == gang]
         if any(self._entries[pack_id].is_suspect for pack_id in at_work):
             return "wait"
@@ -103,6 +115,11 @@ class Ledger:
         self._leases[holder] = entry.pack.pack_id
         return entry.pack
 
+    def find(self, pack_id: str) -> Pack | None:
+        """The pack, while it is open or leased."""
+        entry = self._entries.get(pack_id)
+        return None if entry is None else entry.pack
+
     def done(self, pack_id: str) -> None:
         """The pack has a record, whoever wrote it."""
         self._entries.pop(pack_id, None)
@@ -112,7 +129,7 @@ class Ledger:
     def end(self, holders: Iterable[str], blamed: Mapping[str, str]) -> list[Verdict]:
         """Holders have ended: `blamed` ones died, with their reasons, the others were stopped.
 
-        The verdicts on packs that are to be split or given up. They count once `settle` is
+        Returns the verdicts on the packs of those who died. A verdict counts once `settle` is
         called, since such a pack may turn out to be done.
         """
         verdicts = []
@@ -126,11 +143,13 @@ class Ledger:
                 if entry.losses < LOSSES:
                     continue
                 reason = f"its worker was lost {entry.losses} times"
-            if verdict := _judge(entry, reason):
-                verdicts.append(verdict)
-            else:
-                heapq.heappush(self._open, entry.rank)  # a suspect now
+            verdicts.append(_judge(entry, reason))
+            heapq.heappush(self._open, entry.rank)  # its rank has changed if it is a suspect now
         return verdicts
+
+    def close(self, gang: str) -> None:
+        """Give the gang nothing more: a worker of a gang that was given up may still ask."""
+        self._closed.add(gang)
 
     def release(self, holder: str) -> None:
         """The holder has ended, through nobody's fault: its pack is open again."""
@@ -138,6 +157,8 @@ class Ledger:
 
     def settle(self, verdict: Verdict) -> None:
         """Carry a verdict out."""
+        if isinstance(verdict, Suspicion):
+            return
         self.done(verdict.pack.pack_id)
         if isinstance(verdict, Split):
             for part in verdict.parts:
@@ -166,11 +187,12 @@ class Ledger:
         return entry
 
 
-def _judge(entry: _Entry, reason: str) -> Verdict | None:
+def _judge(entry: _Entry, reason: str) -> Verdict:
     if len(entry.pack.users) > 1:
         return Split(entry.pack, split_pack(entry.pack))
     entry.deaths, entry.losses = entry.deaths + 1, 0
-    return Death(entry.pack, reason) if entry.deaths >= TRIES else None
+    kind = Death if entry.deaths >= TRIES else Suspicion
+    return kind(entry.pack, reason)
 
 
 def split_pack(pack: Pack, parts: int = PARTS) -> tuple[Pack, ...]:

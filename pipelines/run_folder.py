@@ -144,14 +144,20 @@ class RunFolder:
     def unfold(self, packs: Iterable[Pack]) -> list[Pack]:
         """The packs, with the parts of those that were split in their place. Reads the records of
         these only."""
-        marked = self._ids("split")
+        return self._unfold(packs, self.split_packs())
+
+    def split_packs(self) -> set[str]:
+        """Ids of the packs that were split, and of some that were about to be."""
+        return self._ids("split")
+
+    def _unfold(self, packs: Iterable[Pack], marked: set[str]) -> list[Pack]:
         found: list[Pack] = []
         for pack in packs:
             record = self._read_record(pack.pack_id) if pack.pack_id in marked else None
             if isinstance(record, SplitRecord):
                 users = {user.user_key: user for user in pack.users}
                 parts = [make_pack([users[key] for key in part]) for part in record.parts]
-                found += self.unfold(parts)
+                found += self._unfold(parts, marked)
             else:
                 found.append(pack)
         return found

@@ -15,7 +15,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.done_record import DoneRecord
-from pipelines.ledger import Death, Ledger, Split, Verdict
+from pipelines.ledger import Death, Ledger, Split, Suspicion, Verdict
 from pipelines.plan import Pack
 from pipelines.run_folder import RunFolder
 from ptuning.store import Store
@@ -31,6 +31,7 @@ class Standing:
     tokens: int
     open: int
     left: int
+    done: int = 0  # packs that workers have done since the desk was opened
     told: tuple[str, ...] = ()
 
 
@@ -47,28 +48,55 @@ class Desk:
         for pack in leaves:
             if pack.pack_id in settled:
                 self.set_users(pack.pack_id, len(pack.users))
-        self._tokens = 0
+        self._tokens = self._done = 0
         self._told: list[str] = []
 
     def take(self, holder: str) -> Pack | Literal["wait"] | None:
         """See `Ledger.take`."""
         return self._ledger.take(holder)
 
-    def done(self, pack_id: str) -> None:
-        """The pack's record is written."""
-        self._ledger.done(pack_id)
+    def done(self, pack_id: str, committed: bool = True) -> None:
+        """A worker has done the pack. Its record counts if it was `committed`; if there was one
+        before, that one says what becomes of the pack."""
+        self._done += committed
+        pack = self._ledger.find(pack_id)
+        if pack is None or committed:
+            self._ledger.done(pack_id)
+        else:
+            self._follow_record(pack)
 
-    def release(self, holders: Sequence[str]) -> None:
-        """Workers have ended, through nobody's fault: their packs are open again."""
-        for holder in holders:
-            self._ledger.release(holder)
-
-    def end(self, holders: Sequence[str], blamed: Mapping[str, str]) -> None:
-        """Workers have ended, `blamed` ones by a death, with the reason."""
-        for verdict in self._ledger.end(holders, blamed):
+    def end(
+        self, gang: str, workers: int, blamed: Mapping[int, str], blameless: bool = False
+    ) -> int:
+        """A gang has ended. `blamed` are the ranks of the workers that died, with the reason;
+        `blameless`: through nobody's fault, so that nothing is held against its packs. Returns how
+        many packs something was learned of."""
+        self._ledger.close(gang)
+        holders = [f"{gang}/{rank}" for rank in range(workers)]
+        if blameless:
+            for holder in holders:
+                self._ledger.release(holder)
+            return 0
+        verdicts = self._ledger.end(holders, {holders[rank]: why for rank, why in blamed.items()})
+        for verdict in verdicts:
             if self._record(verdict):
                 self._told.append(_describe(verdict))
-            self._ledger.settle(verdict)
+                self._ledger.settle(verdict)
+            else:
+                self._follow_record(verdict.pack)
+        return len(verdicts)
+
+    def _follow_record(self, pack: Pack) -> None:
+        """Somebody wrote the pack's record first: its worker, before it died, or another driver's
+        desk. (On an object store it may have been this desk, whose answer was lost.)"""
+        leaves = self._folder.unfold([pack])
+        if leaves == [pack]:
+            self._ledger.done(pack.pack_id)
+            self.set_users(pack.pack_id, len(pack.users))
+            return
+        settled = self._folder.settled_packs()
+        parts = tuple(leaf for leaf in leaves if leaf.pack_id not in settled)
+        self._ledger.settle(Split(pack, parts))
 
     def set_users(self, pack_id: str, users: int) -> None:
         self._trained += users - self._users.get(pack_id, 0)
@@ -84,12 +112,16 @@ class Desk:
             tokens=self._tokens,
             open=self._ledger.open,
             left=self._ledger.left,
+            done=self._done,
             told=told,
         )
 
     def _record(self, verdict: Verdict) -> bool:
+        """Write a verdict down; False if the pack has a record already."""
         pack = verdict.pack
         self.set_users(pack.pack_id, 0)
+        if isinstance(verdict, Suspicion):
+            return True
         if isinstance(verdict, Split):
             return self._folder.commit_split(pack, verdict.parts)
         self.set_users(pack.pack_id, len(pack.users))
@@ -136,7 +168,7 @@ def _record_of(death: Death) -> DoneRecord:
                 user_key=user.user_key,
                 status="failed",
                 stage="tune",
-                error=f"the worker died each time it trained this user alone: {death.reason}; to "
+                error=f"the worker failed each time it trained this user alone: {death.reason}; to "
                 "fix: look at the user's rows, or give workers more memory",
             )
             for user in death.pack.users
@@ -147,6 +179,8 @@ def _record_of(death: Death) -> DoneRecord:
 def _describe(verdict: Verdict) -> str:
     if isinstance(verdict, Split):
         users, parts = len(verdict.pack.users), len(verdict.parts)
-        return f"a pack of {users} users that a worker died of is tried in {parts} parts"
+        return f"a worker failed on a pack of {users} users; it is tried again in {parts} parts"
     key = verdict.pack.users[0].user_key
+    if isinstance(verdict, Suspicion):
+        return f"a worker failed on user {key}, who is tried once more, alone, at the end"
     return f"user {key} is given up and counts as failed: {verdict.reason}"

@@ -6,6 +6,7 @@ of torch is imported here: only the workers need it.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ class GangEnd:
     error: str | None = None
     refused: str | None = None
     blameless: bool = False
+    unplaced: bool = False  # Ray found no room for the workers
 
 
 class GangHost:
@@ -64,7 +66,9 @@ def fit_gang(work: list[Any], gang: str, place: Place, scratch: str) -> GangEnd:
             storage_path=scratch,
             # A death is looked into before anything starts again; what cannot be placed is given
             # up, since it is told where there is room (places.py) and may be told anew.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
         ),
     )
     try:
@@ -83,13 +87,32 @@ def _start_worker(work: list[Any], gang: str, place: Place) -> None:
 
 def _end_of(error: Exception) -> GangEnd:
     failures: dict[int, Any] = getattr(error, "worker_failures", None) or {}
-    causes = [_cause(failure) for failure in failures.values()]
-    refused = next((str(cause) for cause in causes if isinstance(cause, PTuningError)), None)
+    causes = {rank: _cause(failure) for rank, failure in failures.items()}
     reasons = {rank: _reason(failure) for rank, failure in failures.items()}
-    said = next(iter(reasons.values()), _reason(error))
-    if any(isinstance(cause, OSError) for cause in causes):  # a disk, a store, the network
-        return GangEnd(error=said, refused=refused, blameless=True)
-    return GangEnd(reasons, said, refused)
+    # Where some have died, the others' errors are those of peers who lost them.
+    died = {r for r, cause in causes.items() if type(cause).__name__ == _DIED}
+    blamed = {rank: why for rank, why in reasons.items() if rank in (died or reasons)}
+    said = next(iter(blamed.values()), _reason(error))
+    refused = next((str(c) for c in causes.values() if isinstance(c, PTuningError)), None)
+    return GangEnd(
+        blamed,
+        said,
+        refused,
+        blameless=not died and any(map(_is_of_the_store, causes.values())),
+        unplaced=_UNPLACED in f"{type(error).__name__} {error!r}",
+    )
+
+
+_DIED, _UNPLACED = "WorkerHealthCheckFailedError", "WorkerGroupStartupTimeoutError"
+# Clients of object stores raise errors of their own, which are no OSErrors.
+_CLIENTS = {"botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "gcsfs"}
+
+
+def _is_of_the_store(cause: BaseException) -> bool:
+    """Whether it is a disk's, a store's or the network's error, which no user's rows cause."""
+    if isinstance(cause, OSError):
+        return cause.errno != errno.ENOMEM
+    return any(kind.__module__.split(".")[0] in _CLIENTS for kind in type(cause).__mro__)
 
 
 def _cause(failure: BaseException) -> BaseException:

@@ -34,9 +34,15 @@ class Wanted:
     most: int | None = None
 
     def limited_to(self, workers: int) -> Wanted:
-        """The same, with no more workers than that; where no number was asked for, still as many
-        as suit each node."""
+        """The same, but `workers` at the most."""
         return replace(self, most=workers)
+
+    def resolve_gpus(self, nodes: Sequence[Node]) -> Wanted:
+        """The same with `gpus` decided: one per worker if any node of the cluster has GPUs. Decided
+        once for all gangs: workers on CPUs beside others on GPUs would train otherwise."""
+        if self.gpus is not None:
+            return self
+        return replace(self, gpus=float(any(node.total.get("GPU", 0) for node in nodes)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +67,7 @@ def all_places(nodes: Sequence[Node], wanted: Wanted) -> list[Place]:
 
 def find_places(nodes: Sequence[Node], wanted: Wanted) -> list[Place]:
     """The gangs that fit into what is free now, largest nodes first."""
-    use_gpus = wanted.gpus is None and any(node.total.get("GPU", 0) for node in nodes)
-    gpus = wanted.gpus if wanted.gpus is not None else float(use_gpus)
+    gpus = wanted.resolve_gpus(nodes).gpus or 0.0
     counts = _counts(nodes, wanted, gpus)
     places = [
         Place(
@@ -99,7 +104,8 @@ def _counts(nodes: Sequence[Node], wanted: Wanted, gpus: float) -> list[tuple[No
         heapq.heapreplace(spare, (room + 1, n))
     # More workers than cores, as was asked for: they share the cores of the nodes that have any.
     shared = [n for n, (_, node) in enumerate(rooms) if node.free.get("CPU", 0) > 0]
-    if wanted.cpus is None and not gpus and shared:
+    whole = sum(_room(replace(node, free=node.total), wanted, gpus) for node in nodes)
+    if wanted.cpus is None and not gpus and shared and left and (wanted.workers or 0) > whole:
         for n in range(left):
             counts[shared[n % len(shared)]] += 1
     return [(node, count) for (_, node), count in zip(rooms, counts, strict=True)]
@@ -137,10 +143,14 @@ def describe_nodes(nodes: Sequence[Node]) -> str:
     )
 
 
+def _count(number: float, name: str) -> str:
+    return f"{number:g} {name}{'s' * (number != 1)}"
+
+
 def describe_wanted(wanted: Wanted) -> str:
     """What one worker needs, in words."""
-    cpus = f"{wanted.cpus or 1:g} CPUs"
-    each = f"{cpus} and {wanted.gpus:g} GPUs" if wanted.gpus else cpus
+    each = _count(wanted.cpus or 1, "CPU")
+    each += f" and {_count(wanted.gpus, 'GPU')}" if wanted.gpus else ""
     count = "at least one worker"
     if wanted.workers is not None:
         count = f"{wanted.workers} worker{'s' * (wanted.workers > 1)}"

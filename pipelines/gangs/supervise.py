@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -33,6 +33,7 @@ from ptuning.system.private import get_private
 
 TICK_S = 0.5  # how often the driver looks
 END_S = 10.0  # how long gangs without work may take to end
+BARREN = 24  # failures without a pack done: three hunts for one user among 512
 ROOM_S = 60.0  # how long a run without any gang waits for room
 
 Progress = Callable[[int, int], None]  # users trained, tokens trained
@@ -56,6 +57,7 @@ def tune(
     """
     desk = start_desk(folder.store.root, folder.run_id, packs)
     work = [ray.put((task, desk))]
+    wanted = wanted.resolve_gpus(cluster_nodes())
     supervisor = _Supervisor(desk, work, folder, wanted, max_failures, progress, tell)
     try:
         supervisor.run()
@@ -108,13 +110,15 @@ class _Supervisor:
         self._progress, self._tell = progress, tell
         self._gangs: dict[Any, _Gang] = {}  # by the reference of its end
         self._started = 0
-        self._fruitless = 0  # ends in a row before which nothing was settled
-        self._left = -1  # packs, when a gang last ended
+        self._fruitless = 0  # failures in a row that told nothing of any pack
+        self._barren = 0  # failures in a row without any pack done
+        self._last: Standing | None = None  # when a gang last ended, or the run began
         self._no_room_since: float | None = None
 
     def run(self) -> None:
         while True:
             standing = self._look()
+            self._last = self._last or standing
             if not standing.left:
                 return  # gangs that are still here have nothing to do, and end
             self._start_gangs(standing)
@@ -170,6 +174,8 @@ class _Supervisor:
         host: Any = host_of.remote()
         end = host.fit.remote(self._work, gang, place, self._folder.scratch)
         self._gangs[end] = _Gang(gang, place, host)
+        if self._wanted.sharded:  # a smaller one may not hold the model
+            self._wanted = replace(self._wanted, workers=place.workers, cpus=place.cpus)
 
     def _finish(self, reference: Any) -> None:
         gang = self._gangs.pop(reference)
@@ -180,21 +186,26 @@ class _Supervisor:
         ray.kill(gang.host)
         if end.refused is not None:
             raise RunError("a training worker refused its work", seen=end.refused)
-        holders = [f"{gang.name}/{rank}" for rank in range(gang.place.workers)]
-        blamed = {f"{gang.name}/{rank}": reason for rank, reason in end.blamed.items()}
-        if end.blameless:
-            ray.get(self._desk.release.remote(holders))
-        ray.get(self._desk.end.remote(holders, blamed))
+        if end.unplaced:
+            raise no_room(cluster_nodes(), self._wanted, waited_s=ROOM_S)
+        learned = ray.get(
+            self._desk.end.remote(gang.name, gang.place.workers, end.blamed, end.blameless)
+        )
         if end.error is not None:
             self._tell(f"training workers ended early: {end.error}")
         standing = self._look()
         if end.error is not None:
-            self._count(end.error, bool(standing.told) or standing.left != self._left)
-        self._left = standing.left
+            self._count(end.error, learned, standing)
+        self._last = standing
 
-    def _count(self, error: str, fruitful: bool) -> None:
-        self._fruitless = 0 if fruitful else self._fruitless + 1
-        if self._fruitless > self._max_failures:
+    def _count(self, error: str, learned: int, standing: Standing) -> None:
+        """Give up where failures teach nothing, or nothing is done between ever so many of them:
+        then it is not one user's rows."""
+        before = self._last or standing
+        done = standing.done > before.done
+        self._fruitless = 0 if learned or standing.left < before.left else self._fruitless + 1
+        self._barren = 0 if done else self._barren + 1
+        if self._fruitless > self._max_failures or self._barren > BARREN:
             raise RunError(
                 "the training gang failed",
                 seen=error,
@@ -214,6 +225,7 @@ class _Supervisor:
 
 def check_room(nodes: Sequence[Node], wanted: Wanted) -> None:
     """Raise RunError where no gang would fit if the cluster were free."""
+    wanted = wanted.resolve_gpus(nodes)
     if not all_places(nodes, wanted):
         raise no_room(nodes, wanted, waited_s=0)
 

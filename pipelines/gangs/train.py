@@ -19,7 +19,6 @@ from pipelines.gangs.worker import PackJob, pack_machine
 from pipelines.plan import Pack
 from pipelines.run_folder import RunFolder
 from ptuning.data.encode import TemplateKind
-from ptuning.errors import PTuningError
 from ptuning.identity import Recipe
 from ptuning.model.backbone import Backbone
 from ptuning.model.devices import choose_device
@@ -98,15 +97,8 @@ def _train_packs(
     before = backbone.checksum()
     pack = first or _take(desk, holder, task)
     while pack is not None:
-        try:
-            yield from _train_pack(backbone, job, task, desk, holder, pack, before)
-        except (PTuningError, OSError):
-            raise  # nothing that a user's rows cause
-        except Exception as error:
-            if task.is_sharded:
-                raise  # the peers have lost step
-            reason = f"{type(error).__name__}: {error}"
-            ray.get(desk.end.remote([], {holder: reason}))
+        # What it raises ends the process: after an error nobody knows what still works in it.
+        yield from _train_pack(backbone, job, task, desk, holder, pack, before)
         pack = _take(desk, holder, task)
 
 
@@ -130,29 +122,26 @@ def _train_pack(
         champions={user.user_key: user.champion_digest for user in pack.users},
         reports=tuple(reports),
     )
-    # If the pack was split meanwhile, its parts count, not this record.
+    # If the pack was split meanwhile, its parts count, not this record; the desk looks.
     committed = RunFolder(job.store, task.run_id).commit(record)
     post.close(len(reports) if committed else 0)
-    ray.get(desk.done.remote(pack.pack_id))
+    ray.get(desk.done.remote(pack.pack_id, committed))
 
 
 def _count_tokens(machine: Machine[None], desk: Any) -> Machine[None]:
     """The same machine, reporting trained tokens to the desk from time to time."""
+    result: Result | None = None
     tokens, reported = 0, time.monotonic()
-    try:
-        work = next(machine)
-        while True:
-            if isinstance(work, Train):
-                batch = work.batch
-                tokens += int((batch.attention_mask * (batch.input_ids >= 0)).sum())
-            if time.monotonic() - reported > REPORT_S:
-                desk.add_tokens.remote(tokens)
-                tokens, reported = 0, time.monotonic()
-            try:
-                result: Result = yield work
-            except Exception as error:  # noqa: BLE001 - raised again inside the machine
-                work = machine.throw(error)
-            else:
-                work = machine.send(result)
-    except StopIteration:
-        desk.add_tokens.remote(tokens)
+    while True:
+        try:
+            work = machine.send(result)  # type: ignore[arg-type]
+        except StopIteration:
+            desk.add_tokens.remote(tokens)
+            return
+        if isinstance(work, Train):
+            batch = work.batch
+            tokens += int((batch.attention_mask * (batch.input_ids >= 0)).sum())
+        if time.monotonic() - reported > REPORT_S:
+            desk.add_tokens.remote(tokens)
+            tokens, reported = 0, time.monotonic()
+        result = yield work

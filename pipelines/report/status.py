@@ -39,7 +39,7 @@ def _entry(folder: RunFolder) -> dict[str, Any]:
     plan = folder.read_plan_header()
     packs = None
     if plan is not None:
-        done = folder.settled_packs()
+        done = folder.settled_packs() - folder.split_packs()
         ids = [*plan["packs"], *plan["judged"]]
         packs = {"done": sum(pack in done for pack in ids), "total": len(ids)}
     return {

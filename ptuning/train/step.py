@@ -77,20 +77,13 @@ class LocalDriver:
         self.backbone = backbone
 
     def run(self, machine: Machine[T]) -> T:
-        """Run it to its end. What its work raises is raised inside it, at the step that asked for
-        the work, so that a machine of many packs can go on with the next one."""
-        try:
-            work = next(machine)
-            while True:
-                try:
-                    result = self._execute(work)
-                except Exception as error:  # noqa: BLE001 - raised again inside the machine
-                    work = machine.throw(error)
-                else:
-                    work = machine.send(result)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
+        result: Result | None = None
+        while True:
+            try:
+                work = machine.send(result)  # type: ignore[arg-type]
+            except StopIteration as stop:
+                return stop.value
+            result = self._execute(work)
 
     def _execute(self, work: Work) -> Result:
         if isinstance(work, Capture):

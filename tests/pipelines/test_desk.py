@@ -68,8 +68,10 @@ def test_a_desk_that_is_opened_again_knows_what_was_done_and_split(folder: RunFo
     desk.done(done.pack_id)
     while desk.take("gang-0/0") != poisoned:
         pass
-    desk.end(["gang-0/0"], {"gang-0/0": "killed"})
-    assert desk.read().told == ("a pack of 3 users that a worker died of is tried in 3 parts",)
+    desk.end("gang-0", 1, {0: "killed"})
+    assert desk.read().told == (
+        "a worker failed on a pack of 3 users; it is tried again in 3 parts",
+    )
     assert desk.read().told == ()
     again = desk_of(folder, done, poisoned, left)
     assert again.read().users == 2
@@ -82,7 +84,7 @@ def test_a_late_worker_cannot_commit_a_pack_that_was_split(folder: RunFolder) ->
     pack = pack_of("a", "b")
     desk = desk_of(folder, pack)
     desk.take("gang-0/0")
-    desk.end(["gang-0/0"], {"gang-0/0": "cut off"})
+    desk.end("gang-0", 1, {0: "cut off"})
     assert not folder.commit(record(pack, "late"))
     assert [len(part.users) for part in folder.unfold([pack])] == [1, 1]
 
@@ -92,8 +94,9 @@ def test_a_pack_that_was_done_before_its_worker_died_is_not_split(folder: RunFol
     desk = desk_of(folder, pack)
     desk.take("gang-0/0")
     folder.commit(record(pack))  # and died before it could say so
-    desk.end(["gang-0/0"], {"gang-0/0": "killed"})
-    assert desk.read().told == ()
+    desk.end("gang-0", 1, {0: "killed"})
+    standing = desk.read()
+    assert (standing.told, standing.left, standing.users) == ((), 0, 2)
     assert folder.unfold([pack]) == [pack]
     done = folder.read_done(pack.pack_id)
     assert done is not None
@@ -103,14 +106,38 @@ def test_a_pack_that_was_done_before_its_worker_died_is_not_split(folder: RunFol
 def test_a_user_who_is_given_up_is_a_failed_one_with_the_reason(folder: RunFolder) -> None:
     pack = pack_of("a")
     desk = desk_of(folder, pack)
-    for _ in range(2):
-        assert desk.take("gang-0/0") == pack
-        desk.end(["gang-0/0"], {"gang-0/0": "out of memory"})
-    standing = desk.read()
-    assert "a is given up and counts as failed: out of memory" in standing.told[0]
-    assert standing.left == 0
+    for gang in ("gang-0", "gang-1"):
+        assert desk.take(f"{gang}/0") == pack
+        assert desk.end(gang, 1, {0: "out of memory"}) == 1
+    suspicion, verdict = desk.read().told
+    assert "tried once more" in suspicion
+    assert "a is given up and counts as failed: out of memory" in verdict
+    assert desk.read().left == 0
     done = folder.read_done(pack.pack_id)
     assert done is not None
     (report,) = done.reports
     assert (report.user_key, report.status, report.stage) == ("a", "failed", "tune")
     assert "out of memory" in str(report.error)
+
+
+def test_a_gang_that_has_ended_is_given_nothing_more(folder: RunFolder) -> None:
+    """Its orphans may still ask, before they are killed."""
+    desk = desk_of(folder, pack_of("a"), pack_of("b"))
+    desk.take("gang-0/0")
+    assert desk.end("gang-0", 2, {}, blameless=True) == 0
+    assert desk.take("gang-0/1") is None
+    assert desk.read().open == 2
+    assert desk.take("gang-1/0") is not None
+
+
+def test_a_split_that_another_desk_wrote_first_is_followed(folder: RunFolder) -> None:
+    """The old driver's, while a new one resumes the run."""
+    pack = pack_of("a", "b", "c")
+    desk = desk_of(folder, pack)
+    old = desk_of(folder, pack)
+    old.take("old/0")
+    old.end("old", 1, {0: "killed"})
+    assert desk.take("gang-0/0") == pack
+    assert not folder.commit(record(pack, "too late"))
+    desk.done(pack.pack_id, committed=False)
+    assert desk.read().left == 3

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packs import pack_of
 
-from pipelines.ledger import LOSSES, PARTS, TRIES, Death, Ledger, Split, split_pack
+from pipelines.ledger import (
+    LOSSES,
+    PARTS,
+    TRIES,
+    Death,
+    Ledger,
+    Split,
+    Suspicion,
+    split_pack,
+)
 from pipelines.plan import Pack
 
 packs = st.lists(st.integers(1, 20), max_size=6).map(
@@ -127,7 +136,7 @@ def test_a_suspect_is_tried_last_and_while_nobody_else_of_the_gang_works() -> No
     suspect, other, third = pack_of("s", tokens=9), pack_of("o", tokens=2), pack_of("t")
     ledger = Ledger([suspect, other, third])
     assert ledger.take("gang-0/0") == suspect
-    assert ledger.end(["gang-0/0"], {"gang-0/0": "killed"}) == []
+    assert ledger.end(["gang-0/0"], {"gang-0/0": "killed"}) == [Suspicion(suspect, "killed")]
     assert ledger.take("gang-0/0") == other
     assert ledger.take("gang-0/1") == third
     ledger.done(third.pack_id)

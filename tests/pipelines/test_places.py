@@ -77,6 +77,18 @@ def test_gpus_are_used_where_the_cluster_has_any() -> None:
     assert sizes(nodes, Wanted(gpus=0, workers=1)) == [("1", 1, 16.0, 0)]
 
 
+def test_no_gang_is_put_on_cpus_beside_others_on_gpus() -> None:
+    """The node with GPUs has its gang already: the head's CPUs are no place."""
+    head, cards = node("1", 16), node("2", 8, gpus=2)
+    wanted = Wanted().resolve_gpus([head, cards])
+    assert find_places([head], wanted) == []
+    assert describe_wanted(wanted) == "at least one worker of 1 CPU and 1 GPU"
+
+
+def test_workers_are_not_squeezed_into_what_happens_to_be_free() -> None:
+    assert sizes([node("1", 16, free=1)], Wanted(workers=8)) == [("1", 1, 1.0, 0.0)]
+
+
 def test_a_sharded_gang_is_one_over_all_nodes_or_none() -> None:
     nodes = [node("1", 1), node("2", 1)]
     assert sizes(nodes, Wanted(workers=2, sharded=True)) == [(None, 2, 1.0, 0.0)]
