@@ -351,7 +351,7 @@ def check_peft_embeddings(method: Method) -> None:
             "virtual tokens that are not all in front, or text beside them",
             None if layout is None else layout.text,
             front(method.num_virtual_tokens).text,
-            "that layout",
+            "that template",
         )
 
 
