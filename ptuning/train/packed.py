@@ -78,7 +78,7 @@ def train_pack(
     """Train every user of a pack; results in the order of `users`.
 
     A user with fewer than `config.min_valid_tokens` validation tokens trains all epochs and keeps
-    the last one: with so few tokens the best epoch would be chance.
+    the last one: with so few tokens the best epoch would be a matter of chance.
     """
     method.check(backbone.facts)
     by_user = [members_of(method, backbone.template, user) for user in users]
