@@ -50,7 +50,7 @@ class TrainConfig(Config):
         64,
         ge=0,
         description="with fewer validation tokens than this, train all epochs and keep the last "
-        "one, since the best epoch would be chance",
+        "one, since the best epoch would be a matter of chance",
     )
     seed: int = Field(0, description="base seed; each user's seed is derived from it and their id")
     tokens_per_microbatch: int = Field(

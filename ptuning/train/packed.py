@@ -103,7 +103,7 @@ def train_pack(
     with a user's key when that user's training ends.
 
     A user with fewer than `config.min_valid_tokens` validation tokens trains all epochs and keeps
-    the last one: with so few tokens the best epoch would be chance.
+    the last one: with so few tokens the best epoch would be a matter of chance.
     """
     method.check(backbone.facts)
     by_user = [members_of(method, backbone.template, user) for user in users]
