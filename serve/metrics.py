@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ptuning.errors import ServeError
-
 Kind = Literal["counter", "gauge", "histogram"]
 Labels = tuple[tuple[str, str], ...]
 
@@ -81,14 +79,14 @@ class Metrics:
                 self._distributions[name] = Distribution([0] * (len(BUCKETS[name]) + 1))
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Increase a counter. Raises ServeError for an undeclared counter or wrong labels."""
+        """Increase a counter. Raises ValueError for an undeclared counter or wrong labels."""
         _check(name, "counter", tuple(labels))
         key = (name, tuple(sorted(labels.items())))
         with self._lock:
             self._values[key] = self._values.get(key, 0) + amount
 
     def observe(self, name: str, value: float) -> None:
-        """Add an observation to a histogram. Raises ServeError for an undeclared histogram."""
+        """Add an observation to a histogram. Raises ValueError for an undeclared histogram."""
         _check(name, "histogram")
         with self._lock:
             distribution = self._distributions[name]
@@ -100,7 +98,7 @@ class Metrics:
     ) -> Snapshot:
         """The current values. `names` are the families that this process reports, even at zero.
 
-        Raises ServeError for an undeclared name.
+        Raises ValueError for an undeclared name.
         """
         names = set(names)
         for name in names:
@@ -124,19 +122,14 @@ class Metrics:
 
 
 def _check(name: str, kind: Kind | None = None, labels: tuple[str, ...] | None = None) -> None:
-    """Raise ServeError for an undeclared name, which would be counted but never shown."""
+    """Raise ValueError for an undeclared name, which would be counted but never shown: a mistake in
+    our code, not an error that a user is answered with."""
     declared = FAMILIES.get(name)
     if declared is None or kind not in (None, declared[0]):
-        raise ServeError(
-            f"no {kind or 'metric'} of that name is declared",
-            seen=name,
-            expected=", ".join(_names_of(kind)),
-            fix="declare it in serve/metrics.py",
-        )
+        known = ", ".join(_names_of(kind))
+        raise ValueError(f"serve/metrics.py declares no {kind or 'metric'} {name!r}, but {known}")
     if labels is not None and set(labels) != set(LABELS.get(name, ())):
-        raise ServeError(
-            f"{name} has other labels", seen=sorted(labels), expected=sorted(LABELS.get(name, ()))
-        )
+        raise ValueError(f"{name} has the labels {LABELS.get(name, ())}, not {labels}")
 
 
 def _names_of(kind: Kind | None) -> list[str]:
