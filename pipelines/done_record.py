@@ -46,11 +46,6 @@ class DoneRecord:
         )
 
 
-# Of a report's fields: written in a form of their own, or made again from the losses on every read.
-_SPECIAL = ("history", "losses")
-_DECIDED = ("decision", "gate")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SplitRecord:
     """A pack that was cut after its worker died: the users, by key, of each part. The parts are
@@ -69,6 +64,12 @@ def record_from_json(value: Mapping[str, Any]) -> DoneRecord | SplitRecord:
         parts = tuple(tuple(part) for part in value["split"])
         return SplitRecord(pack_id=value["pack_id"], parts=parts)
     return DoneRecord.from_json(value)
+
+
+# Fields of a report that have a JSON form of their own, and fields that are made again from the
+# losses on every read.
+_SPECIAL = ("history", "losses")
+_DECIDED = ("decision", "gate")
 
 
 def _report_to_json(report: UserReport) -> dict[str, Any]:

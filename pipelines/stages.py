@@ -21,7 +21,7 @@ from pipelines.candidates.register import (
 from pipelines.candidates.rejudge import find_losses, records_of
 from pipelines.done_record import DoneRecord
 from pipelines.gangs import cluster
-from pipelines.gangs.places import all_places
+from pipelines.gangs.places import all_places, check_room
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
 from pipelines.rows.stored import read_index
@@ -69,10 +69,8 @@ def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
 
 
 def _rules(run: Run) -> Rules:
-    from pipelines.gangs.supervise import check_room, cluster_nodes
-
     config = run.config
-    nodes, wanted = cluster_nodes(), cluster.wanted_workers(config)
+    nodes, wanted = cluster.cluster_nodes(), cluster.wanted_workers(config)
     check_room(nodes, wanted)
     workers = sum(place.workers for place in all_places(nodes, wanted))
     backbone = BackboneIdentity(

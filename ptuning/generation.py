@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ptuning.data.messages import read_message, read_turns
 from ptuning.errors import ConfigError, DataError
 from ptuning.model.attention_plan import Tokens
 from ptuning.model.backbone import Backbone
@@ -45,8 +46,8 @@ def generate(
 ) -> list[str]:
     """Continue each prompt, encoded like a training prompt, with the prefix at the same index.
 
-    A prompt is a text, or the messages before the answer (Messages, or mappings with `role` and
-    `content`).
+    A prompt is a text, or the messages before the answer (Messages, or mappings like those of a
+    file's `messages`).
     `temperature` 0 is greedy. A row's random draws depend only on `seed` and the row's index, not
     on the other rows. Prompts longer than `max_length` tokens lose their oldest tokens. Raises
     ConfigError, DataError or an ArtifactError.
@@ -88,24 +89,13 @@ def generate(
     return _generate(backbone, arranged, ready, max_new_tokens, temperature, seed)
 
 
-def _as_prompt(prompt: str | Sequence[Message | Mapping[str, str]]) -> str | list[Message]:
+def _as_prompt(prompt: str | Sequence[Message | Mapping[str, str]]) -> str | Sequence[Message]:
     if isinstance(prompt, str):
         return prompt
-    turns = [turn if isinstance(turn, Message) else _as_message(turn) for turn in prompt]
+    turns = [vars(turn) if isinstance(turn, Message) else turn for turn in prompt]
     if not turns:
         raise DataError("a prompt has no messages", expected="at least one, from the user")
-    return turns
-
-
-def _as_message(turn: Mapping[str, str]) -> Message:
-    try:
-        return Message(role=turn["role"], content=turn["content"])
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            "a message of a prompt cannot be read",
-            seen=repr(turn)[:80],
-            expected='a mapping like {"role": "user", "content": "Hi!"}',
-        ) from error
+    return [read_message(turn) for turn in read_turns(turns)]
 
 
 def stop_ids(backbone: Backbone) -> set[int]:

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 import ray
 import ray._private.ray_constants as ray_constants
+from ray._private import state
 
 from pipelines.config import RayConfig, RunConfig
-from pipelines.gangs.places import Wanted
+from pipelines.gangs.places import Node, Wanted
 from ptuning.errors import RunError
 from ptuning.model.devices import choose_attention, choose_device, choose_dtype
 from ptuning.model.fingerprint import fingerprint_of
 from ptuning.model.load import load_template, model_class, read_config, weight_bytes
 from ptuning.model.locate import locate_model
 from ptuning.system import environment
-from ptuning.system.private import set_private
+from ptuning.system.private import get_private, set_private
 
 _WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, measured
 
@@ -60,6 +61,21 @@ def session(config: RayConfig) -> Iterator[float]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def cluster_nodes() -> list[Node]:
+    """The cluster's living nodes, with what is free on each now."""
+    free = get_private(state, "available_resources_per_node")()
+    return [
+        Node(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def wanted_workers(config: RunConfig) -> Wanted:

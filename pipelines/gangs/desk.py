@@ -119,13 +119,13 @@ class Desk:
     def _record(self, verdict: Verdict) -> bool:
         """Write a verdict down; False if the pack has a record already."""
         pack = verdict.pack
-        self.set_users(pack.pack_id, 0)
-        if isinstance(verdict, Suspicion):
-            return True
-        if isinstance(verdict, Split):
-            return self._folder.commit_split(pack, verdict.parts)
-        self.set_users(pack.pack_id, len(pack.users))
-        return self._folder.commit(_record_of(verdict))
+        self.set_users(pack.pack_id, len(pack.users) if isinstance(verdict, Death) else 0)
+        match verdict:
+            case Split():
+                return self._folder.commit_split(pack, verdict.parts)
+            case Death():
+                return self._folder.commit(_record_of(verdict))
+        return True  # a suspicion is not kept: a resumed run tries the user twice again
 
 
 def start_desk(store: str, run_id: str, packs: Sequence[Pack]) -> Any:

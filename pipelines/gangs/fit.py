@@ -1,7 +1,7 @@
 """One gang from its start to its end, in an actor on the gang's own node.
 
-Ray Train's controller stays on the node that calls `fit()`, and costs about 600 MB there. Nothing
-of torch is imported here: only the workers need it.
+Ray Train's controller stays on the node that calls `fit()`, and needs memory there. Torch is not
+imported here: only the workers need it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from ptuning.errors import PTuningError
 
 @dataclass(frozen=True)
 class GangEnd:
-    """How a gang ended. `blamed` are the ranks of workers that died, with the reason; `error` is
-    why the gang ended early; `refused` an error that would only repeat; `blameless` says that the
-    error had nothing to do with the users that were trained."""
+    """How a gang ended: of its own accord, or early, with an `error`."""
 
-    blamed: dict[int, str] = field(default_factory=dict)
+    blamed: dict[int, str] = field(default_factory=dict)  # ranks of workers that died, and why
     error: str | None = None
-    refused: str | None = None
-    blameless: bool = False
+    refused: str | None = None  # an error that would only repeat
+    blameless: bool = False  # the error has nothing to do with the users who were trained
     unplaced: bool = False  # Ray found no room for the workers
 
 
@@ -38,44 +36,39 @@ class GangHost:
     crash (Ray 2.60: "Tried to complete task that was not pending")."""
 
     def fit(self, work: list[Any], gang: str, place: Place, scratch: str) -> GangEnd:
-        """See `fit_gang`."""
-        return fit_gang(work, gang, place, scratch)
+        """Run the gang's workers until they have no more packs, or one of them dies.
 
-
-def fit_gang(work: list[Any], gang: str, place: Place, scratch: str) -> GangEnd:
-    """Run a gang's workers until they have no more packs, or one of them dies.
-
-    `work` holds one reference to what `train.run_worker` is told: a reference, so that it is
-    unpickled, and torch with it, by the workers alone.
-    """
-    # Without a process group: replicated workers have nothing to say to each other, and nothing
-    # that listens is opened for it. Sharded ones join one themselves (meeting.py).
-    trainer = DataParallelTrainer(
-        partial(_start_worker, work, gang, place),
-        scaling_config=ScalingConfig(
-            num_workers=place.workers,
-            use_gpu=bool(place.gpus),
-            resources_per_worker={
-                "CPU": place.cpus,
-                **({"GPU": place.gpus} if place.gpus else {}),
-            },
-            label_selector={"ray.io/node-id": place.node_id} if place.node_id else None,
-        ),
-        run_config=ray.train.RunConfig(
-            name=gang,
-            storage_path=scratch,
-            # A death is looked into before anything starts again; what cannot be placed is given
-            # up, since it is told where there is room (places.py) and may be told anew.
-            failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+        `work` has one element, a reference to the task and the desk. It is a reference so that only
+        the workers unpickle it, and import torch for it.
+        """
+        # Without a process group: replicated workers have nothing to say to each other, and nothing
+        # that listens is opened for it. Sharded ones join one themselves (meeting.py).
+        trainer = DataParallelTrainer(
+            partial(_start_worker, work, gang, place),
+            scaling_config=ScalingConfig(
+                num_workers=place.workers,
+                use_gpu=bool(place.gpus),
+                resources_per_worker={
+                    "CPU": place.cpus,
+                    **({"GPU": place.gpus} if place.gpus else {}),
+                },
+                label_selector={"ray.io/node-id": place.node_id} if place.node_id else None,
             ),
-        ),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:  # noqa: BLE001 - whatever it was, it is looked into
-        return _end_of(error)
-    return GangEnd()
+            run_config=ray.train.RunConfig(
+                name=gang,
+                storage_path=scratch,
+                # A death is looked into before anything starts again; what cannot be placed is
+                # given up: the supervisor knows where there is room.
+                failure_config=FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it is looked into
+            return end_of(error)
+        return GangEnd()
 
 
 def _start_worker(work: list[Any], gang: str, place: Place) -> None:
@@ -85,7 +78,8 @@ def _start_worker(work: list[Any], gang: str, place: Place) -> None:
     run_worker(task, desk, gang, place)
 
 
-def _end_of(error: Exception) -> GangEnd:
+def end_of(error: Exception) -> GangEnd:
+    """What an error of Ray Train's `fit()` says of the workers."""
     failures: dict[int, Any] = getattr(error, "worker_failures", None) or {}
     causes = {rank: _cause(failure) for rank, failure in failures.items()}
     reasons = {rank: _reason(failure) for rank, failure in failures.items()}
@@ -99,7 +93,7 @@ def _end_of(error: Exception) -> GangEnd:
         said,
         refused,
         blameless=not died and any(map(_is_of_the_store, causes.values())),
-        unplaced=_UNPLACED in f"{type(error).__name__} {error!r}",
+        unplaced=type(getattr(error, "controller_failure", error)).__name__ == _UNPLACED,
     )
 
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ptuning.errors import RunError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -155,3 +157,21 @@ def describe_wanted(wanted: Wanted) -> str:
     if wanted.workers is not None:
         count = f"{wanted.workers} worker{'s' * (wanted.workers > 1)}"
     return f"{count} of {each}" + (", all of one gang together" if wanted.sharded else "")
+
+
+def check_room(nodes: Sequence[Node], wanted: Wanted) -> None:
+    """Raise RunError where no gang would fit if the cluster were free."""
+    wanted = wanted.resolve_gpus(nodes)
+    if not all_places(nodes, wanted):
+        raise no_room(nodes, wanted, waited_s=0)
+
+
+def no_room(nodes: Sequence[Node], wanted: Wanted, *, waited_s: float) -> RunError:
+    """The error that says what one worker needs, and what is free on which node."""
+    waited = f" after {waited_s:g} s" if waited_s else ""
+    return RunError(
+        f"no node has room for a training worker{waited}",
+        seen=describe_nodes(nodes),
+        expected=describe_wanted(wanted),
+        fix="lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker, free a node or add one",
+    )

@@ -12,24 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray._private import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.gangs.cluster import cluster_nodes
 from pipelines.gangs.desk import Standing, start_desk
 from pipelines.gangs.fit import GangEnd, GangHost
-from pipelines.gangs.places import (
-    Node,
-    Place,
-    Wanted,
-    all_places,
-    describe_nodes,
-    describe_wanted,
-    find_places,
-)
+from pipelines.gangs.places import Place, Wanted, find_places, no_room
 from pipelines.plan import Pack
 from pipelines.run_folder import RunFolder
 from ptuning.errors import RunError
-from ptuning.system.private import get_private
 
 TICK_S = 0.5  # how often the driver looks
 END_S = 10.0  # how long gangs without work may take to end
@@ -49,11 +40,11 @@ def tune(
     progress: Progress,
     tell: Tell,
 ) -> None:
-    """Train every pack that is not settled; `task` is what a worker is told
-    (train.GangTask). `tell` is given a line whenever a worker died.
+    """Train every pack that is not settled. `task` is the workers' task (train.GangTask); `tell` is
+    called with a line whenever a worker died.
 
-    Raises RunError where no gang finds room within ROOM_S, where a worker refuses its work, and
-    where more than `max_failures` gangs in a row end without anything done.
+    Raises RunError if no gang finds room within ROOM_S, if a worker refuses its work, and if gangs
+    keep failing (Patience).
     """
     desk = start_desk(folder.store.root, folder.run_id, packs)
     work = [ray.put((task, desk))]
@@ -72,26 +63,30 @@ def tune(
         supervisor.stop()
 
 
-def cluster_nodes() -> list[Node]:
-    """The cluster's living nodes, with what is free on each now."""
-    free = get_private(state, "available_resources_per_node")()
-    return [
-        Node(
-            node_id=node["NodeID"],
-            address=node["NodeManagerAddress"],
-            total=node["Resources"],
-            free=free.get(node["NodeID"], {}),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-
-
 @dataclass(frozen=True)
 class _Gang:
     name: str
     place: Place
     host: Any  # the GangHost's handle
+
+
+@dataclass
+class Patience:
+    """When to give up: more than `max_failures` failures in a row that taught nothing about any
+    pack, or BARREN in a row without a pack done. Then it is not one user's rows."""
+
+    max_failures: int
+    _fruitless: int = 0
+    _barren: int = 0
+    _done: int = 0  # packs, at the last failure
+
+    def is_lost(self, learned: int, standing: Standing) -> bool:
+        """Whether a gang's failure was one too many. `learned`: of how many packs it told
+        something; `standing`: after it."""
+        done, self._done = standing.done - self._done, standing.done
+        self._fruitless = 0 if learned or done else self._fruitless + 1
+        self._barren = 0 if done else self._barren + 1
+        return self._fruitless > self.max_failures or self._barren > BARREN
 
 
 class _Supervisor:
@@ -106,19 +101,15 @@ class _Supervisor:
         tell: Tell,
     ) -> None:
         self._desk, self._work, self._folder = desk, work, folder
-        self._wanted, self._max_failures = wanted, max_failures
+        self._wanted, self._patience = wanted, Patience(max_failures)
         self._progress, self._tell = progress, tell
         self._gangs: dict[Any, _Gang] = {}  # by the reference of its end
         self._started = 0
-        self._fruitless = 0  # failures in a row that told nothing of any pack
-        self._barren = 0  # failures in a row without any pack done
-        self._last: Standing | None = None  # when a gang last ended, or the run began
         self._no_room_since: float | None = None
 
     def run(self) -> None:
         while True:
             standing = self._look()
-            self._last = self._last or standing
             if not standing.left:
                 return  # gangs that are still here have nothing to do, and end
             self._start_gangs(standing)
@@ -194,21 +185,10 @@ class _Supervisor:
         if end.error is not None:
             self._tell(f"training workers ended early: {end.error}")
         standing = self._look()
-        if end.error is not None:
-            self._count(end.error, learned, standing)
-        self._last = standing
-
-    def _count(self, error: str, learned: int, standing: Standing) -> None:
-        """Give up where failures teach nothing, or nothing is done between ever so many of them:
-        then it is not one user's rows."""
-        before = self._last or standing
-        done = standing.done > before.done
-        self._fruitless = 0 if learned or standing.left < before.left else self._fruitless + 1
-        self._barren = 0 if done else self._barren + 1
-        if self._fruitless > self._max_failures or self._barren > BARREN:
+        if end.error is not None and self._patience.is_lost(learned, standing):
             raise RunError(
                 "the training gang failed",
-                seen=error,
+                seen=end.error,
                 fix="mend the cause and run the same command again; committed users are kept",
             )
 
@@ -221,20 +201,3 @@ class _Supervisor:
             time.sleep(TICK_S)
             return
         raise no_room(cluster_nodes(), self._wanted, waited_s=ROOM_S)
-
-
-def check_room(nodes: Sequence[Node], wanted: Wanted) -> None:
-    """Raise RunError where no gang would fit if the cluster were free."""
-    wanted = wanted.resolve_gpus(nodes)
-    if not all_places(nodes, wanted):
-        raise no_room(nodes, wanted, waited_s=0)
-
-
-def no_room(nodes: Sequence[Node], wanted: Wanted, *, waited_s: float) -> RunError:
-    waited = f" after {waited_s:g} s" if waited_s else ""
-    return RunError(
-        f"no node has room for a training worker{waited}",
-        seen=describe_nodes(nodes),
-        expected=describe_wanted(wanted),
-        fix="lower ray.workers, ray.cpus_per_worker or ray.gpus_per_worker, free a node or add one",
-    )

@@ -126,7 +126,7 @@ class Columns:
     def _find_aliases(
         self, names: Sequence[str], similar: Mapping[str, list[str]], sources: Mapping[str, str]
     ) -> dict[str, str]:
-        """Columns of the fields that stand there under an alias only.
+        """The columns of the fields that occur only under an alias.
 
         A row has one of two shapes. Columns by their own names decide which, then a prompt with a
         completion; beside a conversation, a lone `instruction` or `output` is something else.
@@ -141,8 +141,8 @@ class Columns:
             if column is not None:
                 found[field] = column
         pair = {"prompt", "completion"}
-        is_pair = pair <= {*sources, *found} or bool(pair & {*sources})
-        if "messages" in {*sources} or (not is_pair and "messages" in found):
+        is_pair = pair <= {*sources, *found} or not pair.isdisjoint(sources)
+        if "messages" in sources or ("messages" in found and not is_pair):
             return {field: column for field, column in found.items() if field not in pair}
         return {field: column for field, column in found.items() if field != "messages"}
 

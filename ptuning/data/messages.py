@@ -61,7 +61,7 @@ def read_messages(turns: Sequence[Turn], notes: Notes | None = None) -> tuple[Me
     """Convert turns to messages. Raises DataError unless the last is the assistant's, with text."""
     if not turns:
         raise DataError("messages is empty")
-    messages = tuple(_message(turn, notes) for turn in turns)
+    messages = tuple(read_message(turn, notes) for turn in turns)
     if messages[-1].role != "assistant":
         raise DataError("the last message is not from the assistant")
     if not messages[-1].content:
@@ -69,7 +69,8 @@ def read_messages(turns: Sequence[Turn], notes: Notes | None = None) -> tuple[Me
     return messages
 
 
-def _message(turn: Turn, notes: Notes | None) -> Message:
+def read_message(turn: Turn, notes: Notes | None = None) -> Message:
+    """Convert one turn to a message. Raises DataError."""
     role, content = turn.get("role"), turn.get("content")
     if role is None and content is None:
         role, content = turn.get("from"), turn.get("value")
