@@ -81,7 +81,7 @@ def generate(
             expected="text; this backbone's template adds no tokens before it",
         )
     arranged = [
-        ids if prefix is None else prefix.around.prompt(ids)
+        ids if prefix is None else prefix.arrangement.prompt(ids)
         for ids, prefix in zip(encoded, ready, strict=True)
     ]
     for ids, ready_prefix in zip(arranged, ready, strict=True):

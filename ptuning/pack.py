@@ -37,7 +37,7 @@ from ptuning.train.packed import train_pack
 from ptuning.train.resume import Resume
 from ptuning.train.start import warm_start
 from ptuning.train.step import Machine, predicted
-from ptuning.train.words import choose_words
+from ptuning.train.words import choose_init_ids
 from ptuning.types import SPLITS, Counts, EpochLoss, Example, Split, SplitLosses, seed_of
 
 
@@ -155,14 +155,14 @@ def encode_user(
             fix="name 'train' as the split of some rows, or leave split out",
         )
     seed = seed_of(recipe.train.seed, user_key, recipe.prefix_name)
-    words, spans = choose_words(template, recipe.method, examples, seed)
+    init_ids, spans = choose_init_ids(template, recipe.method, examples, seed)
     return UserRows(
         user_key=user_key,
         seed=seed,
         train=tuple(by_split["train"]),
         valid=tuple(by_split["valid"]),
         test=tuple(by_split["test"]),
-        words=words,
+        init_ids=init_ids,
         spans=spans,
     )
 

@@ -76,7 +76,7 @@ class Service:
                 prompt = await self._encode(ask)
                 prefix = await self._prefix(ask)
             if prefix is not None:
-                prompt = tuple(prefix.ready.around.prompt(prompt))
+                prompt = tuple(prefix.ready.arrangement.prompt(prompt))
             self._check_positions(ask, prompt, prefix)
             self.engine.submit(_request(ask, prompt, prefix, emit))
             while True:

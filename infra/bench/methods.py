@@ -385,8 +385,8 @@ def mean_nll(
     encoded = [[ptuning.encode(backbone, one) for one in own] for own in rows.values()]
     members = 1
     if held:
-        around = held[0].arrangement(backbone.template)
-        encoded = [[around.row(row) for row in own] for own in encoded]
+        arrangement = held[0].arrangement(backbone.template)
+        encoded = [[arrangement.row(row) for row in own] for own in encoded]
         members = len(held[0].members)
     pack = pack_prefix(held, backbone) if held else None
     losses = LocalDriver(backbone).run(score_split(backbone, encoded, pack, 1024, members))

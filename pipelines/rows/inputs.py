@@ -19,7 +19,14 @@ import fsspec
 import pyarrow.parquet as pq
 
 from pipelines.rows.readers import Piece
-from pipelines.rows.streams import EXPECTED, InputFile, kind_of, open_binary, reading, recognise
+from pipelines.rows.streams import (
+    EXPECTED,
+    InputFile,
+    guess_format,
+    open_binary,
+    reading,
+    recognise,
+)
 from ptuning.errors import DataError
 
 _BLOCK = 4 << 20
@@ -115,7 +122,7 @@ def _url(fs: Any, path: str) -> str:
 
 
 def _input_file(url: str, size: int) -> InputFile | None:
-    known = kind_of(url)
+    known = guess_format(url)
     if known is None:
         return None
     kind, compression = known

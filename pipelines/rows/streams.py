@@ -76,12 +76,12 @@ class InputFile:
         return not self.compression and self.encoding == "utf-8"
 
 
-def kind_of(name: str) -> tuple[Kind, Compression] | None:
+def guess_format(name: str) -> tuple[Kind, Compression] | None:
     """A file's format and compression according to its name; None if its ending is unknown."""
     lower = name.lower()
     for ending, compression in COMPRESSIONS.items():
         if lower.endswith(ending):
-            inner = kind_of(lower.removesuffix(ending))
+            inner = guess_format(lower.removesuffix(ending))
             return (inner[0], compression) if inner and inner[0] != "parquet" else None
     kind = next((kind for ending, kind in KINDS.items() if lower.endswith(ending)), None)
     return (kind, "") if kind else None

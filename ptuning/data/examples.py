@@ -21,7 +21,14 @@ from ptuning.data.columns import ColumnNames, Columns
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.data.messages import ROLES, Turn, read_messages, read_turns
 from ptuning.data.times import check_time, read_time
-from ptuning.data.values import Notes, kind_of, read_split, read_text, read_user_id, read_weight
+from ptuning.data.values import (
+    Notes,
+    describe_type,
+    read_split,
+    read_text,
+    read_user_id,
+    read_weight,
+)
 from ptuning.errors import DataError
 from ptuning.types import SPLITS, Config, Example, Message, Split
 
@@ -210,7 +217,7 @@ def check_example(example: Example) -> None:
     DataError."""
     if not isinstance(example, Example):
         raise DataError(
-            f"the row is not an Example but {kind_of(example)}",
+            f"the row is not an Example but {describe_type(example)}",
             seen=repr(example)[:80],
             expected="ptuning.Example(prompt=..., completion=...)",
             fix="convert the rows to Examples",
@@ -218,7 +225,7 @@ def check_example(example: Example) -> None:
     for name in ("prompt", "completion", "init_words"):
         text = getattr(example, name)
         if text is not None and not isinstance(text, str):
-            raise DataError(f"{name} is not a string but {kind_of(text)}")
+            raise DataError(f"{name} is not a string but {describe_type(text)}")
         if text is not None:
             read_text(text, name)
     if example.messages is not None:
@@ -229,7 +236,7 @@ def check_example(example: Example) -> None:
     if (stamp := example.timestamp) is not None:
         if type(stamp) is not int:
             raise DataError(
-                f"timestamp is not an int but {kind_of(stamp)}",
+                f"timestamp is not an int but {describe_type(stamp)}",
                 seen=repr(stamp),
                 expected="epoch milliseconds",
                 fix="convert it to an int",

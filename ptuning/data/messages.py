@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ptuning.data.values import Notes, kind_of, read_text
+from ptuning.data.values import Notes, describe_type, read_text
 from ptuning.errors import DataError
 from ptuning.types import Message
 
@@ -41,7 +41,7 @@ def read_turns(value: Any) -> list[Turn]:
             raise DataError("messages is an object of lists that differ in length")
         value = [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
     if not _is_list(value):
-        raise DataError(f"messages is not a list but {kind_of(value)}")
+        raise DataError(f"messages is not a list but {describe_type(value)}")
     return [_object(item) for item in value]
 
 
@@ -54,7 +54,7 @@ def _object(item: Any) -> Turn:
         return item
     if _is_list(item) and item and all(_is_list(pair) and len(pair) == 2 for pair in item):
         return dict(item)
-    raise DataError(f"a message is not an object but {kind_of(item)}")
+    raise DataError(f"a message is not an object but {describe_type(item)}")
 
 
 def read_messages(turns: Sequence[Turn], notes: Notes | None = None) -> tuple[Message, ...]:

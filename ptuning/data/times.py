@@ -15,7 +15,7 @@ from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from ptuning.data.values import Notes, kind_of
+from ptuning.data.values import Notes, describe_type
 from ptuning.errors import DataError
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -58,7 +58,7 @@ def read_time(value: object, notes: Notes | None = None) -> int | None:
         moment = value if isinstance(value, datetime) else datetime(*value.timetuple()[:3])
         return _milliseconds(moment)
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-        raise DataError(f"timestamp is neither a time nor a number but {kind_of(value)}")
+        raise DataError(f"timestamp is neither a time nor a number but {describe_type(value)}")
     if not math.isfinite(value):
         raise DataError("timestamp is not a finite number")
     return _in_range(_scale(value, notes))

@@ -47,7 +47,7 @@ def read_text(value: object, name: str, *, numbers: bool = False) -> str:
             raise DataError(f"{name} is not valid UTF-8") from None
     if numbers and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"{name} is not a string but {kind_of(value)}")
+    raise DataError(f"{name} is not a string but {describe_type(value)}")
 
 
 def read_user_id(value: object, notes: Notes | None = None) -> str:
@@ -67,7 +67,7 @@ def read_user_id(value: object, notes: Notes | None = None) -> str:
     else:
         text = str(_whole(value))
         if notes is not None:
-            notes["number_id", kind_of(value)] += 1
+            notes["number_id", describe_type(value)] += 1
     if not text:
         raise DataError("user_id is empty")
     return text
@@ -81,7 +81,7 @@ def _whole(value: Any) -> int:
         if number % 1 == 0 and (isinstance(value, Decimal) or abs(number) < _EXACT):
             return int(value)
         raise DataError("user_id is not an integer (write it as text)")
-    raise DataError(f"user_id is not a string but {kind_of(value)}")
+    raise DataError(f"user_id is not a string but {describe_type(value)}")
 
 
 def read_split(value: object, notes: Notes | None = None) -> Split | None:
@@ -111,7 +111,7 @@ def read_weight(value: object) -> bool:
     return bool(number)
 
 
-def kind_of(value: object) -> str:
+def describe_type(value: object) -> str:
     """A value's type, as a reason names it."""
     names = {"NoneType": "missing", "dict": "an object", "list": "a list"}
     return names.get(type(value).__name__, type(value).__name__)

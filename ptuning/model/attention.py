@@ -161,7 +161,7 @@ def implementation(kind: str) -> str:
     return name
 
 
-def kind_of(model: Any) -> str:
+def read_attention_kind(model: Any) -> str:
     """The kind of attention that a model uses. Raises UnsupportedModel if it is not (or no longer)
     this library's, since a prefix would then have no effect."""
     name = str(getattr(model.config.get_text_config(), "_attn_implementation", None))

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ptuning.data.encode import Template, TemplateKind
 from ptuning.errors import BackboneChanged
-from ptuning.model.attention import PLAN, Capture, EntryCheck, Plan, kind_of
+from ptuning.model.attention import PLAN, Capture, EntryCheck, Plan, read_attention_kind
 from ptuning.model.attention_plan import (
     AttentionFacts,
     AttentionPlan,
@@ -189,7 +189,7 @@ class Backbone:
     ) -> Tensor:
         """The seam: every call of the backbone goes through here, except `encode_source`, which
         calls the encoder alone and never trains."""
-        kind_of(self.model)
+        read_attention_kind(self.model)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": mask,
@@ -345,7 +345,7 @@ class Backbone:
         self, input_ids: Tensor, attention_mask: Tensor, prefix: RowPrefix | None
     ) -> Tensor:
         """Hidden states `[R, T, E]` of an encoder-decoder model's encoder, for `answer_step`."""
-        kind_of(self.model)
+        read_attention_kind(self.model)
         tokens = {ENCODER: Tokens.of_columns(attention_mask.shape[1], attention_mask)}
         plan = plan_attention(tokens, prefix, self.attention)
         encoder: Any = self.model.get_encoder()  # type: ignore[operator]

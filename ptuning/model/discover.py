@@ -20,7 +20,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from ptuning.errors import UnsupportedModel
-from ptuning.model.attention import BASES, PLAN, kind_of, mark_layer, mask_dtype
+from ptuning.model.attention import BASES, PLAN, mark_layer, mask_dtype, read_attention_kind
 from ptuning.model.attention_plan import AttentionFacts, AttentionLayer, Reach
 from ptuning.model.facts import CROSS, DECODER, ENCODER, Facts, StackFacts
 
@@ -106,7 +106,7 @@ def _is_same(mask: Tensor, given: Tensor | None) -> bool:
 @contextmanager
 def _recording(model: Any) -> Iterator[Recorder]:
     """Record a model's attention calls; its own attention is restored at the end."""
-    recorder = Recorder(kind_of(model))
+    recorder = Recorder(read_attention_kind(model))
     name = f"ptuning_recorder_{id(recorder)}"
     configs = {
         id(module.config): module.config

@@ -61,10 +61,10 @@ class Member:
 
 @dataclass(frozen=True)
 class ReadyPrefix:
-    """A user's prefix prepared for inference. `around` puts ids before and after a prompt's."""
+    """A user's prefix prepared for inference. `arrangement` puts ids before and after a prompt."""
 
     members: tuple[Member, ...]
-    around: Arrangement = field(default_factory=Arrangement)
+    arrangement: Arrangement = field(default_factory=Arrangement)
     combine: str = "mean"
 
     @property
@@ -102,8 +102,8 @@ def check_positions(
 def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
     """Check a prefix against the backbone and prepare it. Raises an ArtifactError."""
     prefix.check(backbone)
-    around, facts = prefix.arrangement(backbone.template), backbone.facts
-    compiles = facts.decoder_start_id is None and facts.front_stays and around.in_front > 0
+    arrangement, facts = prefix.arrangement(backbone.template), backbone.facts
+    compiles = facts.decoder_start_id is None and facts.front_stays and arrangement.in_front > 0
     members = []
     for tensors in prefix.members:
         moved = {name: values.to(backbone.device) for name, values in tensors.items()}
@@ -126,7 +126,7 @@ def make_ready(prefix: Prefix, backbone: Backbone) -> ReadyPrefix:
         members.append(member)
     return ReadyPrefix(
         tuple(members),
-        around.without_front() if compiles else around,
+        arrangement.without_front() if compiles else arrangement,
         prefix.method.combination,
     )
 

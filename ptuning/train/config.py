@@ -83,9 +83,9 @@ RESET_SCALE, MAX_RESETS = 0.1, 1
 class UserRows:
     """One user's encoded rows, without virtual tokens, and the start of the training.
 
-    `words` are the ids of init words, whose activations or embeddings initialise the prefix: P for
-    each of the method's members. With `spans`, virtual token i is the mean of the next `spans[i]`
-    words. `start` is a prefix to start from instead, one per member; `states` continue a training.
+    The activations or embeddings of `init_ids` initialise the prefix: P ids for each of the
+    method's members. With `spans`, virtual token i is the mean of the next `spans[i]` ids.
+    `start` is a prefix to start from instead, one per member; `states` continue a training.
     """
 
     user_key: str
@@ -93,7 +93,7 @@ class UserRows:
     train: tuple[Encoded, ...]
     valid: tuple[Encoded, ...] = ()
     test: tuple[Encoded, ...] = ()
-    words: tuple[int, ...] = ()
+    init_ids: tuple[int, ...] = ()
     spans: tuple[int, ...] = ()
     start: tuple[dict[str, Tensor], ...] = ()
     states: tuple[TrainState, ...] = ()

@@ -222,16 +222,16 @@ def _restart(
 def _initial_slots(
     backbone: Backbone, method: Method, members: Sequence[UserRows], budget: int
 ) -> Machine[Slots]:
-    """Every training's initial parameters; activations of init words are captured in batches."""
+    """Every training's initial parameters; activations of the init ids are captured in batches."""
     start: list[dict[str, Tensor] | None] = [
         member.start[0] if member.start else None for member in members
     ]
     if method.layout is not None:
-        yield from _embed_words(backbone, members, start, budget)
-    wanting = [slot for slot, member in enumerate(members) if member.words and not start[slot]]
-    for group in microbatches([len(members[slot].words) for slot in wanting], budget):
+        yield from _embed_init_ids(backbone, members, start, budget)
+    wanting = [slot for slot, member in enumerate(members) if member.init_ids and not start[slot]]
+    for group in microbatches([len(members[slot].init_ids) for slot in wanting], budget):
         slots = [wanting[n] for n in group]
-        ids = torch.tensor([members[slot].words for slot in slots], device=backbone.device)
+        ids = torch.tensor([members[slot].init_ids for slot in slots], device=backbone.device)
         captured = yield Capture(ids)
         assert isinstance(captured, dict)
         for row, slot in enumerate(slots):
@@ -245,16 +245,16 @@ def _initial_slots(
     return Slots(method, backbone.facts, initial, backbone.device)
 
 
-def _embed_words(
+def _embed_init_ids(
     backbone: Backbone,
     members: Sequence[UserRows],
     start: list[dict[str, Tensor] | None],
     budget: int,
 ) -> Machine[None]:
-    """Fill `start` with the embeddings of the init words. Each token is a separate row: embeddings
-    do not depend on context, and long init words may exceed the model's positions."""
-    wanting = [slot for slot, member in enumerate(members) if member.words]
-    tokens = [token for slot in wanting for token in members[slot].words]
+    """Fill `start` with the embeddings of the init ids. Each token is a separate row: embeddings
+    do not depend on context, and the ids may exceed the model's positions."""
+    wanting = [slot for slot, member in enumerate(members) if member.init_ids]
+    tokens = [token for slot in wanting for token in members[slot].init_ids]
     rows = []
     for at in range(0, len(tokens), budget):
         ids = torch.tensor(tokens[at : at + budget], device=backbone.device)[:, None]
@@ -263,7 +263,7 @@ def _embed_words(
         rows.append(captured[EMBEDDINGS][:, 0])
     if not tokens:
         return
-    by_member = torch.cat(rows).split([len(members[slot].words) for slot in wanting])
+    by_member = torch.cat(rows).split([len(members[slot].init_ids) for slot in wanting])
     for slot, embedded in zip(wanting, by_member, strict=True):
         start[slot] = mean_of_spans(embedded, members[slot].spans)
 

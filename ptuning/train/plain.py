@@ -121,9 +121,9 @@ def _train(
 
 def _initial(backbone: Backbone, method: Method, user: UserRows) -> Parameters:
     start = user.start[0] if user.start else None
-    if user.words:
+    if user.init_ids:
         with torch.no_grad():
-            captured, _ = backbone.capture(torch.tensor([user.words], device=backbone.device))
+            captured, _ = backbone.capture(torch.tensor([user.init_ids], device=backbone.device))
         start = {name: values[0] for name, values in captured.items()}
         if method.layout is not None:
             start = mean_of_spans(start[EMBEDDINGS], user.spans)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # it imports Transformers
 
 def members_of(method: Method, template: Template, user: UserRows) -> list[UserRows]:
     """The trainings of one user, one per ensemble member, each with a separate seed and separate
-    init words; the method's layout puts virtual tokens into the rows."""
+    init ids; the method's layout puts virtual tokens into the rows."""
     layout = method.layout
     arrangement = None if layout is None else layout.bind(template)
 
@@ -39,12 +39,12 @@ def members_of(method: Method, template: Template, user: UserRows) -> list[UserR
     rows = replace(user, train=arrange(user.train), valid=arrange(user.valid), test=())
     members = []
     for member in range(method.members):
-        words, spans = _words(method, user, member)
+        init_ids, spans = _select_init_ids(method, user, member)
         members.append(
             replace(
                 rows,
                 seed=user.seed if method.members == 1 else seed_of(user.seed, "member", member),
-                words=words,
+                init_ids=init_ids,
                 spans=spans,
                 start=user.start[member : member + 1],
                 states=user.states[member : member + 1],
@@ -53,18 +53,20 @@ def members_of(method: Method, template: Template, user: UserRows) -> list[UserR
     return members
 
 
-def _words(method: Method, user: UserRows, member: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The member's share of the user's init words, and its spans."""
+def _select_init_ids(
+    method: Method, user: UserRows, member: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The member's share of the user's init ids, and its spans."""
     if method.start_ids == "none" or user.start or user.states:
         return (), ()
     count = method.num_virtual_tokens
     if not user.spans:
-        # A user without rows may have no init words either, and is never trained.
-        words = fill_words(user.words or (0,), method.members * count)
-        return tuple(words[member * count : (member + 1) * count]), ()
+        # A user without rows may have no init ids either, and is never trained.
+        ids = fill_words(user.init_ids or (0,), method.members * count)
+        return tuple(ids[member * count : (member + 1) * count]), ()
     first, last = member * count, (member + 1) * count
     at, end = sum(user.spans[:first]), sum(user.spans[:last])
-    return user.words[at:end], user.spans[first:last]
+    return user.init_ids[at:end], user.spans[first:last]
 
 
 def warm_start(method: Method, backbone: Backbone, prefix: Prefix) -> tuple[dict[str, Tensor], ...]:

@@ -1,4 +1,4 @@
-"""Choose init words: the token ids that a user's prefix starts from."""
+"""Choose the token ids that initialise a user's prefix."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def check_init_text(template: Template, method: Method) -> None:
         )
 
 
-def choose_words(
+def choose_init_ids(
     template: Template, method: Method, examples: Sequence[Example], seed: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids of a user's init words, and their spans: how many ids each virtual token is the mean
-    of; () if one each. Uses train rows only. Raises DataError if the user's init words have no
-    tokens."""
+    """The ids that initialise a user's prefix, and their spans: how many ids each virtual token is
+    the mean of; () if one each. Uses train rows only. Raises DataError if the user's init words
+    have no tokens."""
     count = method.num_virtual_tokens * method.members
     train = [example for example in examples if example.split in (None, "train")]
     if method.start_ids == "words":

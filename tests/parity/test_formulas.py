@@ -401,7 +401,7 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
     torch.manual_seed(5)
     virtual = torch.randn(2, P, backbone.facts.hidden_size, requires_grad=True)
     start = backbone.facts.decoder_start_id
-    around = Layout.parse(template).bind(backbone.template)
+    arrangement = Layout.parse(template).bind(backbone.template)
 
     def by_hand(row: Encoded, slot: int) -> Tensor:
         prompt = pieces(template, row.input_ids[: row.prompt_length], backbone)
@@ -416,7 +416,7 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
         return nll(logits, answer)
 
     pack = PackPrefix({EMBEDDINGS: virtual}, backbone.facts, PTuning(template=template).visibility)
-    compare(backbone, pack, by_hand, around.row)
+    compare(backbone, pack, by_hand, arrangement.row)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -428,10 +428,10 @@ def test_a_template_is_answered_as_it_was_trained(family: str, template: str) ->
     virtual = torch.randn(P, backbone.facts.hidden_size)
     meta = PrefixMeta.of(backbone, PTuning(template=template), user_key="k" * 52)
     prefix, prompt = make_prefix([{EMBEDDINGS: virtual}], meta), random_ids(7, 1)
-    around = prefix.arrangement(backbone.template)
-    ids = torch.tensor([around.without_front().prompt(prompt)])
-    if not around.in_front:
-        assert ids.tolist() == [around.prompt(prompt)]
+    arrangement = prefix.arrangement(backbone.template)
+    ids = torch.tensor([arrangement.without_front().prompt(prompt)])
+    if not arrangement.in_front:
+        assert ids.tolist() == [arrangement.prompt(prompt)]
     ours = backbone.step(
         ids,
         Tokens.of_mask(torch.ones_like(ids), ids.shape[1]),

@@ -310,9 +310,9 @@ def test_an_encoder_decoder_models_prompt_goes_both_ways(
 
     def here(prefix: Prefix) -> Tensor:
         rows = prefix_rows(backbone, [prefix])
-        around = torch.tensor([prefix.arrangement(backbone.template).prompt(IDS)])
-        mask = torch.ones_like(around)
-        encoded = backbone.encode_source(around, mask, rows)
+        arranged = torch.tensor([prefix.arrangement(backbone.template).prompt(IDS)])
+        mask = torch.ones_like(arranged)
+        encoded = backbone.encode_source(arranged, mask, rows)
         return backbone.answer_step(encoded, mask, answer, rows, torch.tensor([2]))[0]
 
     def there(directory: Path) -> Tensor:

@@ -348,14 +348,14 @@ def says(answer: int, count: int, seed: int = 0) -> tuple[Encoded, ...]:
 def users() -> list[UserRows]:
     """Ragged: many rows, one row, no validation rows, batches with nothing supervised, and one
     whose validation contradicts its training."""
-    alice = user_rows("alice", train=7, valid=3, words=P)
-    bob = user_rows("bob", train=1, valid=1, words=P)
-    carol = user_rows("carol", train=4, valid=0, words=P)
-    silent = user_rows("silent", train=6, valid=2, words=P)
+    alice = user_rows("alice", train=7, valid=3, init_ids=P)
+    bob = user_rows("bob", train=1, valid=1, init_ids=P)
+    carol = user_rows("carol", train=4, valid=0, init_ids=P)
+    silent = user_rows("silent", train=6, valid=2, init_ids=P)
     # At two rows a batch, one of three batches at least is without a label.
     rows = (silent.train[0], *map(masked, silent.train[1:5]), silent.train[5])
     contrary = UserRows(
-        user_key="contrary", seed=1, train=says(50, 4), valid=says(120, 2), words=(9, 8, 7)
+        user_key="contrary", seed=1, train=says(50, 4), valid=says(120, 2), init_ids=(9, 8, 7)
     )
     return [alice, bob, carol, replace(silent, train=rows), contrary]
 
@@ -365,7 +365,7 @@ def with_peft(
 ) -> Trained:
     """PEFT's model in the loop that anybody would write, with our order of rows and our rates."""
     model = case.peft_model(config_of(family))
-    start = start_of(case, model, user.words)
+    start = start_of(case, model, user.init_ids)
     set_in_peft(case, model, case.method.initial(backbone.facts, start, user.seed).trained)
     parameters = list(model.prompt_encoder.parameters())
     peak = settings.learning_rate
@@ -594,7 +594,7 @@ def test_padding_on_the_left_moves_a_text_behind_pefts_prompt_but_not_behind_our
         {key: own[None] for key, own in tensors.items()}, backbone.facts, case.method.visibility
     )
     prefix = pack.of_rows(torch.tensor([0]), torch.float32)
-    around = [-1, -2, -3] if name == "prompt" else []
+    virtual_ids = [-1, -2, -3] if name == "prompt" else []
     theirs, ours = [], []
     for padding in (0, 4):
         ids, mask = [0] * padding + text, [0] * padding + [1] * len(text)
@@ -607,8 +607,8 @@ def test_padding_on_the_left_moves_a_text_behind_pefts_prompt_but_not_behind_our
             output_logits=True,
         )
         theirs.append(made.logits[0][0])
-        real = torch.tensor([[0] * padding + [1] * (len(around) + len(text))])
-        row = torch.tensor([[0] * padding + around + text])
+        real = torch.tensor([[0] * padding + [1] * (len(virtual_ids) + len(text))])
+        row = torch.tensor([[0] * padding + virtual_ids + text])
         ours.append(backbone.step(row, Tokens.of_mask(real, row.shape[1]), prefix, None)[0])
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[1], ours[0], atol=1e-5, rtol=1e-5)

@@ -247,10 +247,10 @@ def test_a_row_without_a_prompt_counts_the_same_tokens_for_every_judge() -> None
     inner = Arrangement(before=(-1,), after=(9, -2))
     assert predicted(row) == 2
     assert predicted(front.row(row)) == 3  # what training learns
-    for around in (front, inner, Arrangement()):
-        assert predicted(around.judged_row(row)) == 2
+    for arrangement in (front, inner, Arrangement()):
+        assert predicted(arrangement.judged_row(row)) == 2
     asked = Encoded([4, 5, 6], [IGNORE, 5, 6])
-    assert all(predicted(around.judged_row(asked)) == 2 for around in (front, inner))
+    assert all(predicted(arrangement.judged_row(asked)) == 2 for arrangement in (front, inner))
 
 
 def test_test_rows_beyond_the_positions_are_left_out_for_every_judge(

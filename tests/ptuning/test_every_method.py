@@ -111,7 +111,7 @@ def trained(
     config = TrainConfig(
         epochs=epochs, batch_size=3, schedule="constant", patience=None, keep_resume=True
     )
-    user = user_rows("alice", train=5, valid=2, words=method.num_virtual_tokens * method.members)
+    user = user_rows("alice", train=5, valid=2, init_ids=method.num_virtual_tokens * method.members)
     user = replace(user, states=states)
     (result,) = LocalDriver(backbone).run(train_pack(backbone, method, config, [user]))
     assert result.members is not None, result.error

@@ -110,7 +110,7 @@ def leaves_of(backbone: Backbone, method: Method, users: int) -> Parameters:
 
 def arranged(backbone: Backbone, method: Method, rows: Sequence[Any]) -> list[Any]:
     """Rows as the trainers give them to the model."""
-    user = UserRows(user_key="any", seed=0, train=tuple(rows), words=(3, 4, 5))
+    user = UserRows(user_key="any", seed=0, train=tuple(rows), init_ids=(3, 4, 5))
     return list(members_of(method, backbone.template, user)[0].train)
 
 
@@ -508,7 +508,7 @@ def test_virtual_tokens_among_real_ones_are_embeddings_there(
         for n, template in enumerate(templates)
     ]
     ready = [make_ready(prefix, backbone) for prefix in prefixes]
-    rows = [one.around.prompt(random_ids(8 + 3 * n, n)) for n, one in enumerate(ready)]
+    rows = [one.arrangement.prompt(random_ids(8 + 3 * n, n)) for n, one in enumerate(ready)]
     assert [sum(token < 0 for token in row) for row in rows] == [5, 1]
     with torch.no_grad():
         prefix = rows_of(backbone, [one.members[0] for one in ready])
@@ -531,9 +531,9 @@ def test_an_encoders_virtual_tokens_stay_embeddings(family: str, kind: str, meth
     ready = make_ready(prefix, backbone)
     assert not ready.members[0].layers
     virtual = prefix.tensors[EMBEDDINGS]
-    source, answer = ready.around.prompt(random_ids(8, 1)), [2, *random_ids(5, 2)]
+    source, answer = ready.arrangement.prompt(random_ids(8, 1)), [2, *random_ids(5, 2)]
     assert sum(token < 0 for token in source) == len(virtual)
-    other = ready.around.prompt(random_ids(14, 3))  # a longer neighbour: padding must not show
+    other = ready.arrangement.prompt(random_ids(14, 3))  # a longer neighbour: padding must not show
     with torch.no_grad():
         ours = answer_logits(backbone, [source, other], [answer, answer], [prefix, prefix])
         expected = plain(
@@ -643,9 +643,9 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
     backbone = build(ALL[family]())
     method = PromptTuning(num_virtual_tokens=P, ensemble=3, combine=combine)
     prefixes = [random_prefix(backbone, method, seed) for seed in (1, 2)]
-    around = prefixes[0].arrangement(backbone.template)
+    arrangement = prefixes[0].arrangement(backbone.template)
     users = [
-        [around.judged_row(encoded(length, 3, length)) for length in lengths]
+        [arrangement.judged_row(encoded(length, 3, length)) for length in lengths]
         for lengths in ((6, 11, 8), (9, 7))
     ]
     expected = []
@@ -737,7 +737,7 @@ def test_all_methods_in_one_batch_have_each_ones_logits(family: str, kind: str) 
     for n, one in enumerate(ready):
         ids = backbone.template.encode_prompt(prompt_of(n))
         for member in [None] if one is None else one.members:
-            rows.append(ids if one is None else one.around.prompt(ids))
+            rows.append(ids if one is None else one.arrangement.prompt(ids))
             members.append(member)
     steps = _causal_steps if backbone.facts.decoder_start_id is None else _answer_steps
     forced = [random_ids(len(rows), n) for n in range(2)]
@@ -773,7 +773,9 @@ def test_generation_hears_what_training_heard(family: str, kind: str) -> None:
                 prefix_row = trained.of_rows(torch.tensor([member]), torch.float32)
                 whole = batch_logits(backbone, batch, prefix_row)
             run = steps(
-                backbone, [ready.around.prompt(prompt)], rows_of(backbone, [ready.members[member]])
+                backbone,
+                [ready.arrangement.prompt(prompt)],
+                rows_of(backbone, [ready.members[member]]),
             )
             stepped = [next(run), *(run.send([token]) for token in answer[:-1])]
             close(torch.cat(stepped), whole)

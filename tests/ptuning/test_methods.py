@@ -240,14 +240,14 @@ def test_a_template_is_read_as_it_is_written(
 
 
 @given(arrangements, rows)
-def test_a_row_keeps_its_tokens_order_and_labels(around: Arrangement, row: Encoded) -> None:
-    arranged = around.row(row)
-    at, added = row.prompt_length, len(around.before) + len(around.after)
+def test_a_row_keeps_its_tokens_order_and_labels(arrangement: Arrangement, row: Encoded) -> None:
+    arranged = arrangement.row(row)
+    at, added = row.prompt_length, len(arrangement.before) + len(arrangement.after)
     assert len(arranged.input_ids) == len(arranged.labels) == len(row.input_ids) + added
     assert arranged.input_ids == [
-        *around.before,
+        *arrangement.before,
         *row.input_ids[:at],
-        *around.after,
+        *arrangement.after,
         *row.input_ids[at:],
     ]
     assert arranged.prompt_length == at + added or not row.supervised
@@ -257,20 +257,20 @@ def test_a_row_keeps_its_tokens_order_and_labels(around: Arrangement, row: Encod
     for token, label in zip(arranged.input_ids, arranged.labels, strict=True):
         assert label in (IGNORE, token)
     assert arranged.labels[: at + added] == [IGNORE] * (at + added)
-    assert around.prompt(row.input_ids[:at]) == arranged.input_ids[: at + added]
+    assert arrangement.prompt(row.input_ids[:at]) == arranged.input_ids[: at + added]
 
 
 @given(arrangements)
 def test_virtual_tokens_are_in_front_where_no_real_one_comes_before_any(
-    around: Arrangement,
+    arrangement: Arrangement,
 ) -> None:
     prompt = 7
-    ids = around.prompt([prompt])
+    ids = arrangement.prompt([prompt])
     virtual = [at for at, token in enumerate(ids) if token < 0]
     real = [at for at, token in enumerate(ids) if token >= 0]
     before_all = max(virtual) < min(real)
-    assert around.in_front == (len(virtual) if before_all else 0)
-    left = around.without_front().prompt([prompt])
+    assert arrangement.in_front == (len(virtual) if before_all else 0)
+    left = arrangement.without_front().prompt([prompt])
     assert left == ([token for token in ids if token >= 0] if before_all else ids)
 
 
@@ -375,7 +375,7 @@ def test_settings_that_are_no_mapping_are_refused() -> None:
 
 def refusal(backbone: Backbone, method: Method) -> MethodError:
     """What both trainers and `tune` raise before anything is trained; they agree."""
-    config, user = TrainConfig(epochs=1), user_rows("alice", 2, 0, words=200)
+    config, user = TrainConfig(epochs=1), user_rows("alice", 2, 0, init_ids=200)
     examples = [Example(prompt=f"say {n}", completion="so") for n in range(12)]
     calls: list[Callable[[], Any]] = [
         lambda: method.check(backbone.facts),
@@ -545,7 +545,7 @@ def test_a_start_from_words_without_any_is_refused(causal: Backbone, method: Met
 def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
     rows = [Example(prompt="one", completion="two", split="train", init_words="the fox")]
     method = PromptTuning(num_virtual_tokens=5, ensemble=2)
-    words = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows).words
+    words = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows).init_ids
     ids = TEMPLATE.ids("the fox")
     assert len(ids) < 10
     assert list(words) == (ids * 10)[:10]

@@ -86,11 +86,11 @@ methods = pytest.mark.parametrize(
 def users() -> list[UserRows]:
     """Ragged: many rows, one row, no validation rows, more batches than the others."""
     return [
-        user_rows("alice", train=7, valid=3, words=P),
-        user_rows("bob", train=1, valid=1, words=P),
-        user_rows("carol", train=4, valid=0, words=P),
-        user_rows("dave", train=11, valid=2, words=P, longest=30),
-        user_rows("erin", train=3, valid=5, words=P),
+        user_rows("alice", train=7, valid=3, init_ids=P),
+        user_rows("bob", train=1, valid=1, init_ids=P),
+        user_rows("carol", train=4, valid=0, init_ids=P),
+        user_rows("dave", train=11, valid=2, init_ids=P, longest=30),
+        user_rows("erin", train=3, valid=5, init_ids=P),
     ]
 
 
@@ -277,7 +277,7 @@ def test_training_lowers_the_loss_on_a_task_that_can_be_learned(
             seed=answer,
             train=rows(answer),
             valid=rows(answer)[:2],
-            words=(answer,) * P,
+            init_ids=(answer,) * P,
         )
         for answer in (50, 120, 260)
     ]
@@ -301,10 +301,10 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
         )
 
     contrary = UserRows(
-        user_key="contrary", seed=1, train=rows(50, 4), valid=rows(120, 2), words=(9, 8, 7)
+        user_key="contrary", seed=1, train=rows(50, 4), valid=rows(120, 2), init_ids=(9, 8, 7)
     )
     steady = UserRows(
-        user_key="steady", seed=2, train=rows(60, 4), valid=rows(60, 2), words=(9, 8, 7)
+        user_key="steady", seed=2, train=rows(60, 4), valid=rows(60, 2), init_ids=(9, 8, 7)
     )
     settings = config(epochs=8, patience=1, learning_rate=0.2, batch_size=2)
     method = METHODS["direct-words"]
@@ -341,7 +341,7 @@ def test_an_epoch_is_chosen_only_where_there_are_validation_tokens_enough(
         )
 
     user = UserRows(
-        user_key="contrary", seed=1, train=rows(50, 4), valid=rows(120, 2), words=(9, 8, 7)
+        user_key="contrary", seed=1, train=rows(50, 4), valid=rows(120, 2), init_ids=(9, 8, 7)
     )
     method = METHODS["direct-words"]
 
@@ -506,7 +506,7 @@ def test_a_training_that_goes_on_equals_one_that_never_stopped(
     going_on = []
     for user in pack[:2]:
         path = Resume(half[user.user_key].states, belongs).save(tmp_path / user.user_key)
-        going_on.append(replace(user, words=(), states=Resume.load(path).states))
+        going_on.append(replace(user, init_ids=(), states=Resume.load(path).states))
     results = packed(backbone, method, config(epochs=4, **settings), [*going_on, *pack[2:]])
     for user in pack:
         assert_same(results[user.user_key], whole[user.user_key])
@@ -528,7 +528,7 @@ def test_a_training_that_goes_on_and_blows_up_goes_back_to_where_it_went_on(
         return config(epochs=epochs, learning_rate=rate, schedule="constant", keep_resume=True)
 
     first = packed(backbone, method, settings(1, 1e-2), pack)
-    going_on = [replace(user, words=(), states=first[user.user_key].states) for user in pack]
+    going_on = [replace(user, init_ids=(), states=first[user.user_key].states) for user in pack]
     undisturbed = packed(backbone, method, settings(3, 1e-2), going_on)
     gentle = packed(backbone, method, settings(3, 1e-3), going_on)
     update, second, left = Slots.update, first["dave"].steps + 2, [times]
@@ -559,7 +559,7 @@ def test_many_long_labels_need_not_fit_the_models_positions() -> None:
     labels = [random_ids(40, n) for n in range(P)]
     user = replace(
         users()[0],
-        words=tuple(token for label in labels for token in label),
+        init_ids=tuple(token for label in labels for token in label),
         spans=tuple(len(label) for label in labels),
     )
     method = PromptTuning(num_virtual_tokens=P, init="labels")
@@ -667,7 +667,7 @@ def test_going_on_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> No
     whole = packed(backbone, method, config(epochs=2, **settings), [user])["alice"]
     half = packed(backbone, method, config(epochs=1, **settings), [user])["alice"]
     assert half.states[0].updates == half.states[0].steps - 1
-    going_on = replace(user, words=(), states=half.states)
+    going_on = replace(user, init_ids=(), states=half.states)
     result = packed(backbone, method, config(epochs=2, **settings), [going_on])["alice"]
     assert_same(result, whole, atol=1e-6)
 
@@ -685,7 +685,7 @@ def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
 def test_a_users_end_is_told_once_and_as_soon_as_it_comes(backbone: Backbone) -> None:
     """An ensemble's members end together with the last of them; who cannot train has ended too."""
     few, many = (
-        user_rows(user, rows, valid=1, words=P) for user, rows in (("few", 2), ("many", 9))
+        user_rows(user, rows, valid=1, init_ids=P) for user, rows in (("few", 2), ("many", 9))
     )
     empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
     told: list[tuple[str, int]] = []
@@ -757,7 +757,7 @@ def test_words_make_the_prefix_start_as_those_words(backbone: Backbone) -> None:
     """With an MLP too: its last layer starts at zero and is added to the words."""
     alice = users()[0]
     with torch.no_grad():
-        words, _ = backbone.capture(torch.tensor([alice.words]))
+        words, _ = backbone.capture(torch.tensor([alice.init_ids]))
     start = {name: values[0] for name, values in words.items()}
     for name in ("direct-words", "mlp-words"):
         method = METHODS[name]
@@ -983,7 +983,7 @@ def test_any_pack_equals_the_plain_trainer(
     method: str,
 ) -> None:
     pack = [
-        user_rows(f"{n}-{train}-{valid}", train, valid, words=P)
+        user_rows(f"{n}-{train}-{valid}", train, valid, init_ids=P)
         for n, (train, valid) in enumerate(sizes)
     ]
     settings = config(

@@ -38,7 +38,7 @@ def rows(answers: list[str], **more: Any) -> list[Example]:
 
 def words_of(method: Method, examples: list[Example]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ready = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "u", examples)
-    return ready.words, ready.spans
+    return ready.init_ids, ready.spans
 
 
 def test_every_member_starts_from_the_labels_and_draws_the_rest_for_itself() -> None:
@@ -78,7 +78,7 @@ def test_drawn_tokens_are_no_special_ones_and_depend_on_the_user_alone() -> None
     assert first == words_of(method, rows(["no"]))[0], "rows do not matter"
     assert not set(first) & set(TEMPLATE.tokenizer.all_special_ids)
     other = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "v", rows(["yes"]))
-    assert other.words != first
+    assert other.init_ids != first
 
 
 def test_words_come_from_the_rows_then_the_configuration_then_the_answers() -> None:

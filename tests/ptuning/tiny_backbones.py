@@ -359,8 +359,9 @@ def encoded(length: int, supervised: int, seed: int) -> Encoded:
     return Encoded(ids, [IGNORE] * (length - supervised) + ids[length - supervised :])
 
 
-def user_rows(name: str, train: int, valid: int, words: int = 0, longest: int = 14) -> UserRows:
-    """A user of ragged random rows, a function of the name alone."""
+def user_rows(name: str, train: int, valid: int, init_ids: int = 0, longest: int = 14) -> UserRows:
+    """A user's random rows of different lengths, derived from the name alone; `init_ids` is the
+    number of those."""
     source = random.Random(seed_of("rows", name))
 
     def rows(count: int) -> tuple[Encoded, ...]:
@@ -375,5 +376,5 @@ def user_rows(name: str, train: int, valid: int, words: int = 0, longest: int = 
         seed=seed_of("user", name),
         train=rows(train),
         valid=rows(valid),
-        words=tuple(random_ids(words, source.randrange(1 << 30))),
+        init_ids=tuple(random_ids(init_ids, source.randrange(1 << 30))),
     )

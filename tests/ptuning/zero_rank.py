@@ -37,8 +37,8 @@ METHODS: dict[str, Method] = {
 def share(rank: int) -> list[UserRows]:
     """Unequal work."""
     users = [
-        [user_rows("ann", 30, 6, words=P), user_rows("cy", 9, 3, words=P)],
-        [user_rows("bob", 8, 2, words=P)],
+        [user_rows("ann", 30, 6, init_ids=P), user_rows("cy", 9, 3, init_ids=P)],
+        [user_rows("bob", 8, 2, init_ids=P)],
     ]
     return users[rank]
 
@@ -71,8 +71,8 @@ KINDS = {"causal": (METHODS, CHAMPIONS), "pair": (PAIR_METHODS, PAIR_CHAMPIONS)}
 def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
     """Nats of each row under a champion, scored several times over."""
     prefix = random_prefix(backbone, method, seed=1)
-    around = prefix.arrangement(backbone.template)
-    rows = [around.row(row) for row in share(0)[0].train]
+    arrangement = prefix.arrangement(backbone.template)
+    rows = [arrangement.row(row) for row in share(0)[0].train]
     nats: list[float] = []
     for _ in range(3):
         pack = pack_prefix([prefix], backbone)

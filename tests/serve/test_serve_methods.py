@@ -61,7 +61,7 @@ def heard_of(
             if prefix is not None:
                 info = PrefixInfo(name="default", version="1", digest=prefix.digest)
                 held = HeldPrefix(info=info, ready=make_ready(prefix, backbone))
-                ids = held.ready.around.prompt(ids)
+                ids = held.ready.arrangement.prompt(ids)
             listener = Heard.new()
             request = Request(
                 id=f"r{number}",
