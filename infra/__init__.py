@@ -1,1 +1,1 @@
-"""What surrounds the product: demo data, benchmarks, images, dashboards."""
+"""Demo, benchmarks, documentation, images and dashboards."""

@@ -1,7 +1,7 @@
-"""mkdocs hook: the configuration page, made from the settings' own descriptions.
+"""An mkdocs hook that generates the configuration page from the settings' descriptions.
 
-A setting is described once, where its component declares it; `--help` and this page read it
-there, so that neither can be out of date.
+A setting is described once, where its component declares it. `--help` and this page read that
+description, so neither can be outdated.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ MARK = "<!-- settings -->"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by mkdocs for every page."""
-    return markdown.replace(MARK, reference()) if page.file.src_uri == PAGE else markdown
+    """Fill in the settings. mkdocs calls this for every page."""
+    return markdown.replace(MARK, render_reference()) if page.file.src_uri == PAGE else markdown
 
 
-def reference() -> str:
+def render_reference() -> str:
     """Every section's settings as tables of name, default and description."""
-    return "\n".join(_lines())
+    return "\n".join(_render_lines())
 
 
-def _lines() -> Iterator[str]:
+def _render_lines() -> Iterator[str]:
     for section in RunConfig.model_fields:
         if section == "method":
             for name, kind in METHODS.items():
-                yield from _table(f"method (type: {name})", list(known_keys(kind, "method.")))
+                yield from _render_table(
+                    f"method (type: {name})", list(known_keys(kind, "method."))
+                )
         else:
             keys = [(key, field) for key, field in known_keys() if key.startswith(f"{section}.")]
-            yield from _table(section, keys)
+            yield from _render_table(section, keys)
 
 
-def _table(title: str, keys: list[tuple[str, Any]]) -> Iterator[str]:
+def _render_table(title: str, keys: list[tuple[str, Any]]) -> Iterator[str]:
     yield f"## {title}"
     yield ""
     yield "| setting | default | |"

@@ -14,7 +14,7 @@ from torch import nn
 import ptuning
 from infra.bench import methods, records, tasks
 from infra.bench.products import use_fp32_kernels
-from infra.bench.records import Results, read_records, table
+from infra.bench.records import Results, format_tables, read_records
 from ptuning.data.encode import IGNORE
 from ptuning.model.facts import DECODER, Facts, StackFacts
 
@@ -80,26 +80,28 @@ def run(path: Path, cells: list[methods.Cell], bench: FakeBench) -> None:
 
 def test_bleu_takes_every_reference() -> None:
     references = [("the cat sat on the mat", "a cat sat there"), ("a dog ran far away",)]
-    assert tasks.bleu(["a cat sat there", " a dog ran far away\n"], references) == pytest.approx(
-        100
-    )
+    assert tasks.compute_bleu(
+        ["a cat sat there", " a dog ran far away\n"], references
+    ) == pytest.approx(100)
     first_only = [own[:1] for own in references]
-    assert tasks.bleu(["a cat sat there", "a dog ran far away"], first_only) < 99
-    assert tasks.bleu(["zzz", "yyy"], references) < 1
+    assert tasks.compute_bleu(["a cat sat there", "a dog ran far away"], first_only) < 99
+    assert tasks.compute_bleu(["zzz", "yyy"], references) < 1
 
 
 def test_exact_match_forgives_case_blanks_and_final_punctuation() -> None:
     references = [(" Germany",), (" English", " Pijin"), (" U.S.",)]
-    assert tasks.exact_match([" germany. ", "Pijin", "U.S"], references) == 1.0
-    assert tasks.exact_match(["in Germany", "Pijin!", ""], references) == pytest.approx(1 / 3)
+    assert tasks.compute_exact_match([" germany. ", "Pijin", "U.S"], references) == 1.0
+    assert tasks.compute_exact_match(["in Germany", "Pijin!", ""], references) == pytest.approx(
+        1 / 3
+    )
     long_answers = ["Germany, a country", "French or English", ""]
-    assert tasks.first_word_match(long_answers, references) == pytest.approx(1 / 3)
+    assert tasks.compute_first_word_match(long_answers, references) == pytest.approx(1 / 3)
 
 
 def test_a_cloze_ends_before_its_object() -> None:
-    assert tasks.cloze("The capital of [X] is [Y] .", "Kenya") == "The capital of Kenya is"
+    assert tasks.make_cloze("The capital of [X] is [Y] .", "Kenya") == "The capital of Kenya is"
     with pytest.raises(ValueError, match="does not come last"):
-        tasks.cloze("[X] plays [Y] music .", "Miles Davis")
+        tasks.make_cloze("[X] plays [Y] music .", "Miles Davis")
 
 
 def lama_table() -> list[dict[str, str]]:
@@ -119,7 +121,7 @@ def lama_table() -> list[dict[str, str]]:
 
 
 def test_a_seed_draws_train_rows_and_nothing_else() -> None:
-    pool = tasks.lama_pool(lama_table())
+    pool = tasks.make_lama_pool(lama_table())
     assert set(pool) == set(tasks.RELATIONS)
     sizes = tasks.Sizes(train=6, valid=2, test=3)
     one, again, other = (tasks.draw_rows(pool, sizes, seed) for seed in (1, 1, 2))
@@ -133,7 +135,7 @@ def test_a_seed_draws_train_rows_and_nothing_else() -> None:
         assert all((e.prompt or "").startswith(str(e.split)) for e in examples)
         assert by_split[0][0].completion in (" Kenya", " Peru")
     assert one.examples != other.examples
-    assert 0.5 <= tasks.commonest_match(one) <= 1.0
+    assert 0.5 <= tasks.compute_commonest_match(one) <= 1.0
     with pytest.raises(ValueError, match="fewer than 13"):
         tasks.draw_rows(pool, tasks.Sizes(13, 2, 3), 0)
 
@@ -146,9 +148,9 @@ def test_a_cell_says_what_the_library_says(
     user: no row, split or prefix of another user got in."""
     monkeypatch.setattr(methods, "BACKBONE", str(tiny_model_dir))
     bench = methods.Bench(tmp_path, "float32", 1)
-    bench._pools["lama"] = tasks.lama_pool(lama_table())
+    bench._pools["lama"] = tasks.make_lama_pool(lama_table())
     cell = methods.Cell("lama", methods.BY_NAME[name], 1, tasks.Sizes(12, 3, 4), 1)
-    record, backbone, rows = bench.measure(cell), bench.backbone("lama"), bench.rows(cell)
+    record, backbone, rows = bench.measure(cell), bench.load_backbone("lama"), bench.draw_rows(cell)
     prefixes: dict[str, ptuning.Prefix | None] = dict.fromkeys(rows.examples)
     if cell.setting.method is not None:
         for user, examples in rows.examples.items():
@@ -181,7 +183,7 @@ def test_a_cell_says_what_the_library_says(
         for one in rows.test[user]:
             given += ptuning.generate(backbone, [one.prompt], [prefix], max_new_tokens=8)
             right.append(one.answers)
-    assert record["exact_match"] == pytest.approx(tasks.exact_match(given, right), abs=1e-4)
+    assert record["exact_match"] == pytest.approx(tasks.compute_exact_match(given, right), abs=1e-4)
 
 
 def test_e2e_keeps_all_references_of_a_test_row() -> None:
@@ -191,14 +193,14 @@ def test_e2e_keeps_all_references_of_a_test_row() -> None:
         for n in range(3)
         for word in ("called", "named", "named")
     ]
-    drawn = tasks.draw_rows(tasks.e2e_pool(rows), tasks.Sizes(3, 3, 3), 0)
+    drawn = tasks.draw_rows(tasks.make_e2e_pool(rows), tasks.Sizes(3, 3, 3), 0)
     assert all(len(one.answers) == 2 for one in drawn.test["e2e"])
-    (first,) = tasks.scored_rows(drawn.test["e2e"][:1])
+    (first,) = tasks.make_scored_rows(drawn.test["e2e"][:1])
     assert first.completion == drawn.test["e2e"][0].answers[0]
 
 
 def test_the_grid_varies_one_thing_at_a_time() -> None:
-    cells = list(methods.grid([*tasks.SPECS], seeds=3))
+    cells = list(methods.make_grid([*tasks.SPECS], seeds=3))
     assert len({cell.name for cell in cells}) == len({cell.digest for cell in cells}) == len(cells)
     assert len({cell.group for cell in cells}) == 20 + 22
     base = [cell for cell in cells if cell.setting.method is None]
@@ -214,7 +216,7 @@ def test_the_grid_varies_one_thing_at_a_time() -> None:
 
 def test_parameters_are_counted_before_and_after_the_encoder() -> None:
     counted = {
-        name: (methods.parameters_of(method, FACTS), methods.values_of(method, FACTS))
+        name: (methods.count_parameters(method, FACTS), methods.count_values(method, FACTS))
         for name, setting in methods.BY_NAME.items()
         if (method := setting.method) is not None
     }
@@ -274,7 +276,7 @@ def test_a_task_has_its_own_rate_where_a_sweep_found_one() -> None:
 
 
 def test_a_sweep_tries_smaller_rates_for_encoders_and_no_test_rows() -> None:
-    cells = list(methods.sweep(["e2e"], ["base", "prompt", "ptuning-lstm", "prompt-labels"]))
+    cells = list(methods.make_sweep(["e2e"], ["base", "prompt", "ptuning-lstm", "prompt-labels"]))
     rates = {
         name: [c.learning_rate for c in cells if c.setting.name == name]
         for name in ("prompt", "ptuning-lstm")
@@ -289,11 +291,11 @@ def test_a_sweep_tries_smaller_rates_for_encoders_and_no_test_rows() -> None:
             cells, (3.0, 2.0, 2.5, 2.7, 5.0, 9.0, 1.0, 2.0, 3.0, 4.0), strict=True
         )
     ]
-    text = records.rates_table([*found, record_of(replace(cells[0], epochs=2))])
+    text = records.format_rates([*found, record_of(replace(cells[0], epochs=2))])
     assert "| e2e | prompt | 200 x 5 | 3.0000 | " in text.replace("|  ", "")
     assert "| e2e | prompt | 200 x 2 | " in text.replace("|  ", "")
     assert "| **2.0000** |" in text
-    assert "5.0000 (began again)" in text
+    assert "5.0000 (restarted)" in text
 
 
 def test_a_killed_run_loses_only_the_cell_in_work(
@@ -308,7 +310,7 @@ def test_a_killed_run_loses_only_the_cell_in_work(
     found, message = read_records(path)
     assert [one["name"] for one in found] == [cell.name for cell in cells[:2]]
     assert message is not None
-    assert "half-written" in message
+    assert "incomplete" in message
     bench = FakeBench()
     run(path, cells, bench)
     assert bench.measured == [cell.name for cell in cells[2:]]
@@ -341,9 +343,9 @@ def test_time_left_is_guessed_from_the_setting_else_the_task() -> None:
         record_of(cell_of("prefix"), seconds={"total": 10.0}),
         record_of(cell_of("prompt"), seconds={"total": 30.0}),
     ]
-    assert records.seconds_left([("e2e", "prefix"), ("e2e", "ptuning-mlp")], done) == 30.0
-    assert records.seconds_left([("lama", "prefix")], done) is None
-    assert records.seconds_left([], done) == 0
+    assert records.estimate_seconds_left([("e2e", "prefix"), ("e2e", "ptuning-mlp")], done) == 30.0
+    assert records.estimate_seconds_left([("lama", "prefix")], done) is None
+    assert records.estimate_seconds_left([], done) == 0
 
 
 def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
@@ -364,7 +366,7 @@ def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
     for one in [record_of(cell_of(task="lama"), exact_match=0.45, first_word_match=0.5)]:
         del one["bleu"]
         found.append(one)
-    text = table(found, [*methods.BY_NAME])
+    text = format_tables(found, [*methods.BY_NAME])
     e2e, lama = text.split("### LAMA")
     assert (
         "| prefix: 10 virtual tokens, direct, words | 3 | 0.03 | 1,000 | 500 | 3.000 ± 1.000 |"
@@ -378,7 +380,7 @@ def test_the_table_has_means_over_the_newest_settings_seeds() -> None:
     assert (
         "a cpu, 1 thread, float32 by fp32 kernels, torch 2; a cpu, 1 thread, float32, torch" in text
     )
-    assert table([]) == "No results.\n"
+    assert format_tables([]) == "No results.\n"
 
 
 def test_the_overview_has_the_tasks_side_by_side() -> None:
@@ -389,7 +391,7 @@ def test_the_overview_has_the_tasks_side_by_side() -> None:
     ]
     for one in found[3:]:
         del one["bleu"]
-    head, _, both, one_task = records.overview(found, [*methods.BY_NAME]).splitlines()
+    head, _, both, one_task = records.format_overview(found, [*methods.BY_NAME]).splitlines()
     assert head.startswith("| setting | parameters per user | E2E loss | BLEU | LAMA loss | exact")
     assert "| 41.0 ± 1.0 |" in both
     assert "| 45.0 | 0.03 / 0.01 | 3 / 1 |" in both
@@ -402,8 +404,8 @@ def test_the_benchmark_page_has_the_results_files_table() -> None:
     shown = readme.split("<!-- methods -->\n")[1].split("<!-- /methods -->")[0]
     found, message = records.read_records(methods.RESULTS)
     assert message is None
-    found = methods.grid_last(found)
-    assert shown == records.overview(found, [*methods.BY_NAME]), "see --overview"
+    found = methods.put_grid_last(found)
+    assert shown == records.format_overview(found, [*methods.BY_NAME]), "see --overview"
 
 
 def test_tables_report_the_grids_cells_though_others_were_measured_since(

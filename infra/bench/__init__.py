@@ -1,1 +1,1 @@
-"""Measurements that README and decisions quote: each a script that prints its figures."""
+"""Scripts that print the figures quoted in README and decisions.md."""

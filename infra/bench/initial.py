@@ -1,10 +1,11 @@
-"""Which start and which parameters suit Prefix Tuning best, at equal steps?
+"""Compare initialisations and parametrisations of Prefix Tuning at equal numbers of steps.
 
     python -m infra.bench.initial --data ../shared/data/ubuntu-irc.parquet [--users 6]
 
-Trains the same users (those ranked 17th and following by rows, so that the users of the
-README's figures are not tuned on) with every setting, and prints the median validation loss
-of base, first epoch and best epoch, in nats per completion token.
+Trains the same users with every setting and prints the median validation loss in nats per
+completion token: of the base model, and of the first, the last and the best epoch. Users are ranked
+by their number of rows. The first 16 are skipped, so that no setting is chosen on users that other
+figures are reported for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ SETTINGS: dict[str, tuple[dict[str, object], float]] = {
 
 
 def read_users(path: Path, skip: int, count: int, rows: int) -> dict[str, list[ptuning.Example]]:
-    """The users ranked after the first `skip` by rows, each with their newest `rows` rows."""
+    """The newest `rows` rows of `count` users, ranked by their number of rows; the first `skip`
+    users are left out."""
     table = pq.read_table(path).to_pylist()
     ranked = Counter(row["user_id"] for row in table)
     chosen = [user for user, _ in sorted(ranked.items(), key=lambda item: (-item[1], item[0]))]
@@ -90,8 +92,10 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=6)
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--only", default="", metavar="REGEX", help="settings whose name matches")
-    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="only settings whose name matches"
+    )
+    parser.add_argument("--out", type=Path, help="write the figures to this file as JSON too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = ptuning.load_backbone("smollm2")

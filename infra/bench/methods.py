@@ -1,16 +1,16 @@
-"""How well do the tuning methods do, at how many parameters per user and how many seconds?
+"""Compare the tuning methods: quality, parameters per user, training seconds.
 
     python -m infra.bench.methods --quick              one seed of five settings
-    python -m infra.bench.methods                      the grid: hours; start it again to resume
-    python -m infra.bench.methods --list               its cells and which are done
+    python -m infra.bench.methods                      the grid: hours; run it again to resume
+    python -m infra.bench.methods --list               the cells, and which are done
     python -m infra.bench.methods --table              the results file as Markdown tables
-    python -m infra.bench.methods --overview           the README's table of both tasks
-    python -m infra.bench.methods --learning-rates prompt ptuning-none    choose the defaults
+    python -m infra.bench.methods --overview           one table of both tasks (benchmarks.md)
+    python -m infra.bench.methods --learning-rates prompt ptuning-none    sweep learning rates
 
-SmolLM2 on E2E (table to text, BLEU) and on LAMA's triples as a cloze (exact match), from few
-rows. Settings vary one thing at a time from Prefix Tuning with 10 virtual tokens. A cell is a
-task, a setting and a seed; its line is appended to the results file when it is finished, and
-cells whose line is there, with the same settings, are not run again.
+SmolLM2 is tuned with few rows on E2E (table to text, BLEU) and on LAMA's triples as a cloze task
+(exact match). Each setting differs in one respect from Prefix Tuning with 10 virtual tokens. A cell
+is a task, a setting and a seed. When it is done, its record is appended to the results file. Cells
+with a record of the same settings are not run again.
 """
 
 from __future__ import annotations
@@ -46,18 +46,19 @@ from ptuning.train.step import LocalDriver
 from ptuning.types import Example, user_key
 
 BACKBONE = "smollm2"
-VERSION = 1  # of what a cell measures: another one makes every cell new
+VERSION = 1  # of what a cell measures; a new version makes all records outdated
 RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
 RATES_RESULTS = Path(__file__).parent / "results" / "learning-rates.jsonl"
-# In a folder that git ignores.
+# Not in git.
 QUICK_RESULTS = Path(__file__).parents[2] / ".cache" / "bench" / "methods-quick.jsonl"
 
 EPOCHS, QUICK_EPOCHS = 5, 3
 QUICK = ("base", "prefix", "prefix-mlp", "prompt", "ptuning-mlp")
 RATES = (3e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 ENCODER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-# Where a sweep at full size found a task's learning rate to be another than the method's default
-# (infra/decisions.md): by task and setting, or the one that was swept for all of its kind.
+# The learning rates of tasks on which a sweep at full size found a better one than the method's
+# default (infra/decisions.md), by task and setting. A setting without an entry uses that of the
+# setting swept for its kind (Setting.swept).
 TUNED_RATES = {
     ("e2e", "prefix"): 3e-2,
     ("lama", "prefix"): 1e-2,
@@ -65,12 +66,13 @@ TUNED_RATES = {
     ("lama", "prefix-top"): 3e-2,
     ("lama", "prefix-infix"): 3e-2,
 }
-GENERATED_ROWS = 64  # that are generated in one batch
+GENERATED_ROWS = 64  # per batch
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to tune; without a method: the base model. `only`: the task it makes sense on."""
+    """A method with settings, or the base model (`method` None). `only`: the one task that it
+    applies to."""
 
     name: str
     label: str
@@ -79,14 +81,14 @@ class Setting:
 
     @property
     def encoder(self) -> bool:
-        """Whether a network makes the prefix: its learning rates are smaller ones."""
+        """Whether an encoder network produces the prefix. Encoders need smaller learning rates."""
         if isinstance(self.method, ptuning.PTuning):
             return self.method.encoder != "none"
         return getattr(self.method, "encoder_hidden_size", None) is not None
 
     @property
     def swept(self) -> str:
-        """The setting that is swept for all that train the same kind of values."""
+        """The setting whose sweep is used for all settings that train the same kind of values."""
         if isinstance(self.method, ptuning.PTuning):
             return f"ptuning-{self.method.encoder}"
         if isinstance(self.method, ptuning.PrefixTuning) and not self.method.embedding_only:
@@ -129,7 +131,7 @@ SETTINGS = (
     Setting("prompt", "prompt: 10 virtual tokens, text init", _prompt()),
     Setting("prompt-p20", "prompt: 20 virtual tokens", _prompt(num_virtual_tokens=20)),
     Setting("prompt-vocab", "prompt: vocabulary init", _prompt(init="vocab")),
-    # Completions of E2E are sentences, no labels.
+    # E2E's completions are sentences, not labels.
     Setting("prompt-labels", "prompt: answers as init", _prompt(init="labels"), only="lama"),
     Setting("prompt-random", "prompt: random init", _prompt(init="random")),
     Setting("prompt-ensemble", "prompt: ensemble of 5", _prompt(ensemble=5)),
@@ -150,13 +152,13 @@ SETTINGS = (
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
-# Settings of a training that are the same in all cells, or change no result.
+# Training settings that are the same in all cells, or change no result.
 _NOT_COMPARED = {*SPEED_ONLY, "seed", "min_valid_tokens"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. `asks`: also on test rows, loss and answers."""
+    """One measurement. With `asks`, test loss and answers to test questions are measured too."""
 
     task: str
     setting: Setting
@@ -190,7 +192,7 @@ class Cell:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """All that decides the result, the seed apart."""
+        """Everything that determines the result except the seed."""
         method, train = self.setting.method, self.train
         return self._measured | {
             "method": method.model_dump(mode="json") if method else None,
@@ -200,7 +202,7 @@ class Cell:
     @property
     def _measured(self) -> dict[str, Any]:
         sizes = vars(self.sizes)
-        if self.setting.method is None:  # nothing is learned from train rows
+        if self.setting.method is None:  # the base model uses no train rows
             sizes = {**sizes, "train": 0}
         return {
             "version": VERSION,
@@ -215,15 +217,16 @@ class Cell:
 
     @cached_property
     def group(self) -> str:
-        """The digest of what is set here, the seed apart. Not of the library's defaults: a field
-        that it gains must not make hours of cells new. `is_done` looks at the defaults."""
-        own: list[dict[str, Any]] = [
-            {} if one is None else one.model_dump(mode="json", exclude_unset=True)
-            for one in (self.setting.method, self.train)
+        """The digest of what this file sets, except the seed. It excludes the library's defaults: a
+        new field there must not make hours of measurements outdated. `is_done` compares the
+        defaults."""
+        given: list[dict[str, Any]] = [
+            {} if part is None else part.model_dump(mode="json", exclude_unset=True)
+            for part in (self.setting.method, self.train)
         ]
-        own[1] = {name: value for name, value in own[1].items() if name not in _NOT_COMPARED}
+        given[1] = {name: value for name, value in given[1].items() if name not in _NOT_COMPARED}
         kind = self.setting.method.type if self.setting.method else None
-        return training_digest(self._measured, kind, *own)
+        return training_digest(self._measured, kind, *given)
 
     @cached_property
     def digest(self) -> str:
@@ -231,29 +234,30 @@ class Cell:
 
     def is_done(self, found: Sequence[Record]) -> bool:
         return any(
-            one["digest"] == self.digest and records.agree(one, self.config) for one in found
+            record["digest"] == self.digest and records.agree(record, self.config)
+            for record in found
         )
 
 
-def grid(chosen: Sequence[str], seeds: int) -> Iterator[Cell]:
-    """All cells; a seed of everything before the next one, so that early figures are whole."""
+def make_grid(chosen: Sequence[str], seeds: int) -> Iterator[Cell]:
+    """All cells, one seed after the other, so that early figures cover all settings."""
     for seed in range(seeds):
         for task in chosen:
             for setting in SETTINGS:
-                # Nothing of the base model is drawn: it has one cell.
+                # The base model does not depend on the seed: one cell.
                 if setting.only in (None, task) and (setting.method or seed == 0):
                     yield Cell(task, setting, seed, tasks.SPECS[task].full, EPOCHS)
 
 
-def quick_grid(chosen: Sequence[str]) -> Iterator[Cell]:
+def make_quick_grid(chosen: Sequence[str]) -> Iterator[Cell]:
     for task in chosen:
         for name in QUICK:
             yield Cell(task, BY_NAME[name], 0, tasks.SPECS[task].quick, QUICK_EPOCHS)
 
 
-def sweep(chosen: Sequence[str], names: Sequence[str]) -> Iterator[Cell]:
-    """Every learning rate of the named settings: one seed, validation only, so that the test
-    rows choose nothing."""
+def make_sweep(chosen: Sequence[str], names: Sequence[str]) -> Iterator[Cell]:
+    """Every learning rate of the named settings: one seed, without test rows, which must not
+    influence the choice."""
     for task in chosen:
         for setting in (BY_NAME[name] for name in names):
             if setting.method is None or setting.only not in (None, task):
@@ -265,7 +269,7 @@ def sweep(chosen: Sequence[str], names: Sequence[str]) -> Iterator[Cell]:
 
 @dataclass
 class Bench:
-    """What cells share: the models (one per template) and the tasks' rows, read when needed."""
+    """What cells share: the models (one per template) and the tasks' rows, loaded on first use."""
 
     data: Path
     dtype: str
@@ -274,45 +278,45 @@ class Bench:
     _backbones: dict[str, ptuning.Backbone] = field(default_factory=dict)
     _pools: dict[str, tasks.Pool] = field(default_factory=dict)
 
-    def backbone(self, task: str) -> ptuning.Backbone:
+    def load_backbone(self, task: str) -> ptuning.Backbone:
         template = tasks.SPECS[task].template
         if template not in self._backbones:
-            one = ptuning.load_backbone(BACKBONE, dtype=self.dtype, template=template)
+            loaded = ptuning.load_backbone(BACKBONE, dtype=self.dtype, template=template)
             if self.fp32_kernels:
-                products.use_fp32_kernels(one.model)
-            self._backbones[template] = one
-            self.dtype = str(one.dtype).removeprefix("torch.")  # one for all cells
+                products.use_fp32_kernels(loaded.model)
+            self._backbones[template] = loaded
+            self.dtype = str(loaded.dtype).removeprefix("torch.")  # the same for all cells
         return self._backbones[template]
 
-    def rows(self, cell: Cell) -> tasks.Rows:
+    def draw_rows(self, cell: Cell) -> tasks.Rows:
         if cell.task not in self._pools:
             self._pools[cell.task] = tasks.read_pool(cell.task, self.data)
         return tasks.draw_rows(self._pools[cell.task], cell.sizes, cell.seed)
 
     def measure(self, cell: Cell) -> Record:
-        """Run one cell: train its users in one pack, score, answer."""
+        """Run one cell: train its users in one pack, score them, answer the test questions."""
         begin = time.monotonic()
-        backbone, rows = self.backbone(cell.task), self.rows(cell)
+        backbone, rows = self.load_backbone(cell.task), self.draw_rows(cell)
         start, start_cpu = time.monotonic(), time.process_time()
         trained, prefixes = train(backbone, cell, rows)
         seconds = {
             "train": time.monotonic() - start,
-            # With one thread this hardly depends on what else the machine is doing.
+            # With one thread this hardly depends on the machine's other load.
             "train_cpu": time.process_time() - start_cpu,
         }
-        failed = {one.user_key: one.error for one in trained if one.error}
+        failed = {result.user_key: result.error for result in trained if result.error}
         start = time.monotonic()
         loss: dict[str, float | None] = {"valid": None, "test": None}
         answered: dict[str, float] = {}
         if not failed:
-            loss["valid"] = mean_nll(backbone, valid_rows(rows), prefixes)
+            loss["valid"] = compute_mean_nll(backbone, select_valid_rows(rows), prefixes)
             if cell.asks:
-                asked = {user: tasks.scored_rows(own) for user, own in rows.test.items()}
-                loss["test"] = mean_nll(backbone, asked, prefixes)
+                scored = {user: tasks.make_scored_rows(asked) for user, asked in rows.test.items()}
+                loss["test"] = compute_mean_nll(backbone, scored, prefixes)
                 answered = answer(backbone, cell, rows, prefixes)
         seconds["evaluate"] = time.monotonic() - start
         seconds["total"] = time.monotonic() - begin
-        tokens = sum(one.tokens for one in trained)
+        tokens = sum(result.tokens for result in trained)
         method = cell.setting.method
         return {
             "name": cell.name,
@@ -323,17 +327,17 @@ class Bench:
             "loss": loss,
             **answered,
             **({"failed": failed} if failed else {}),
-            "parameters": parameters_of(method, backbone.facts) if method else 0,
-            "values_kept": values_of(method, backbone.facts) if method else 0,
+            "parameters": count_parameters(method, backbone.facts) if method else 0,
+            "values_kept": count_values(method, backbone.facts) if method else 0,
             "seconds": {name: round(value, 2) for name, value in seconds.items()},
             "tokens_trained": tokens,
             "tokens_per_second": round(tokens / seconds["train"], 1) if tokens else None,
-            "resets": sum(one.resets for one in trained),
-            "history": [one.history for one in trained],
+            "resets": sum(result.resets for result in trained),
+            "history": [result.history for result in trained],
             **cell.config,
             "fingerprint": backbone.fingerprint,
             "dtype": str(backbone.dtype).removeprefix("torch."),
-            "machine": records.machine(self.threads),
+            "machine": records.describe_machine(self.threads),
             **({"kernels": "float32"} if self.fp32_kernels else {}),
             "versions": {
                 "torch": torch.__version__,
@@ -352,54 +356,59 @@ Prefixes = dict[str, ptuning.Prefix | None]
 def train(
     backbone: ptuning.Backbone, cell: Cell, rows: tasks.Rows
 ) -> tuple[list[Trained], Prefixes]:
-    """What `ptuning.tuning` does, keeping the counts of steps, tokens and new starts, and choosing
-    the best epoch whatever the number of validation tokens."""
+    """Train as `ptuning.tune` does, but also return the counts of tokens and resets, and choose the
+    best epoch whatever the number of validation tokens."""
     method, config = cell.setting.method, cell.train
     if method is None or config is None:
         return [], dict.fromkeys(rows.examples)
     recipe = Recipe(method, config)
-    examples = {user: arrange(own) for user, own in rows.examples.items()}
+    examples = {user: arrange(given) for user, given in rows.examples.items()}
     ready = [
-        encode_user(backbone.template, recipe, user_key(user), own)
-        for user, own in examples.items()
+        encode_user(backbone.template, recipe, user_key(user), selected)
+        for user, selected in examples.items()
     ]
     trained = LocalDriver(backbone).run(train_pack(backbone, method, config, ready))
     prefixes: Prefixes = {}
-    for (user, own), one in zip(examples.items(), trained, strict=True):
-        meta = describe_prefix(backbone, recipe, user_key(user), data_digest(own))
-        prefixes[user] = make_prefix(one.members, meta) if one.members else None
+    for (user, selected), result in zip(examples.items(), trained, strict=True):
+        meta = describe_prefix(backbone, recipe, user_key(user), data_digest(selected))
+        prefixes[user] = make_prefix(result.members, meta) if result.members else None
     return trained, prefixes
 
 
-def valid_rows(rows: tasks.Rows) -> dict[str, list[Example]]:
+def select_valid_rows(rows: tasks.Rows) -> dict[str, list[Example]]:
     return {
-        user: [one for one in own if one.split == "valid"] for user, own in rows.examples.items()
+        user: [row for row in examples if row.split == "valid"]
+        for user, examples in rows.examples.items()
     }
 
 
-def mean_nll(
+def compute_mean_nll(
     backbone: ptuning.Backbone, rows: dict[str, list[Example]], prefixes: Prefixes
 ) -> float:
-    """Nats per completion token over the tokens of all users' rows, each under its prefix."""
-    held = [one for one in prefixes.values() if one is not None]
-    encoded = [[ptuning.encode(backbone, one) for one in own] for own in rows.values()]
+    """Nats per completion token over all users' rows, each row with its user's prefix."""
+    held = [prefix for prefix in prefixes.values() if prefix is not None]
+    encoded = [[ptuning.encode(backbone, row) for row in examples] for examples in rows.values()]
     members = 1
     if held:
         arrangement = held[0].arrangement(backbone.template)
-        encoded = [[arrangement.row(row) for row in own] for own in encoded]
+        encoded = [[arrangement.row(row) for row in user_rows] for user_rows in encoded]
         members = len(held[0].members)
     pack = pack_prefix(held, backbone) if held else None
     losses = LocalDriver(backbone).run(score_split(backbone, encoded, pack, 1024, members))
-    nats = sum(sum(own.nats) for own in losses)
-    return nats / sum(sum(own.tokens) for own in losses)
+    nats = sum(sum(loss.nats) for loss in losses)
+    return nats / sum(sum(loss.tokens) for loss in losses)
 
 
 def answer(
     backbone: ptuning.Backbone, cell: Cell, rows: tasks.Rows, prefixes: Prefixes
 ) -> dict[str, float]:
-    """Greedy answers to the test questions, scored."""
+    """Answer the test questions greedily, and return the scores."""
     spec = tasks.SPECS[cell.task]
-    asked = [(prefixes[user], one) for user, own in rows.test.items() for one in own]
+    asked = [
+        (prefixes[user], question)
+        for user, questions in rows.test.items()
+        for question in questions
+    ]
     members = cell.setting.method.members if cell.setting.method else 1
     size = max(1, GENERATED_ROWS // members)
     given: list[str] = []
@@ -407,43 +416,43 @@ def answer(
         part = asked[at : at + size]
         given += ptuning.generate(
             backbone,
-            [one.prompt for _, one in part],
+            [question.prompt for _, question in part],
             [prefix for prefix, _ in part],
             max_new_tokens=spec.max_new_tokens,
         )
-    scores = tasks.scores(spec.metric, given, [one.answers for _, one in asked])
+    scores = tasks.score_answers(spec.metric, given, [question.answers for _, question in asked])
     if spec.metric == "exact_match" and cell.setting.method is None:
-        scores["commonest_match"] = round(tasks.commonest_match(rows), 4)
+        scores["commonest_match"] = round(tasks.compute_commonest_match(rows), 4)
     return scores
 
 
-def parameters_of(method: Method, facts: Facts) -> int:
-    """Trained parameters of one user."""
+def count_parameters(method: Method, facts: Facts) -> int:
+    """The number of trained parameters per user."""
     start = {name: torch.zeros(shape) for name, shape in method.shapes(facts).items()}
     initial = method.initial(facts, start if method.start_ids != "none" else None, seed=0)
     return method.members * sum(values.numel() for values in initial.trained.values())
 
 
-def values_of(method: Method, facts: Facts) -> int:
-    """Values in one user's prefix file."""
+def count_values(method: Method, facts: Facts) -> int:
+    """The number of values in one user's prefix file."""
     sizes = [torch.Size(shape).numel() for shape in method.shapes(facts).values()]
     return method.members * sum(sizes)
 
 
 def run(cells: Sequence[Cell], results: Results, bench: Bench) -> None:
-    """Measure the cells that the results file does not have."""
+    """Measure the cells that are not in the results file."""
     todo = [cell for cell in cells if not cell.is_done(results.records)]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them done", flush=True)
-    # A bar on a terminal; elsewhere the lines are enough.
+    # A progress bar on terminals only.
     bar = tqdm(todo, unit="cell", disable=None, file=sys.stdout)
     for at, cell in enumerate(bar):
         bar.set_description(cell.name)
         record = bench.measure(cell)
         results.append(record)
-        rest = [(one.task, one.setting.name) for one in todo[at + 1 :]]
-        left = records.seconds_left(rest, results.records)
+        rest = [(cell.task, cell.setting.name) for cell in todo[at + 1 :]]
+        left = records.estimate_seconds_left(rest, results.records)
         about = "" if left is None or not rest else f"; {len(rest)} left, about {left / 60:.0f} min"
-        bar.write(f"{records.cell_line(record)}{about}", file=sys.stdout)
+        bar.write(f"{records.format_cell(record)}{about}", file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -453,13 +462,13 @@ def list_cells(cells: Sequence[Cell], found: Sequence[Record]) -> str:
     return "\n".join([*lines, f"{sum(done)} of {len(cells)} done"])
 
 
-def chosen_cells(options: argparse.Namespace) -> list[Cell]:
+def choose_cells(options: argparse.Namespace) -> list[Cell]:
     if options.learning_rates:
-        cells = list(sweep(options.tasks, options.learning_rates))
+        cells = list(make_sweep(options.tasks, options.learning_rates))
     elif options.quick:
-        cells = list(quick_grid(options.tasks))
+        cells = list(make_quick_grid(options.tasks))
     else:
-        cells = list(grid(options.tasks, options.seeds))
+        cells = list(make_grid(options.tasks, options.seeds))
     rows = {"train": options.train_rows, "valid": options.valid_rows}
     changed = {split: count for split, count in rows.items() if count}
     cells = [replace(cell, sizes=replace(cell.sizes, **changed)) for cell in cells]
@@ -468,7 +477,7 @@ def chosen_cells(options: argparse.Namespace) -> list[Cell]:
     return [cell for cell in cells if re.search(options.only, cell.name)]
 
 
-def results_path(options: argparse.Namespace) -> Path:
+def choose_results_path(options: argparse.Namespace) -> Path:
     given: Path | None = options.results
     if given:
         return given
@@ -481,27 +490,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=tasks.shared_data(), help="the data's folder")
+    parser.add_argument(
+        "--data", type=Path, default=tasks.find_data_folder(), help="folder of the data sets"
+    )
     parser.add_argument("--results", type=Path, help="results file (JSON lines)")
     parser.add_argument("--tasks", nargs="+", choices=[*tasks.SPECS], default=[*tasks.SPECS])
-    parser.add_argument("--only", default="", metavar="REGEX", help="cells whose name matches")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only cells whose name matches")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train-rows", type=int, help="instead of the task's number")
-    parser.add_argument("--valid-rows", type=int, help="instead of the task's number")
-    parser.add_argument("--epochs", type=int, help="instead of the grid's number")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--train-rows", type=int, help="train rows per user")
+    parser.add_argument("--valid-rows", type=int, help="validation rows per user")
+    parser.add_argument("--epochs", type=int, help="epochs per cell")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument(
-        "--dtype", default="auto", help="of the backbone; auto: the results file's, else measured"
+        "--dtype",
+        default="auto",
+        help="the backbone's dtype; auto: that of the results file, or else measured",
     )
     parser.add_argument(
         "--fp32-kernels",
         action="store_true",
-        help="matrix products of a bf16 backbone by fp32 kernels (infra/bench/products.py)",
+        help="compute a bf16 backbone's matrix products with fp32 kernels "
+        "(infra/bench/products.py)",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="one seed of five settings, few rows")
     mode.add_argument(
-        "--learning-rates", nargs="+", choices=[*BY_NAME], metavar="SETTING", help="sweep these"
+        "--learning-rates",
+        nargs="+",
+        choices=[*BY_NAME],
+        metavar="SETTING",
+        help="sweep the learning rates of these",
     )
     parser.add_argument("--list", action="store_true", help="list the cells and stop")
     parser.add_argument("--table", action="store_true", help="print the results' tables and stop")
@@ -514,8 +532,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    path = results_path(options)
-    cells = chosen_cells(options)
+    path = choose_results_path(options)
+    cells = choose_cells(options)
     if options.list or options.table or options.overview or options.plot:
         found, message = records.read_records(path)
         if message:
@@ -523,13 +541,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print(list_cells(cells, found))
         if options.table:
-            print(tables(options, found), end="")
+            print(make_tables(options, found), end="")
         if options.overview:
-            print(records.overview(grid_last(found), [*BY_NAME]), end="")
+            print(records.format_overview(put_grid_last(found), [*BY_NAME]), end="")
         if options.plot:
-            records.plot(grid_last(found), options.plot)
+            records.plot(put_grid_last(found), options.plot)
         return 0
-    if reason := tasks.absent(options.data, options.tasks):
+    if reason := tasks.explain_absence(options.data, options.tasks):
         print(f"skipped: {reason}")
         return 0
     torch.set_num_threads(options.threads)
@@ -545,23 +563,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype = measured if options.dtype == "auto" else options.dtype
         bench = Bench(options.data, dtype, options.threads, options.fp32_kernels)
         run(cells, results, bench)
-        print(tables(options, results.records), end="")
+        print(make_tables(options, results.records), end="")
     finally:
         results.close()
     return 0
 
 
-def tables(options: argparse.Namespace, found: Sequence[Record]) -> str:
+def make_tables(options: argparse.Namespace, found: Sequence[Record]) -> str:
     if options.learning_rates:
-        return records.rates_table(found)
-    return records.table(grid_last(found), [*BY_NAME])
+        return records.format_rates(found)
+    return records.format_tables(put_grid_last(found), [*BY_NAME])
 
 
-def grid_last(found: Sequence[Record]) -> list[Record]:
-    """The lines with those of the grid's cells as they are now at the end: tables report what
-    comes last, and a setting may have been measured with others since."""
-    groups = {cell.group for cell in grid([*tasks.SPECS], seeds=1)}
-    return sorted(found, key=lambda one: one["group"] in groups)
+def put_grid_last(found: Sequence[Record]) -> list[Record]:
+    """The records, with those of the current grid at the end. Tables report the last records of a
+    setting, and other values of the setting may have been measured since."""
+    groups = {cell.group for cell in make_grid([*tasks.SPECS], seeds=1)}
+    return sorted(found, key=lambda record: record["group"] in groups)
 
 
 if __name__ == "__main__":

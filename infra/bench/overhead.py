@@ -1,10 +1,9 @@
-"""What a run costs besides training: partition, plan, gang, register, per-user bookkeeping.
+"""Measure what a run costs besides training: partition, plan, gang start, registration.
 
     python -m infra.bench.overhead [--users 200 2000] [--repeats 1]
 
-Runs `ptuning run` on a tiny random backbone whose training time is nearly nothing, at two
-numbers of users, and prints each stage's fixed part in seconds and its slope in seconds per
-1,000 users.
+Runs `ptuning run` with two numbers of users on a tiny random backbone that takes almost no time
+to train. Prints each stage's fixed cost in seconds and its cost in seconds per 1,000 users.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ STAGES = ("start", "partition", "plan", "tune", "evaluate", "register", "deploy"
 
 
 def make_model(folder: Path) -> None:
-    """A random Llama of one layer with a byte-level tokenizer."""
+    """Save a random Llama of one layer with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -54,7 +53,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_rows(path: Path, users: int) -> None:
-    """Ten short rows a user, interleaved."""
+    """Write ten short rows per user, interleaved."""
     picker = random.Random(0)
     with path.open("w") as file:
         for n in range(10):
@@ -68,7 +67,7 @@ def make_rows(path: Path, users: int) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def one_run(folder: Path, users: int, pack_users: int) -> dict[str, float]:
+def run_once(folder: Path, users: int, pack_users: int) -> dict[str, float]:
     store = folder / "store"
     shutil.rmtree(store, ignore_errors=True)
     command = [sys.executable, "-m", "pipelines", "run", "--data", str(folder / f"{users}.jsonl")]
@@ -100,7 +99,7 @@ def main() -> None:
         make_model(folder / "model")
         for users in (few, many):
             make_rows(folder / f"{users}.jsonl", users)
-            runs = [one_run(folder, users, options.pack_users) for _ in range(options.repeats)]
+            runs = [run_once(folder, users, options.pack_users) for _ in range(options.repeats)]
             figures[users] = {stage: median(run[stage] for run in runs) for stage in STAGES}
     print(f"{'stage':10s} {few:>8d} {many:>8d}   fixed s   s per 1,000 users")
     for stage in STAGES:

