@@ -141,7 +141,7 @@ def test_a_seed_draws_train_rows_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "prefix", "prompt-ensemble", "ptuning-mlp"])
-def test_a_cell_says_what_the_library_says(
+def test_a_cells_figures_equal_the_librarys(
     name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Losses and answers of a real cell, on a tiny model, against the library called user by

@@ -53,7 +53,7 @@ def known_settings() -> frozenset[str]:
     return frozenset(keys | {key.rpartition(".")[0] for key in keys if key.count(".") > 1})
 
 
-def test_the_readers_of_pages_find_what_they_are_for() -> None:
+def test_the_page_parsers_find_what_they_should() -> None:
     text = (
         "`ptuning/gate.py`, `tests/x.py::test_y`, `runs/a`, `ptuning run`\n```\n`serve/no`\n```\n"
     )

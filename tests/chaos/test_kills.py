@@ -80,7 +80,7 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
-def test_a_killed_worker_is_replaced_and_the_gang_goes_on(
+def test_a_killed_worker_is_replaced_and_training_continues(
     data: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     store, log = tmp_path / "store", tmp_path / "log"

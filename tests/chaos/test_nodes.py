@@ -43,7 +43,7 @@ def gangs_of(store: Path) -> set[str]:
     return {record["attempt"].split("/")[0].rsplit("-", 1)[1] for record in records_of(store)}
 
 
-def test_a_node_that_joins_a_run_is_used_and_takes_nobody_with_it_when_it_is_killed(
+def test_a_node_that_joins_a_run_is_used_and_killing_it_loses_no_user(
     cluster: Any, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     rows = [row for user in USERS for row in user_rows(user, 10)]
@@ -81,7 +81,7 @@ def test_a_node_that_joins_a_run_is_used_and_takes_nobody_with_it_when_it_is_kil
         assert now.candidate.version == "1", f"{key} was committed twice"
 
 
-def test_a_worker_that_fits_on_no_node_is_refused_with_what_is_free_where(
+def test_a_worker_that_fits_on_no_node_is_refused_and_the_error_lists_free_resources(
     cluster: Any, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """Four CPUs in all, but two on each node: Ray would wait for ever."""

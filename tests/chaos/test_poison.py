@@ -48,7 +48,7 @@ ACTIONS = {
 
 
 @pytest.mark.parametrize("how", ACTIONS)
-def test_a_user_who_kills_workers_holds_nobody_up(
+def test_a_user_who_kills_workers_is_given_up_and_all_others_are_trained(
     how: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = tmp_path / "site"

@@ -336,7 +336,7 @@ def test_a_causal_models_prefix_is_keys_and_values_before_its_own(
 @pytest.mark.parametrize(
     "stacks", [(ENCODER,), (DECODER,), (CROSS,), (ENCODER, DECODER, CROSS)], ids="-".join
 )
-def test_an_encoder_decoder_models_prefix_stands_in_each_of_its_stacks(
+def test_an_encoder_decoder_models_prefix_enters_each_of_its_stacks(
     stacks: tuple[Any, ...], family: str, kind: str
 ) -> None:
     backbone = build(SEQ2SEQ[family](), kind)
@@ -421,7 +421,9 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt"])
-def test_a_template_is_answered_as_it_was_trained(family: str, template: str) -> None:
+def test_a_template_is_computed_alike_in_generation_and_training(
+    family: str, template: str
+) -> None:
     """Where the virtual tokens in front became keys and values, too."""
     backbone, plain = build(FAMILIES[family]()), build_model(FAMILIES[family](), "eager")
     torch.manual_seed(5)
@@ -444,7 +446,7 @@ def test_a_template_is_answered_as_it_was_trained(family: str, template: str) ->
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_formulas_are_the_models_own_without_a_prefix() -> None:
+def test_without_a_prefix_the_formulas_equal_the_plain_models() -> None:
     """What is written out by hand is checked itself, on the plain models."""
     row = ROWS[0]
     ids, at = row.input_ids, row.prompt_length

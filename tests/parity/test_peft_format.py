@@ -224,7 +224,7 @@ def test_we_compute_the_same_logits_from_what_peft_saves(
 
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 @pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING"])
-def test_beyond_a_sliding_window_what_peft_made_is_computed_as_peft_does(
+def test_beyond_a_sliding_window_a_peft_prefix_is_computed_as_in_peft(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prefix of ours that stays visible is another function there, and only there."""
@@ -298,7 +298,7 @@ def told(family: str, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["t5", "t5_gated", "bart", "t5gemma"])
 @pytest.mark.parametrize("method", ["prompt", "ptuning-mlp"])
 @pytest.mark.parametrize("copies", [None, 1])
-def test_an_encoder_decoder_models_prompt_goes_both_ways(
+def test_an_encoder_decoder_models_prompt_converts_both_ways(
     method: str, family: str, copies: int | None, tmp_path: Path
 ) -> None:
     """By default PEFT keeps 2 P rows for such a model, and reads the first P of them."""
@@ -342,7 +342,7 @@ def test_an_encoder_decoder_models_prompt_goes_both_ways(
 
 @pytest.mark.parametrize("family", PEFT_PAIRS)
 @pytest.mark.parametrize("projection", [False, True], ids=["direct", "mlp"])
-def test_an_encoder_decoder_models_keys_and_values_go_both_ways(
+def test_an_encoder_decoder_models_keys_and_values_convert_both_ways(
     family: str, projection: bool, tmp_path: Path
 ) -> None:
     """PEFT hands them to the decoder's self-attention as a cache, behind which answers begin; the
@@ -401,7 +401,7 @@ def test_an_encoder_decoder_models_keys_and_values_go_both_ways(
 
 
 @pytest.mark.parametrize(("copies", "refused"), [(None, False), (2, False), (1, True), (3, True)])
-def test_half_a_cache_of_an_encoder_decoder_model_is_refused(
+def test_a_peft_cache_for_one_or_three_stacks_of_an_encoder_decoder_model_is_refused(
     copies: int | None, refused: bool, tmp_path: Path
 ) -> None:
     """From such a configuration PEFT itself makes another cache; unsaid, it takes both stacks."""
@@ -418,7 +418,7 @@ def test_half_a_cache_of_an_encoder_decoder_model_is_refused(
         assert load_peft(tmp_path, backbone).digest == prefix.digest
 
 
-def test_a_decoder_that_cannot_be_told_where_it_stands_is_refused(tmp_path: Path) -> None:
+def test_a_decoder_that_computes_its_own_positions_is_refused(tmp_path: Path) -> None:
     from peft import get_peft_model
 
     backbone, model = build(m2m100()), build_model(m2m100(), "eager")
@@ -453,7 +453,7 @@ BEYOND: dict[str, tuple[Method, str, str]] = {
 
 
 @pytest.mark.parametrize("case", BEYOND)
-def test_what_peft_has_no_place_for_is_refused(case: str, tmp_path: Path) -> None:
+def test_a_method_that_peft_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
     method, seen, fix = BEYOND[case]
     backbone = backbone_for("llama")
     with pytest.raises(WrongMethod) as caught:
@@ -487,7 +487,9 @@ def test_all_layers_by_number_are_all_layers(tmp_path: Path) -> None:
 
 @methods
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_way_there_and_back_loses_nothing(tmp_path: Path, dtype: str, method: str) -> None:
+def test_saving_for_peft_and_loading_again_loses_nothing(
+    tmp_path: Path, dtype: str, method: str
+) -> None:
     backbone = backbone_for("llama")
     prefix = prefix_for(backbone, METHODS[method][0], dtype=dtype)
     assert save_peft(prefix, tmp_path / "new" / "folder", backbone) == tmp_path / "new" / "folder"
@@ -506,7 +508,7 @@ def test_the_way_there_and_back_loses_nothing(tmp_path: Path, dtype: str, method
     ("kind", "type_"),
     [("PREFIX_TUNING", "prefix"), ("PROMPT_TUNING", "prompt"), ("P_TUNING", "ptuning")],
 )
-def test_an_adapter_of_peft_belongs_to_nobody_until_it_is_said_to_whom(
+def test_a_peft_adapter_has_no_user_until_one_is_given(
     kind: str, type_: str, tmp_path: Path
 ) -> None:
     peft_adapter("llama", tmp_path, kind, **({"encoder_hidden_size": 8} if kind[1] == "_" else {}))
@@ -684,7 +686,7 @@ def test_a_directory_that_is_no_adapter_of_ours_is_refused(
     ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "bart"])
-def test_what_an_adapter_says_of_another_model_is_heard(
+def test_an_adapter_whose_configuration_describes_another_model_is_refused(
     said: dict[str, Any], family: str, tmp_path: Path
 ) -> None:
     pairs = family in PEFT_PAIRS
@@ -707,7 +709,7 @@ def test_values_of_peft_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning-mlp"])
-def test_one_kind_is_not_read_as_another(method: str, tmp_path: Path) -> None:
+def test_an_adapter_is_not_read_as_another_method(method: str, tmp_path: Path) -> None:
     """Where widths differ the shape tells; else nothing could, but our own record."""
     backbone = backbone_for("llama")
     save_peft(prefix_for(backbone, METHODS[method][0]), tmp_path, backbone)
@@ -716,7 +718,7 @@ def test_one_kind_is_not_read_as_another(method: str, tmp_path: Path) -> None:
         load_peft(tmp_path, backbone)
 
 
-def test_the_layout_is_pefts(tmp_path: Path) -> None:
+def test_saved_keys_and_values_have_pefts_layout(tmp_path: Path) -> None:
     """Row p holds layer by layer the keys, then the values, head by head."""
     backbone = backbone_for("llama")
     prefix = prefix_for(backbone)

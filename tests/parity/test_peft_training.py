@@ -489,7 +489,7 @@ PROMPTS = ["the quick brown", "hello there, how are you", "fox"]
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["prefix", "prefix-mlp", "prompt", "ptuning-lstm", "ptuning-mlp"])
-def test_what_transformers_trainer_trained_in_peft_answers_the_same_here(
+def test_a_peft_adapter_trained_with_transformers_trainer_answers_the_same_here(
     name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All prompts in one batch here, one at a time in PEFT (see the next test)."""
@@ -578,7 +578,7 @@ def served(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["prefix", "prompt"])
-def test_padding_on_the_left_moves_a_text_behind_pefts_prompt_but_not_behind_ours(
+def test_left_padding_shifts_positions_after_pefts_prompt_but_not_after_ours(
     name: str,
 ) -> None:
     """PEFT puts a prompt before the padding and counts positions through it, so what it answers

@@ -75,7 +75,7 @@ def test_none_can_be_set() -> None:
     assert load_config(None, ["train.patience=null"], {}).train.patience is None
 
 
-def test_none_is_the_word_for_it_wherever_help_says_so(tmp_path: Path) -> None:
+def test_none_is_accepted_wherever_help_says_so(tmp_path: Path) -> None:
     """In a file too; where it is a value (P-Tuning's encoder) it stays one."""
     keys = {
         key: field.annotation

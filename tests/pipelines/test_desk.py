@@ -103,7 +103,7 @@ def test_a_pack_that_was_done_before_its_worker_died_is_not_split(folder: RunFol
     assert done.attempt == "0"
 
 
-def test_a_user_who_is_given_up_is_a_failed_one_with_the_reason(folder: RunFolder) -> None:
+def test_a_user_who_is_given_up_is_recorded_as_failed_with_the_reason(folder: RunFolder) -> None:
     pack = pack_of("a")
     desk = desk_of(folder, pack)
     for gang in ("gang-0", "gang-1"):
@@ -120,7 +120,7 @@ def test_a_user_who_is_given_up_is_a_failed_one_with_the_reason(folder: RunFolde
     assert "out of memory" in str(report.error)
 
 
-def test_a_gang_that_has_ended_is_given_nothing_more(folder: RunFolder) -> None:
+def test_a_gang_that_has_ended_gets_no_more_packs(folder: RunFolder) -> None:
     """Its orphans may still ask, before they are killed."""
     desk = desk_of(folder, pack_of("a"), pack_of("b"))
     desk.take("gang-0/0")

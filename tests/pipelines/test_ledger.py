@@ -89,7 +89,7 @@ class World:
 
 @given(packs, st.sets(st.integers(0, 60), max_size=4), st.integers(1, 3), st.integers(1, 3),
        st.booleans(), st.lists(st.integers(0, 8), max_size=60))  # fmt: skip
-def test_everybody_is_done_once_and_only_who_kills_workers_is_given_up(
+def test_every_user_is_done_once_and_only_users_who_kill_workers_are_given_up(
     made: list[Pack], picks: set[int], gangs: int, workers: int, blame_all: bool, order: list[int]
 ) -> None:
     users = [user.user_key for pack in made for user in pack.users]
@@ -105,7 +105,7 @@ def test_everybody_is_done_once_and_only_who_kills_workers_is_given_up(
 
 
 @given(packs, st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=60))
-def test_losses_that_are_nobodys_fault_give_nobody_up_until_there_are_many(
+def test_lost_gangs_without_blame_give_no_user_up_until_there_are_many(
     made: list[Pack], events: list[tuple[int, bool]]
 ) -> None:
     world = World(made, set(), 2, 2)

@@ -131,7 +131,7 @@ def test_a_user_whose_rows_cannot_be_encoded_fails_alone(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_user_whose_training_blows_up_is_reported_and_its_neighbours_are_as_without_it(
+def test_a_user_whose_training_diverges_is_reported_and_neighbours_are_unchanged(
     backbone: Backbone,
     rows: dict[str, list[Example]],
     tmp_path: Path,
@@ -269,7 +269,7 @@ def test_test_rows_beyond_the_positions_are_left_out_for_every_judge(
     assert "test_rows_too_long" not in reports["bob"].details
 
 
-def test_a_start_that_cannot_be_had_is_said_in_the_gates_reason(
+def test_a_warm_start_that_is_impossible_is_named_in_the_gates_reason(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
     recipe = Recipe(PrefixTuning(num_virtual_tokens=4), TrainConfig(epochs=1, start="resume"))

@@ -219,7 +219,7 @@ def test_a_file_of_bad_rows_alone_fails_and_is_named_with_its_columns(
 
 
 @pytest.mark.parametrize("max_users", [None, 1])
-def test_a_user_of_whom_no_row_is_left_is_named(
+def test_a_user_without_a_usable_row_is_named(
     ray_session: None, tmp_path: Path, store: Store, template: Template, max_users: int | None
 ) -> None:
     rows = make_rows(["ann"], each=70) + make_rows(["cy"], each=9)
@@ -252,7 +252,7 @@ def test_files_that_are_not_read_are_named_each_time(
     assert again.notices[-1].text == "10 more files were not read"
 
 
-def test_what_was_read_in_a_way_that_one_may_not_expect_is_said(
+def test_unexpected_interpretations_of_rows_are_reported(
     ray_session: None, tmp_path: Path, store: Store, template: Template
 ) -> None:
     rows = [
@@ -404,7 +404,7 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
 
 
 @pytest.mark.parametrize("stage", ["read", "finish"])
-def test_killed_workers_cost_no_row_and_count_none_twice(
+def test_killed_workers_lose_no_row_and_count_none_twice(
     ray_session: None, tmp_path: Path, store: Store, template: Template, stage: str
 ) -> None:
     import ray

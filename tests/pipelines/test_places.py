@@ -64,7 +64,7 @@ def test_more_workers_than_cores_share_them() -> None:
     assert sizes([node("1", 2)], Wanted(workers=3)) == [("1", 3, 0.6666, 0.0)]
 
 
-def test_what_is_taken_now_is_no_room_now() -> None:
+def test_resources_in_use_are_no_room() -> None:
     nodes = [node("1", 4, free=0), node("2", 4, free=2)]
     assert sizes(nodes, Wanted(cpus=1)) == [("2", 2, 1.0, 0.0)]
     assert [place.workers for place in all_places(nodes, Wanted(cpus=1))] == [4, 4]

@@ -129,7 +129,7 @@ def test_a_new_user_trains() -> None:
     assert (_trained(plan), dict(plan.skipped)) == (["ann"], {})
 
 
-def test_a_user_with_new_rows_trains_against_the_champion_of_now() -> None:
+def test_a_user_with_new_rows_trains_against_the_current_champion() -> None:
     plan = _plan([(_row("ann", "more rows"), _now("ann", digest="old"))])
     (user,) = plan.packs[0].users
     assert (user.champion_digest, user.candidate_digest) == ("old", "old")
@@ -149,7 +149,7 @@ def test_a_user_whom_another_gate_judged_is_judged_again_and_not_trained() -> No
     assert (user.run_id, user.pack_id) == ("monday", "p1")
 
 
-def test_a_user_whose_losses_nobody_kept_trains_again_and_it_is_said() -> None:
+def test_a_user_without_stored_losses_trains_again_and_is_counted() -> None:
     other = _now("ann", gate="other"), _now("bob", gate="other")
     plan = _plan([(_row("ann"), other[0]), (_row("bob"), other[1])])
     plan = plan.train_instead(["bob"], RULES)
@@ -179,7 +179,7 @@ def test_users_whose_rows_are_gone_or_too_few_retire() -> None:
     assert plan.retired == ("ann", "cyd")
 
 
-def test_users_who_shrank_keep_their_prefix_where_that_is_asked_for() -> None:
+def test_users_with_too_few_rows_keep_their_prefix_with_on_shrink_keep() -> None:
     users = [(_row("ann", too_few=True), _now("ann"))]
     plan = _plan(users, ["ann", "cyd"], replace(RULES, on_shrink="keep"))
     assert (dict(plan.skipped), plan.retired, plan.kept) == ({"ann": "too_few"}, (), 2)

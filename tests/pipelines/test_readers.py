@@ -183,7 +183,7 @@ Writer = Callable[[Path, list[dict[str, Any]]], Path]
 
 
 @every_format
-def test_an_alias_is_one_line_for_all_formats(
+def test_a_column_alias_works_in_all_formats(
     tmp_path: Path, write: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a", [{"login": "ann", "prompt": "q", "completion": "a"}])
@@ -301,7 +301,7 @@ def test_conversations_of_parquets_types_are_read(tmp_path: Path) -> None:
     assert (len(users["ann"]), len(set(users["ann"])), bad) == (4, 1, [])
 
 
-def test_a_file_system_that_cannot_be_reached_is_an_error_of_ours(
+def test_a_file_system_that_cannot_be_reached_is_a_data_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fsspec.implementations.memory import MemoryFileSystem

@@ -191,7 +191,7 @@ def test_stored_losses_judge_a_prefix_against_what_the_user_has_now(
     assert (kept.pack_id, kept.champions, kept.reports) == ("j", {KEY: "old"}, (report,))
 
 
-def test_losses_that_say_nothing_about_now_are_not_used(tmp_path: Path) -> None:
+def test_stored_losses_that_do_not_apply_are_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path)
     packs = [Pack(pack_id="j", users=(_judged("a third prefix"),))]
     assert find_losses(store, packs) == {}, "there is no record"

@@ -190,7 +190,7 @@ def judged_again(user_id: str, decision: Decision) -> tuple[str | None, UserRepo
     return user_id, report
 
 
-def test_users_who_left_and_users_judged_again_add_up(facts: RunFacts) -> None:
+def test_retired_users_and_users_judged_again_add_up(facts: RunFacts) -> None:
     more = [retired("fay", "fay"), retired(None, "gil"), judged_again("hal", "rejected")]
     found = facts_of(*facts.users, *more)
     counts = make_summary(found)["users"]
@@ -232,7 +232,7 @@ def test_a_summary_keeps_a_hundred_failures_and_counts_them_all() -> None:
     assert result["users"]["failed"] == 120
 
 
-def test_a_stores_keys_are_made_as_the_store_makes_them() -> None:
+def test_reports_are_matched_by_the_stores_own_keys() -> None:
     _, report = trained("ann", 3.0, 2.5)
     of_store = facts_of(("ann", replace(report, user_key="salted")))
     assert make_summary(replace(of_store, key_of=lambda _: "salted"))["users"]["total"] == 1
@@ -339,7 +339,7 @@ def test_page_escapes_whatever_comes_from_data() -> None:
     assert f"seen: {HOSTILE}" in Page(text).text
 
 
-def test_page_says_keys_and_never_ids() -> None:
+def test_page_shows_keys_and_never_ids() -> None:
     users = trained("ann@example.org", 3.0, 2.5), failed("eve@example.org", "of eve@example.org")
     text = html_report(facts_of(*users))
     assert "example.org" not in text

@@ -192,7 +192,9 @@ def test_a_damaged_prefix_file_is_noticed(tiny_model_dir: Path, tmp_path: Path) 
     assert path.read_bytes() == whole
 
 
-def test_rows_that_went_away_stop_being_served(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_users_whose_rows_are_gone_are_no_longer_served(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
     store, always = tmp_path / "store", ("gate.min_gain=-10",)
     everybody = {"ann": 10, "bob": 11, "cyd": 12, "dan": 13, "eve": 14}
     first = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))

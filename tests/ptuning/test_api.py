@@ -99,7 +99,7 @@ def test_the_documented_lines_work(tiny_model_dir: Path, tmp_path: Path) -> None
     assert ptuning.load_peft(tmp_path / "peft", backbone).digest == prefix.digest
 
 
-def test_every_public_name_is_there_again_and_again() -> None:
+def test_every_public_name_can_be_imported_repeatedly() -> None:
     """No module has the name of a public function, so no import puts one over the other."""
     for name in ptuning.__all__:
         home = importlib.import_module(f"ptuning.{ptuning._HOMES[name]}")
@@ -306,7 +306,7 @@ def test_scoring_nothing_or_with_a_foreign_prefix_is_an_error(backbone: Backbone
         ptuning.nll(backbone, examples("tea"), prefix)
 
 
-def test_an_example_beyond_the_positions_is_scored_by_nobody() -> None:
+def test_an_example_beyond_the_positions_is_not_scored() -> None:
     backbone = build(FAMILIES["gpt2"]())
     limit = backbone.facts.max_positions
     assert limit is not None
@@ -323,9 +323,7 @@ def test_an_example_beyond_the_positions_is_scored_by_nobody() -> None:
         assert (caught.value.seen, caught.value.expected) == (limit + 1, f"at most {limit}")
 
 
-def test_what_began_again_is_said_in_the_result(
-    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_counts_its_restarts(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     users = {"alice": examples("tea"), "bob": examples("coffee")}
     method = ptuning.PrefixTuning(num_virtual_tokens=3)
     train = ptuning.TrainConfig(epochs=3, batch_size=4)
@@ -455,7 +453,7 @@ def test_the_salt_of_a_store_decides_whose_prefix_it_is(backbone: Backbone) -> N
     assert unsalted.meta.user_key == ptuning.user_key("ann") != salted.meta.user_key
 
 
-def test_a_stream_says_at_its_end_who_was_to_begin_from_something_and_never_came(
+def test_a_stream_names_at_its_end_users_of_start_who_never_came(
     backbone: Backbone,
 ) -> None:
     prefix = ptuning.tune(backbone, {"ann": examples("tea")}, **QUICK)["ann"].require()
@@ -512,7 +510,7 @@ def test_a_prefix_that_is_required_and_not_there_is_an_error_with_the_reason(
         (lambda: ptuning.PrefixTuning(num_virtual_tokens=0), "method.num_virtual_tokens"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named_with_what_it_may_be(
+def test_an_invalid_setting_is_named_with_what_is_expected(
     make: Callable[[], object], named: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -529,7 +527,7 @@ def test_a_setting_that_cannot_be_is_named_with_what_it_may_be(
     "name",
     ["no-such-model", "./nowhere", "/nowhere/at/all", "a/b/c", "", "model.gguf", "~/nothing"],
 )
-def test_a_name_of_nothing_is_model_not_found(name: str) -> None:
+def test_a_name_of_no_model_is_model_not_found(name: str) -> None:
     with pytest.raises(ModelNotFound) as caught:
         ptuning.load_backbone(name)
     assert caught.value.seen is not None
@@ -608,7 +606,7 @@ def _an_encoder(directory: Path) -> None:
         (_an_encoder, UnsupportedModel),
     ],
 )
-def test_a_damaged_or_unusable_model_directory_is_an_error_of_ours(
+def test_a_damaged_or_unusable_model_directory_is_a_backbone_error(
     tiny_model_dir: Path,
     tmp_path: Path,
     damage: Callable[[Path], None],

@@ -361,7 +361,7 @@ def test_a_layer_with_a_mask_of_its_own_making_is_refused_rather_than_guessed(ma
         Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)
 
 
-def test_captured_words_are_the_keys_and_values_that_continue_the_text() -> None:
+def test_captured_activations_as_a_prefix_continue_the_text() -> None:
     """A prefix made of a text's own activations predicts what the text itself would."""
     backbone = build(FAMILIES["llama"]())
     words, rest = random_ids(6, 1), random_ids(5, 2)
@@ -373,7 +373,7 @@ def test_captured_words_are_the_keys_and_values_that_continue_the_text() -> None
 
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated", "bart"])
-def test_captured_words_are_what_the_plain_model_keeps_of_them(family: str) -> None:
+def test_captured_activations_equal_the_plain_models_cache(family: str) -> None:
     """In encoder, decoder and cross attention, the words standing at both inputs."""
     backbone, words = build(SEQ2SEQ[family](), "eager"), torch.tensor([random_ids(6, 1)])
     captured, _ = backbone.capture(words)
@@ -412,7 +412,7 @@ def test_captured_words_are_what_the_plain_model_keeps_of_them(family: str) -> N
                 )
 
 
-def test_the_top_layers_start_from_their_own_words() -> None:
+def test_the_top_layers_start_from_their_own_activations() -> None:
     backbone, words = build(FAMILIES["llama"]()), random_ids(3, 1)
     method = PrefixTuning(num_virtual_tokens=3, layers=1)
     captured, _ = backbone.capture(torch.tensor([words]))

@@ -125,7 +125,7 @@ def _publish_many(root: str, worker: int, count: int) -> None:
         publish(Store(root), BACKBONE, {name(f"{worker}-{n}"): ref(n)})
 
 
-def test_whoever_publishes_at_once_loses_nothing(store: Store) -> None:
+def test_concurrent_publishers_lose_nothing(store: Store) -> None:
     context: Any = multiprocessing.get_context("fork")
     workers = [context.Process(target=_publish_many, args=(store.root, n, 8)) for n in range(4)]
     for worker in workers:
@@ -161,7 +161,7 @@ def test_a_damaged_or_missing_generation_keeps_the_list_that_was_known(store: St
     assert reader.get(*name("ann")) == ref(2)
 
 
-def test_whoever_publishes_can_wait_for_the_replicas_and_names_those_that_are_late(
+def test_a_publisher_can_wait_for_the_replicas_and_names_late_ones(
     store: Store,
 ) -> None:
     assert wait_acknowledged(store, BACKBONE, 1, 0) == [], "nobody serves"

@@ -157,7 +157,7 @@ def test_a_bucket_that_is_not_there_is_not_made(s3_server: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_put_whose_answer_was_lost_is_known_as_done(
+def test_a_put_whose_answer_was_lost_counts_as_done(
     s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client puts again, and is refused by its own object."""

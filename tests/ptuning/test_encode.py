@@ -244,7 +244,7 @@ def test_a_template_that_rewrites_texts_is_used_but_never_cut() -> None:
         template.encode(Example(prompt="hello there", completion="yes"), len(full.input_ids) - 1)
 
 
-def test_template_tokens_that_take_in_a_texts_first_letters_are_not_cut() -> None:
+def test_template_tokens_that_contain_a_texts_first_letters_are_not_cut() -> None:
     """ "user: " and "the" share the token " the": cutting it would cut the template."""
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -427,7 +427,7 @@ def with_chat_template(text: object) -> Any:
     return tokenizer
 
 
-def test_a_template_that_takes_parts_gets_parts() -> None:
+def test_a_template_that_expects_content_parts_gets_them() -> None:
     """It walked over the letters of a text and rendered nothing: every prompt was the same."""
     template = Template.of(with_chat_template(PARTS))
     ids = template.encode_prompt("What is the capital of France?")

@@ -68,7 +68,7 @@ def test_the_default_method_is_the_one_that_is_named() -> None:
 
 
 @pytest.mark.parametrize("method", [entry.method for entry in CATALOGUE.values()], ids=[*CATALOGUE])
-def test_a_methods_settings_say_it(method: Method) -> None:
+def test_a_method_can_be_parsed_from_its_settings(method: Method) -> None:
     assert parse_method(method.model_dump()) == method
     assert parse_method(json.loads(json.dumps(method.model_dump(mode="json")))) == method
 
@@ -88,7 +88,7 @@ def test_a_prefix_is_saved_and_loaded_as_its_method_makes_it(
 
 
 @every_method
-def test_a_prefix_is_what_peft_says_or_refused(
+def test_a_prefix_is_saved_as_the_declared_peft_type_or_refused(
     method: Method, backbone: Backbone, tmp_path: Path
 ) -> None:
     """Whether it is computed alike there: tests/parity/test_peft_format.py."""
@@ -119,7 +119,7 @@ def trained(
 
 
 @every_method
-def test_a_training_goes_on_from_its_state_as_if_it_had_not_stopped(
+def test_a_training_continued_from_its_state_equals_an_uninterrupted_one(
     method: Method, backbone: Backbone
 ) -> None:
     belongs = Belongs("alice", "default", backbone.fingerprint, "settings")

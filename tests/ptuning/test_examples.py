@@ -220,7 +220,7 @@ def test_case_and_blanks_of_column_names_do_not_matter(name: str) -> None:
     assert check_row({**row(user_id=...), name: "ann"}).user_id == "ann"
 
 
-def test_a_field_that_two_columns_could_be_is_refused() -> None:
+def test_a_field_with_two_possible_columns_is_refused() -> None:
     assert check_row({**row(), "USER_ID": "bob"}).user_id == "alice"  # the exact name is clear
     with pytest.raises(DataError, match="occurs twice"):
         check_row({**row(user_id=...), "USER_ID": "ann", "User_Id": "bob"})
@@ -316,7 +316,7 @@ def test_what_a_folder_states_holds_for_rows_that_do_not_say_it(
 
 
 @pytest.mark.parametrize("folder", [{"user_id": "bob"}, {"split": "test"}])
-def test_a_row_that_contradicts_its_folder_is_nobodys(folder: dict[str, str]) -> None:
+def test_a_row_that_contradicts_its_folder_is_refused(folder: dict[str, str]) -> None:
     with pytest.raises(DataError, match="differs from that of the file's folder"):
         check_row(row(split="train"), folder=folder)
 
@@ -408,7 +408,9 @@ def test_every_way_to_write_a_time_gives_the_same_milliseconds(written: object) 
         ("NaT", None),
     ],
 )
-def test_times_are_read_by_what_they_say(written: object, expected: int | None) -> None:
+def test_times_are_read_in_the_unit_that_their_size_tells(
+    written: object, expected: int | None
+) -> None:
     assert check_row(row(timestamp=written)).example.timestamp == expected
 
 
@@ -567,7 +569,7 @@ def template_of(kind: str) -> Template:
     st.none() | st.lists(st.sampled_from(["system", "user", "assistant"]), max_size=3),
     st.integers(8, 120),
 )
-def test_fit_says_what_encoding_says(
+def test_fit_agrees_with_encoding(
     kind: str, prompt: str, completion: str, roles: list[str] | None, max_length: int
 ) -> None:
     template = template_of(kind)

@@ -321,7 +321,7 @@ def test_a_pack_is_the_plain_trainer_on_encoder_decoder_models(family: str, name
 
 
 @with_kinds([*PAIRS])
-def test_a_stack_that_is_switched_off_hears_no_prefix(family: str, kind: str) -> None:
+def test_a_stack_left_out_gets_no_prefix(family: str, kind: str) -> None:
     """Each stack's prefix changes the loss, and a subset's loss is that of zero weight on the
     others: not theirs."""
     backbone = build(PAIRS[family](), kind)
@@ -594,9 +594,7 @@ def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated"])
 @kinds
-def test_where_positions_are_relative_padding_on_the_left_is_no_matter(
-    family: str, kind: str
-) -> None:
+def test_left_padding_changes_nothing_with_relative_positions(family: str, kind: str) -> None:
     backbone = build(PAIRS[family](), kind)
     prefix = prefix_rows(backbone, [random_prefix(backbone, PrefixTuning(num_virtual_tokens=P), 1)])
     source, answer = random_ids(7, 1), torch.tensor([random_ids(5, 2)])
@@ -612,7 +610,7 @@ def test_where_positions_are_relative_padding_on_the_left_is_no_matter(
     close(results[2], results[0])
 
 
-def test_a_long_answer_beside_a_long_prefix_moves_nobody_beyond_the_positions() -> None:
+def test_padding_after_a_long_prefix_stays_within_the_positions() -> None:
     """BART has 128: what pads the short answer behind 120 virtual tokens would stand at 240."""
     backbone = build(PAIRS["bart"]())
     long = random_prefix(backbone, PrefixTuning(num_virtual_tokens=120, stacks=("decoder",)), 1)
@@ -753,7 +751,7 @@ def test_all_methods_in_one_batch_have_each_ones_logits(family: str, kind: str) 
 
 @pytest.mark.slow
 @with_kinds([*SERVED])
-def test_generation_hears_what_training_heard(family: str, kind: str) -> None:
+def test_generation_computes_the_logits_of_training(family: str, kind: str) -> None:
     """Logits of an answer's three tokens, one step after another, are those of one pass over the
     row that a trainer collates."""
     backbone = build(SERVED[family](), kind)

@@ -194,7 +194,7 @@ def test_long_prompts_lose_their_oldest_tokens() -> None:
     assert cut == generate(backbone, [short], [None], max_new_tokens=6)
 
 
-def test_nothing_asked_is_nothing_answered(backbone: Backbone) -> None:
+def test_no_prompts_give_no_answers(backbone: Backbone) -> None:
     assert generate(backbone, [], []) == []
 
 
@@ -319,7 +319,7 @@ def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.Mon
     assert [generate(backbone, PROMPTS[:1], [one], max_new_tokens=8)[0] for one in alone] == texts
 
 
-def test_an_election_is_won_by_votes_then_by_likelihood_then_by_place() -> None:
+def test_a_vote_is_won_by_votes_then_likelihood_then_order() -> None:
     assert pick_winner([("a", -0.1), ("b", -2.0), ("b", -3.0)]) == 1
     assert pick_winner([("a", -2.0), ("b", -1.0), ("c", -3.0)]) == 1
     assert pick_winner([("a", -3.0), ("b", -2.0), ("a", -1.0), ("b", -2.5)]) == 2
@@ -327,7 +327,7 @@ def test_an_election_is_won_by_votes_then_by_likelihood_then_by_place() -> None:
 
 
 @pytest.mark.parametrize("combine", ["mean", "vote"])
-def test_a_prefix_that_overflows_in_the_model_answers_nobody(combine: Any) -> None:
+def test_a_prefix_that_overflows_in_the_model_gives_no_answer(combine: Any) -> None:
     """Finite in its file; its keys and values are not."""
     backbone = build(FAMILIES["gpt2"]())
     prefix = random_prefix(
@@ -341,7 +341,7 @@ def test_a_prefix_that_overflows_in_the_model_answers_nobody(combine: Any) -> No
         generate(backbone, ["hello"], [sick], max_new_tokens=2)
 
 
-def test_logits_that_are_no_numbers_choose_no_token() -> None:
+def test_logits_that_are_nan_choose_no_token() -> None:
     good, bad = torch.zeros((1, 5)), torch.full((1, 5), float("nan"))
     assert combine_logits(good).tolist() == [0.0] * 5
     for rows in (bad, torch.cat([good, bad])):

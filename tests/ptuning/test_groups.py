@@ -194,7 +194,7 @@ def test_rows_of_different_lengths_and_depths_share_a_batch(tokenizer: Any) -> N
     assert rows.depths[DECODER].tolist() == [3, 5, 0]
 
 
-def test_what_layers_are_is_taken_apart_and_put_together_again() -> None:
+def test_splitting_layers_into_groups_can_be_undone() -> None:
     layers = {DECODER: split_groups(words(), FACTS, 0)[DECODER]}
     again = stack_groups(layers, FACTS, 0)
     assert again.keys() == words().keys()

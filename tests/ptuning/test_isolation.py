@@ -102,7 +102,7 @@ def logits(backbone: Backbone, rows: list[list[int]]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("config", [phi3_longrope, lambda: with_rope("dynamic")])
-def test_rows_that_a_rope_would_couple_do_so_in_the_model_itself(config: Any) -> None:
+def test_beyond_the_cap_a_rope_couples_rows_in_the_plain_model(config: Any) -> None:
     """What the cap is for: past it these models answer a row by its neighbours."""
     model = build_model(config(), "eager")
     ids = torch.tensor([random_ids(6, 1), random_ids(6, 2)])

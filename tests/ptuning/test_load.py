@@ -219,7 +219,7 @@ def test_a_cpu_computes_in_what_it_measures_as_faster(
     assert choose_dtype("auto", torch.device("cpu")) == dtype
 
 
-def test_a_model_with_code_of_its_own_is_refused_without_a_question(
+def test_a_model_with_custom_code_is_refused_without_a_prompt(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on standard input"))

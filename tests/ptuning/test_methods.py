@@ -410,7 +410,7 @@ def test_more_virtual_tokens_than_positions_are_refused(causal: Backbone, method
     explained(error, str(LIMIT), f"fewer than {LIMIT}", "num_virtual_tokens")
 
 
-def test_a_row_that_fits_no_more_beside_the_virtual_tokens_fails_its_user_alone(
+def test_a_row_too_long_beside_the_virtual_tokens_fails_its_user_alone(
     causal: Backbone,
 ) -> None:
     long = replace(user_rows("long", 1, 0, 3), train=(encoded(LIMIT - 2, 3, 1),))

@@ -56,7 +56,7 @@ def new_scope() -> Scope:
 # What every registry does.
 
 
-def test_is_a_registry(registry: Registry) -> None:
+def test_every_backend_is_a_registry(registry: Registry) -> None:
     assert isinstance(registry, Registry)
 
 
@@ -340,7 +340,7 @@ MILD: dict[str, Any] = {
 STRICT: dict[str, Any] = {"gate_digest": "strict", "reason": "needed more than 99"}
 
 
-def test_a_version_judged_again_tells_its_new_story(registry: Registry) -> None:
+def test_a_version_judged_again_shows_its_new_decision(registry: Registry) -> None:
     user, monday, tuesday = new_user(), new_pack(planned_at=1), new_pack(planned_at=2)
     old = {"nll_base_valid": 5.1, "nll_other_valid": 4.5}
     registry.register(monday, [entry(user, **STRICT, metrics=old, tags={"method": "prefix"})])
@@ -463,7 +463,7 @@ def test_a_scope_that_is_none_is_refused(scope: tuple[str, str, str]) -> None:
         Scope(*scope)
 
 
-def test_names_say_whose_they_are_and_never_meet() -> None:
+def test_names_tell_their_owner_and_never_collide() -> None:
     user = new_user()
     assert SCOPE.model_name(user, "default") == f"contract.{FINGERPRINT[:8]}.{user}"
     assert SCOPE.model_name(user, "mail") == f"contract.{FINGERPRINT[:8]}.{user}.mail"

@@ -127,7 +127,7 @@ def test_a_kill_while_promoting_keeps_the_old_champion_serving(mlflow_registry: 
     assert len(versions_of(mlflow_registry, user)) == 2
 
 
-def test_a_kill_while_judging_again_leaves_nobody_for_done_who_is_not_promoted(
+def test_a_kill_while_judging_again_leaves_no_unpromoted_user_marked_as_judged(
     mlflow_registry: Any,
 ) -> None:
     pack, mild = new_pack(planned_at=2), {"gate_digest": "mild", "reason": "0.4 better"}
@@ -148,7 +148,7 @@ def test_a_kill_while_judging_again_leaves_nobody_for_done_who_is_not_promoted(
     assert len(versions_of(mlflow_registry, user)) == 1
 
 
-def test_figures_are_where_a_person_looks_for_them(mlflow_registry: Any) -> None:
+def test_figures_are_in_the_tags_metrics_and_params_of_mlflow(mlflow_registry: Any) -> None:
     user = new_user()
     pack = new_pack(params={"method": "prefix"}, metrics={"tokens_per_second": 231.5})
     given = entry(
@@ -494,7 +494,7 @@ def test_a_database_that_is_down_raises_soon_and_keeps_its_password() -> None:
     assert PASSWORD not in str(caught.value) + repr(caught.value.fields)
 
 
-def test_a_question_that_is_refused_is_no_outage(
+def test_a_refused_request_is_no_outage(
     mlflow_registry: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     [version] = mlflow_registry.register(new_pack(), [promoted(new_user())])

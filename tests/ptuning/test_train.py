@@ -226,7 +226,7 @@ def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(me
                 assert (own[name] - values).abs().mean() < limit
 
 
-def test_members_of_an_ensemble_are_trainings_of_their_own(backbone: Backbone) -> None:
+def test_members_of_an_ensemble_are_separate_trainings(backbone: Backbone) -> None:
     """Each is what a user with its seed gets, and no two are alike."""
     alice, method = users()[0], METHODS["prompt-ensemble"]
     members = packed(backbone, method, config(), [alice])["alice"].members
@@ -241,7 +241,7 @@ def test_members_of_an_ensemble_are_trainings_of_their_own(backbone: Backbone) -
             assert (member["embeddings"] - other["embeddings"]).abs().mean() > 0.1
 
 
-def test_dropout_is_heard_in_training_and_nowhere_else(backbone: Backbone) -> None:
+def test_dropout_acts_in_training_only(backbone: Backbone) -> None:
     alice = users()[0]
     with_it, without = METHODS["dropout"], METHODS["direct-words"]
     dropped, whole = (
@@ -444,7 +444,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
 
 @methods
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_user_whose_loss_blows_up_begins_again_once_at_a_lower_rate_then_fails_alone(
+def test_a_user_whose_loss_diverges_restarts_once_at_a_lower_rate_then_fails_alone(
     backbone: Backbone, method: Any, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     pack = users()[3:]
@@ -473,7 +473,7 @@ def test_a_user_whose_loss_blows_up_begins_again_once_at_a_lower_rate_then_fails
     assert_same(results["erin"], same_rate["erin"])
 
 
-def test_the_plain_trainer_begins_again_once_too(
+def test_the_plain_trainer_restarts_once_too(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method, alice = METHODS["direct-words"], users()[0]
@@ -494,7 +494,7 @@ def test_the_plain_trainer_begins_again_once_too(
 
 
 @methods
-def test_a_training_that_goes_on_equals_one_that_never_stopped(
+def test_a_continued_training_equals_one_that_never_stopped(
     backbone: Backbone, method: Any, tmp_path: Path
 ) -> None:
     """Through the resume file, beside neighbours that begin; exact under a constant rate."""
@@ -518,7 +518,7 @@ def test_a_training_that_goes_on_equals_one_that_never_stopped(
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_training_that_goes_on_and_blows_up_goes_back_to_where_it_went_on(
+def test_a_continued_training_that_diverges_restarts_from_its_saved_state(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     """Once, at a lower rate, as a training that begins; its neighbour notices nothing."""
@@ -658,7 +658,7 @@ def test_an_incomplete_training_state_is_refused(
         Resume((), kept.belongs).check(kept.belongs, METHODS["mlp-words"], backbone.facts, 1)
 
 
-def test_going_on_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> None:
+def test_continuing_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> None:
     """Such a batch is a step of the schedule, but no update of AdamW."""
     method, user = METHODS["direct-words"], users()[0]
     silent = Encoded(user.train[0].input_ids, [IGNORE] * len(user.train[0].labels))
@@ -682,7 +682,7 @@ def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
         assert_same(results["alice"], packed(backbone, method, config(), [alice])["alice"])
 
 
-def test_a_users_end_is_told_once_and_as_soon_as_it_comes(backbone: Backbone) -> None:
+def test_the_end_of_a_users_training_is_reported_once_and_at_once(backbone: Backbone) -> None:
     """An ensemble's members end together with the last of them; who cannot train has ended too."""
     few, many = (
         user_rows(user, rows, valid=1, init_ids=P) for user, rows in (("few", 2), ("many", 9))
@@ -753,7 +753,7 @@ def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backb
         assert not torch.equal(kvs[0], kvs[2])
 
 
-def test_words_make_the_prefix_start_as_those_words(backbone: Backbone) -> None:
+def test_a_prefix_starts_as_the_activations_of_its_init_words(backbone: Backbone) -> None:
     """With an MLP too: its last layer starts at zero and is added to the words."""
     alice = users()[0]
     with torch.no_grad():

@@ -94,7 +94,7 @@ def test_words_come_from_the_rows_then_the_configuration_then_the_answers() -> N
     assert first(plain, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("yes")[:2])
 
 
-def test_words_without_tokens_fail_whoever_they_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_words_without_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A user's own fail that user; everybody's are refused before anything is trained."""
     ids = Template.ids
     monkeypatch.setattr(Template, "ids", lambda self, text: [] if text == "~" else ids(self, text))
@@ -136,7 +136,7 @@ def test_only_a_prefix_of_the_same_kind_starts_a_training(method: Method, other:
         warm_start(method, BACKBONE, random_prefix(BACKBONE, other, seed=1))
 
 
-def test_a_template_may_be_said_in_another_way_by_what_starts_a_training() -> None:
+def test_a_training_may_start_from_a_prefix_whose_template_is_spelled_differently() -> None:
     shorter = PTuning(template="{p:3}{prompt} so", encoder="none")
     longer = PTuning(template="{p:3}{prompt} so{completion}", encoder="none")
     prefix = random_prefix(BACKBONE, shorter, seed=1)
@@ -212,7 +212,7 @@ def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.Monk
     assert digest_training(recipe, known, "u", "d") != before
 
 
-def test_tune_begins_from_a_prefix_and_goes_on_and_says_so_in_the_digest() -> None:
+def test_tune_starts_from_a_prefix_or_continues_and_the_digest_says_so() -> None:
     """Beside a neighbour who begins at random; equal digests mean equal prefixes."""
     method = PTuning(template="{p:3}{prompt}", encoder="mlp", encoder_hidden_size=8, init="random")
     users = {name: [row(f"say {name}", name, n) for n in range(8)] for name in ("ann", "bob")}
@@ -298,7 +298,7 @@ def test_a_row_that_is_none_fails_its_user_alone(kind: str) -> None:
         nll(BACKBONE, [bad])
 
 
-def test_who_is_too_few_is_told_why() -> None:
+def test_a_user_with_too_few_rows_is_told_why() -> None:
     rows = [Example(prompt="a", completion="b", split="train") for _ in range(9)]
     result = tune(BACKBONE, {"ann": rows})["ann"]
     assert result.status == "too_few"
@@ -306,7 +306,7 @@ def test_who_is_too_few_is_told_why() -> None:
     assert "at least 8" in str(result.error)
 
 
-def test_what_would_be_passed_over_is_refused() -> None:
+def test_options_that_would_be_ignored_are_refused() -> None:
     method = PrefixTuning(num_virtual_tokens=2)
     users = {"ann": [row(f"say {n}", "so", n) for n in range(9)]}
     prefix = random_prefix(BACKBONE, method, seed=1)

@@ -349,7 +349,7 @@ def test_a_dead_engine_answers_503_at_once_and_is_not_ready(play: Play) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_nobody_foresaw_is_an_event_too(
+def test_an_unexpected_error_ends_in_an_event_too(
     play: Play, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story(world: World) -> None:

@@ -20,7 +20,7 @@ def test_loopback_needs_no_credentials(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
-def test_anything_else_does(host: str) -> None:
+def test_addresses_beyond_loopback_need_credentials(host: str) -> None:
     with pytest.raises(ConfigError, match="api_keys_file"):
         check_exposure(ServeConfig(host=host))
     check_exposure(ServeConfig(host=host, api_keys_file="keys.json"))

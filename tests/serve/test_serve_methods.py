@@ -113,7 +113,7 @@ def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -
     assert served(backbone, prompts, prefixes, 8, max_rows=5) == alone  # in and out all the time
 
 
-def test_a_vote_is_heard_when_it_is_decided_and_keeps_its_members_apart() -> None:
+def test_a_vote_is_sent_when_it_is_decided_and_its_members_stay_apart() -> None:
     """Its rows lie in mixed order once a neighbour has left; whole answers, so one Delta."""
     backbone = build(FAMILIES["llama"]())
     method = PromptTuning(num_virtual_tokens=4, ensemble=3, combine="vote")

@@ -128,7 +128,7 @@ def through_engine(
         engine.close()
 
 
-def test_the_engine_says_what_the_library_generates(backbone: Backbone) -> None:
+def test_the_engine_generates_what_the_library_generates(backbone: Backbone) -> None:
     prompts = [f"question {n} " * (1 + n % 3) for n in range(7)]
     prefixes = [
         prefix_file(backbone, f"u{n}", length=1 + 3 * n, seed=n) if n % 3 else None
@@ -139,7 +139,7 @@ def test_the_engine_says_what_the_library_generates(backbone: Backbone) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_says_what_the_library_generates_with_a_real_model() -> None:
+def test_the_engine_generates_what_the_library_generates_with_a_real_model() -> None:
     backbone = load_backbone("smollm2", dtype="float32", attention="sdpa", device="cpu")
     prompts = [f"Write a short note about {thing}." for thing in ("rain", "a dog", "tea", "jazz")]
     words = [None, "old letters from the sea", "a formal and dry report", None]

@@ -54,7 +54,7 @@ def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(
     assert not stream.stopped
 
 
-def test_text_that_only_began_like_a_stop_string_is_said_in_the_end() -> None:
+def test_text_that_only_began_like_a_stop_string_is_sent_at_the_end() -> None:
     pieces, stream = said("a STO", ("STOP",))
     assert pieces[-1] == "STO"
     assert not stream.stopped
