@@ -1,4 +1,4 @@
-"""Fixtures that several parts share: one local Ray for the whole session, one tiny model."""
+"""Fixtures for all tests: one local Ray for the test session, one tiny model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ptuning.system import environment
 environment.set_defaults()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# A busy machine is no failure; the whole test has pytest's deadline.
+# No deadline per example: a busy machine is not a failure. pytest-timeout bounds the whole test.
 settings.register_profile("ptuning", deadline=None)
 settings.load_profile("ptuning")
 
 
 @pytest.fixture(autouse=True)
 def registry_log_level() -> Iterator[None]:
-    """A command that a test calls in this process silences the registry's log for good."""
+    """Restore the log level: a command called in this process silences the registry's log."""
     logger = logging.getLogger("ptuning.registry")
     level = logger.level
     yield
@@ -35,7 +35,7 @@ def registry_log_level() -> Iterator[None]:
 def ray_session() -> Iterator[None]:
     """A local Ray with 4 logical CPUs, shared by all tests that need one.
 
-    `pytest-timeout` is the deadline for starting it.
+    `pytest-timeout` bounds the time it takes to start.
     """
     import ray
 

@@ -1,7 +1,7 @@
-"""Every tuning method as tests use it: one list, from which they are parametrised.
+"""The tuning methods that tests are parametrised with.
 
-A new method gets entries here. `test_every_method.py` fails where a registered one has none, or
-none of a kind that all methods are held to.
+Add entries for each new method. `test_every_method.py` fails if a registered method has no entry,
+or none for a kind of test that every method must pass.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ P = 3
 class Entry:
     """A method with settings, small enough for a tiny model.
 
-    `fast`: trained in the fast tier (packed = plain); all others in the whole. `served`: answers in
-    mixed batches, of generation and of the service: one entry for each different way of answering.
-    `pairs`: answers on encoder-decoder models too; needs `served`. `run`: goes through a whole run,
-    from rows to an answer. `peft`: PEFT's name of the kind; None: PEFT has no place for it.
-    `rate` is a learning rate at which so small a model learns within a few epochs, and `gain` what
-    it must then learn of one token that a user always says, in nats per token.
+    `peft` is PEFT's name of the method; None if PEFT cannot hold it. The flags choose tests:
+    `fast`: packed against plain training without the slow tests (all entries run in those).
+    `served`: mixed batches in generation and in the service; one entry for each way of answering.
+    `pairs`: encoder-decoder models too; requires `served`. `run`: a run, from rows to an answer.
+    `rate` is a learning rate with which a tiny model learns within a few epochs. `gain` is the
+    required gain, in nats per token, on a token that a user always writes.
     """
 
     method: Method
@@ -39,11 +39,11 @@ class Entry:
     gain: float = 0.3
 
     def __post_init__(self) -> None:
-        assert self.served or not self.pairs, "`pairs` is read together with `served`"
+        assert self.served or not self.pairs, "`pairs` requires `served`"
 
     @property
     def settings(self) -> list[str]:
-        """As `--set` of a run."""
+        """The values for `--set`."""
         values = self.method.model_dump(mode="json")
         return [
             f"method.{name}={value if isinstance(value, str) else json.dumps(value)}"
@@ -151,8 +151,8 @@ CATALOGUE: dict[str, Entry] = {
 }
 
 
-def of_causal_models() -> dict[str, Entry]:
-    """Those without a stack that causal models lack."""
+def select_for_causal_models() -> dict[str, Entry]:
+    """The entries whose stacks causal models have."""
     return {
         name: entry
         for name, entry in CATALOGUE.items()
@@ -160,11 +160,11 @@ def of_causal_models() -> dict[str, Entry]:
     }
 
 
-def served(*, pairs: bool = False) -> dict[str, Method]:
-    """What a batch of a causal (or an encoder-decoder) model's users may hold, by name."""
+def select_served(*, pairs: bool = False) -> dict[str, Method]:
+    """The methods, by name, that a batch of a causal (or an encoder-decoder) model may mix."""
     entries = (
         {name: entry for name, entry in CATALOGUE.items() if entry.pairs}
         if pairs
-        else of_causal_models()
+        else select_for_causal_models()
     )
     return {name: entry.method for name, entry in entries.items() if entry.served}

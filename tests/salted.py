@@ -1,4 +1,4 @@
-"""A store salt that a module's tests share, so that they know users' keys and compare stores."""
+"""A fixed store salt, so that tests know users' keys and can compare stores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ VARIABLE = "PTUNING_STORE_SALT"
 
 
 def user_key(user_id: str) -> str:
-    """The user's key in a store that was made while `store_salt` held."""
+    """The user's key in a store created under `store_salt`."""
     return types.user_key(user_id, SALT)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def store_salt() -> Iterator[None]:
-    """New stores of this module's tests, and of processes that they start, have SALT."""
+    """Stores created by this module's tests, and by processes they start, have SALT."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = SALT.hex()
     yield

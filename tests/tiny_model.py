@@ -1,4 +1,4 @@
-"""A model small enough for every test, made on the spot: nothing is fetched."""
+"""Tiny random models, generated locally: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TEXTS = ["the quick brown fox jumps over the lazy dog", "hello there, how are yo
 
 
 def make_tokenizer() -> Any:
-    """A byte-level BPE of about 300 tokens that begins plain text with <s>."""
+    """A byte-level BPE tokenizer of about 300 tokens that puts <s> before plain text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +32,7 @@ def make_tokenizer() -> Any:
 
 
 def save_encoder_decoder(directory: Path) -> None:
-    """A random BART (2 + 2 layers, E 32, 4 heads) and its tokenizer."""
+    """Save a random BART (2 + 2 layers, E 32, 4 heads) and its tokenizer."""
     import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
@@ -63,7 +63,7 @@ def save_encoder_decoder(directory: Path) -> None:
 
 
 def save_model(directory: Path) -> None:
-    """A random Llama (2 layers, E 32, 4 heads, 2 key-value heads) and its tokenizer."""
+    """Save a random Llama (2 layers, E 32, 4 heads, 2 key-value heads) and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""Waiting with a deadline, for what another process or thread will have done."""
+"""Wait, with a deadline, for another process or thread."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 
 
-def eventually(
+def wait_until(
     check: Callable[[], object], timeout_s: float = 30.0, *, every_s: float = 0.01
 ) -> None:
-    """Return when `check` gives something true; AssertionError after `timeout_s`."""
+    """Return once `check()` is true. Raises AssertionError after `timeout_s` seconds."""
     deadline = time.monotonic() + timeout_s
     while not check():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"still false after {timeout_s} s"
         time.sleep(every_s)

@@ -1,3 +1,3 @@
-"""Stores of these tests have a known salt."""
+"""Stores in these tests have a known salt."""
 
 from salted import store_salt  # noqa: F401

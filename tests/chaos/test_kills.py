@@ -1,4 +1,4 @@
-"""Processes are killed while a run works: nobody is lost and nobody is committed twice."""
+"""Processes are killed during a run: no user is lost or committed twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ptuning.store import prefix_path
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 USERS = [f"user{n}" for n in range(8)]
-# Two users a pack and many epochs: long enough to be hit in the middle.
+# Two users per pack and many epochs: long enough for a kill in the middle.
 SLOW = ("train.pack_users=2", "train.epochs=150", "train.patience=null", "ray.workers=1")
 
 
@@ -40,7 +40,7 @@ def _done(store: Path) -> list[Path]:
 
 
 def _records(store: Path) -> list[dict[str, Any]]:
-    """Of the packs that were done; the one whose worker was killed was split into others."""
+    """The records of packs that were done; the pack whose worker was killed was split."""
     found = [json.loads(path.read_text()) for path in _done(store)]
     return [record for record in found if "users" in record]
 

@@ -1,4 +1,4 @@
-"""Several nodes: gangs are placed node by node, come with nodes that join, go with killed ones."""
+"""Runs on several nodes: gangs are placed per node, start on new nodes and end with killed ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW = ("train.pack_users=1", "train.epochs=300", "train.patience=null")
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """One node of two CPUs, in processes of its own; tests add others."""
+    """A Ray cluster of one node with two CPUs, in separate processes. Tests add nodes."""
     sizes = {"num_cpus": 2, "object_store_memory": 100 << 20, "include_dashboard": False}
     started = Cluster(initialize_head=True, head_node_args=sizes)
     try:
@@ -84,7 +84,7 @@ def test_a_node_that_joins_a_run_is_used_and_killing_it_loses_no_user(
 def test_a_worker_that_fits_on_no_node_is_refused_and_the_error_lists_free_resources(
     cluster: Any, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """Four CPUs in all, but two on each node: Ray would wait for ever."""
+    """The cluster has four CPUs, but each node only two: Ray would wait for ever."""
     add_node(cluster)
     data = write_rows(tmp_path / "rows.jsonl", user_rows("ann", 10))
     store, log = tmp_path / "store", tmp_path / "log"

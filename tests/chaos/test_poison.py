@@ -1,4 +1,4 @@
-"""A user whose rows kill the worker is found, tried alone and given up; everybody else is done."""
+"""A user whose rows kill the worker is found, tried alone and given up. All others are trained."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 USERS = [f"user{n}" for n in range(8)]
 POISON = "poison pill"
-# Read by every Python process of the run: where rows are encoded for training, a prompt with the
-# pill in it does what its user's rows are to do.
+# Every Python process of the run executes this at start. When rows are encoded for training, a
+# prompt that contains the pill triggers ACTION.
 SITE = """
 import importlib.abc, os, signal, sys
 

@@ -1,7 +1,7 @@
-"""What PEFT cannot compute, written out by hand: whole small models, softmax and all.
+"""Methods that PEFT does not have, against small models written out by hand.
 
-The formulas are the papers' (Li and Liang 2021, equations 1 to 3; Liu et al. 2021, equation 2),
-in fp64 on the frozen weights, one row at a time and without a cache, a mask or a batch.
+The formulas are those of the papers (Li and Liang 2021, equations 1 to 3; Liu et al. 2021, equation
+2). They are computed in fp64 with the frozen weights, one row at a time, without cache or batch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tiny_backbones import (
     as_layers,
     build,
     build_model,
-    encoded,
     prefix_rows,
     random_ids,
+    random_row,
 )
 from torch import Tensor
 
@@ -46,8 +46,8 @@ P = 3
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v over what each token sees: `q` `[H, T, D]`, `k` and `v`
-    `[H, S, D]`, `seen` bool `[T, S]`, `bias` `[H, T, S]`."""
+    """softmax(q k^T / sqrt(D) + bias) v over the keys that each token sees: `q` `[H, T, D]`, `k`
+    and `v` `[H, S, D]`, `seen` bool `[T, S]`, `bias` `[H, T, S]`."""
     scores = torch.exp(q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + bias) * seen
     return scores / scores.sum(-1, keepdim=True) @ v
 
@@ -55,7 +55,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor | floa
 def with_prefix(
     prefix: Tensor | None, k: Tensor, v: Tensor, seen: Tensor, sees_prefix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[P_k; K] and [P_v; V], of `prefix` `[2, H, P, D]`; `sees_prefix` bool `[T]`."""
+    """[P_k; K] and [P_v; V] for `prefix` `[2, H, P, D]`; `sees_prefix` is bool `[T]`."""
     if prefix is None:
         return k, v, seen
     inside = sees_prefix[:, None].expand(-1, prefix.shape[2])
@@ -68,17 +68,17 @@ def norm(x: Tensor, module: Any) -> Tensor:
     return centred / scale * module.weight.double() + module.bias.double()
 
 
-def split(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """`[T, H * D]` to `[H, T, D]`."""
     return x.view(len(x), heads, -1).transpose(0, 1)
 
 
-def joined(x: Tensor) -> Tensor:
+def join_heads(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """By tanh, as GPT-2 and T5 have it."""
+    """The tanh approximation, as in GPT-2 and T5."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -99,11 +99,11 @@ def gpt2_by_hand(
     causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
     for number, layer in enumerate(body.h):
         q, k, v = (
-            split(part, model.config.n_head)
+            split_heads(part, model.config.n_head)
             for part in product(norm(x, layer.ln_1), layer.attn.c_attn).chunk(3, dim=-1)
         )
         own = with_prefix(prefix.get(number), k, v, causal, sees_prefix)
-        x = x + product(joined(attention(q, *own)), layer.attn.c_proj)
+        x = x + product(join_heads(attention(q, *own)), layer.attn.c_proj)
         y = gelu(product(norm(x, layer.ln_2), layer.mlp.c_fc))
         x = x + product(y, layer.mlp.c_proj)
     return norm(x, body.ln_f) @ model.lm_head.weight.double().T
@@ -112,20 +112,22 @@ def gpt2_by_hand(
 def bart_by_hand(
     model: Any, source: Sequence[int], answer: Sequence[int], prefix: dict[str, Tensor]
 ) -> Tensor:
-    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. The answer stands behind the
-    decoder's virtual tokens, the prompt where it would without them."""
+    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. The answer's positions come after
+    the decoder's virtual tokens; the prompt's positions are those without a prefix."""
     heads = model.config.encoder_attention_heads
 
     def product(x: Tensor, module: Any) -> Tensor:
         return x @ module.weight.double().T + module.bias.double()
 
     def attend(x: Tensor, into: Tensor, module: Any, own: Tensor | None, seen: Tensor) -> Tensor:
-        q = split(product(x, module.q_proj), heads)
-        k, v = (split(product(into, part), heads) for part in (module.k_proj, module.v_proj))
+        q = split_heads(product(x, module.q_proj), heads)
+        k, v = (split_heads(product(into, part), heads) for part in (module.k_proj, module.v_proj))
         every = torch.ones(len(x), dtype=torch.bool)
-        return product(joined(attention(q, *with_prefix(own, k, v, seen, every))), module.out_proj)
+        return product(
+            join_heads(attention(q, *with_prefix(own, k, v, seen, every))), module.out_proj
+        )
 
-    def embedded(ids: Sequence[int], body: Any, at: int = 0) -> Tensor:
+    def embed(ids: Sequence[int], body: Any, at: int = 0) -> Tensor:
         places = body.embed_positions.weight.double()[2 + at : 2 + at + len(ids)]
         return norm(body.embed_tokens.weight.double()[list(ids)] + places, body.layernorm_embedding)
 
@@ -139,13 +141,13 @@ def bart_by_hand(
 
     encoder, decoder = model.model.encoder, model.model.decoder
     everything = torch.ones(len(source), len(source), dtype=torch.bool)
-    x = embedded(source, encoder)
+    x = embed(source, encoder)
     for number, layer in enumerate(encoder.layers):
         out = attend(x, x, layer.self_attn, layer_of(ENCODER, number), everything)
         x = feed_forward(norm(x + out, layer.self_attn_layer_norm), layer)
     causal = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
     across = torch.ones(len(answer), len(source), dtype=torch.bool)
-    y = embedded(answer, decoder, prefix[DECODER].shape[-2] if DECODER in prefix else 0)
+    y = embed(answer, decoder, prefix[DECODER].shape[-2] if DECODER in prefix else 0)
     for number, layer in enumerate(decoder.layers):
         out = attend(y, y, layer.self_attn, layer_of(DECODER, number), causal)
         y = norm(y + out, layer.self_attn_layer_norm)
@@ -156,9 +158,9 @@ def bart_by_hand(
 
 
 def t5_bucket(distance: int, *, ahead: bool) -> int:
-    """Of the tiny T5's 8 buckets, for distances up to 16, that of a key `distance` places before
-    its query (Raffel et al. 2020, section 2.1): half of them exact, the rest by logarithm.
-    `ahead`: keys that come after the query have the other half."""
+    """The bucket of a key `distance` positions before its query, in the tiny T5 with 8 buckets for
+    distances up to 16 (Raffel et al. 2020, section 2.1). Half of the buckets are exact, the rest
+    logarithmic. With `ahead`, keys after the query have the other half of the buckets."""
     first, count = 0, 8
     if ahead:
         first, count = (4, 4) if distance < 0 else (0, 4)
@@ -173,9 +175,9 @@ def t5_bucket(distance: int, *, ahead: bool) -> int:
 def t5_by_hand(
     model: Any, source: Sequence[int], answer: Sequence[int], prefix: dict[str, Tensor]
 ) -> Tensor:
-    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. The decoder's virtual tokens are as
-    far from a token as if they stood right before the answer; the encoder's and the cross
-    attention's, in front of a text that may be padded on either side, are at no distance."""
+    """Logits `[S, V]`; `prefix[stack]` is `[L, 2, H, P, D]`. The decoder's virtual tokens have the
+    distances of tokens directly before the answer. Those of the encoder and the cross attention
+    have distance zero: the text after them may be padded on either side."""
     heads, root = model.config.num_heads, math.sqrt(model.config.d_kv)
 
     def product(x: Tensor, module: Any) -> Tensor:
@@ -194,13 +196,13 @@ def t5_by_hand(
     def attend(
         x: Tensor, into: Tensor, module: Any, own: Tensor | None, seen: Tensor, bias: Tensor
     ) -> Tensor:
-        q = split(product(x, module.q), heads) * root  # T5 does not divide by it
-        k, v = (split(product(into, part), heads) for part in (module.k, module.v))
+        q = split_heads(product(x, module.q), heads) * root  # T5 does not divide by it
+        k, v = (split_heads(product(into, part), heads) for part in (module.k, module.v))
         every = torch.ones(len(x), dtype=torch.bool)
         k, v, seen = with_prefix(own, k, v, seen, every)
         unbiased = torch.zeros(heads, len(x), k.shape[1] - bias.shape[-1], dtype=torch.float64)
         scores = torch.cat([unbiased, bias], -1)
-        return product(joined(attention(q, k, v, seen, scores)), module.o)
+        return product(join_heads(attention(q, k, v, seen, scores)), module.o)
 
     def layer_of(stack: str, number: int) -> Tensor | None:
         return prefix[stack][number] if stack in prefix else None
@@ -213,12 +215,12 @@ def t5_by_hand(
             y = gelu(product(y, dense.wi_0)) * product(y, dense.wi_1)
         return x + product(y, dense.wo)
 
-    def embedded(ids: Sequence[int]) -> Tensor:
+    def embed(ids: Sequence[int]) -> Tensor:
         return model.shared.weight.double()[list(ids)]
 
     everything = torch.ones(len(source), len(source), dtype=torch.bool)
     bias = biases(model.encoder, len(source), 0, ahead=True)
-    x = embedded(source)
+    x = embed(source)
     for number, block in enumerate(model.encoder.block):
         own, inner = layer_of(ENCODER, number), block.layer[0]
         normed = rms(x, inner.layer_norm)
@@ -230,7 +232,7 @@ def t5_by_hand(
     before = prefix[DECODER].shape[-2] if DECODER in prefix else 0
     bias = biases(model.decoder, len(answer), before, ahead=False)
     none = torch.zeros(heads, len(answer), len(source), dtype=torch.float64)
-    y = embedded(answer)
+    y = embed(answer)
     for number, block in enumerate(model.decoder.block):
         inner, cross = block.layer[0], block.layer[1]
         normed = rms(y, inner.layer_norm)
@@ -245,16 +247,16 @@ def t5_by_hand(
 
 
 def nll(logits: Tensor, targets: Sequence[int]) -> Tensor:
-    """-log p of each target, `logits` `[N, V]`."""
+    """-log p of each target; `logits` is `[N, V]`."""
     scores = logits.double().exp()
     return -torch.log(scores[torch.arange(len(targets)), list(targets)] / scores.sum(-1))
 
 
 PAIRS_BY_HAND = {"bart": bart_by_hand, "t5": t5_by_hand, "t5_gated": t5_by_hand}
 
-# Ours against them
+# Ours against the formulas
 
-ROWS = [encoded(9, 3, 1), encoded(6, 5, 2), encoded(12, 4, 3)]
+ROWS = [random_row(9, 3, 1), random_row(6, 5, 2), random_row(12, 4, 3)]
 SLOTS = [1, 0, 1]
 
 
@@ -264,8 +266,8 @@ def compare(
     by_hand: Callable[[Encoded, int], Tensor],
     arranged: Callable[[Encoded], Encoded] = lambda row: row,
 ) -> None:
-    """Losses `[N]` of ragged rows of two users, and the gradient in the prefixes, which are
-    leaves of `pack`; `arranged` puts virtual tokens among the real ones."""
+    """Compare losses `[N]` of two users' rows of different lengths, and the gradients of the
+    prefixes (the leaves of `pack`). `arranged` puts virtual tokens into a row."""
     batch = collate(
         [arranged(row) for row in ROWS], backbone.device, backbone.facts.decoder_start_id
     )
@@ -313,8 +315,8 @@ def random_pack(backbone: Backbone, method: PrefixTuning) -> PackPrefix:
 def test_a_causal_models_prefix_is_keys_and_values_before_its_own(
     method: PrefixTuning, kind: str
 ) -> None:
-    """An infix is seen by the prompt's last token and those after it, and stands before them;
-    the tokens that do not see it are where they would be without it."""
+    """The prompt's last token and later tokens see an infix, and their positions come after it.
+    Tokens that do not see it keep the positions they would have without it."""
     backbone = build(FAMILIES["gpt2"](), kind)
     pack = random_pack(backbone, method)
     layers = backbone.facts.stacks[DECODER].layers
@@ -365,7 +367,7 @@ TEMPLATES = [
 
 
 def pieces(text: str, ids: Sequence[int], backbone: Backbone) -> list[int | None]:
-    """A template's tokens in front of the completion, by hand; None is the next virtual token."""
+    """A template's tokens before the completion, by hand; None stands for a virtual token."""
     found: list[int | None] = []
     while text:
         field, brace, rest = text.partition("}") if text[0] == "{" else ("", "", "")
@@ -382,8 +384,8 @@ def pieces(text: str, ids: Sequence[int], backbone: Backbone) -> list[int | None
     return found
 
 
-def embedded(model: Any, tokens: Sequence[int | None], virtual: Tensor) -> Tensor:
-    """`[1, T, E]`; an encoder's table is its own, which need not be the model's."""
+def embed_tokens(model: Any, tokens: Sequence[int | None], virtual: Tensor) -> Tensor:
+    """`[1, T, E]`, from the encoder's table, which may differ from the model's."""
     reader = model.get_encoder() if model.config.is_encoder_decoder else model
     table, free = reader.get_input_embeddings(), iter(virtual)
     rows = [next(free) if t is None else table(torch.tensor([[t]]))[0, 0] for t in tokens]
@@ -394,7 +396,7 @@ def embedded(model: Any, tokens: Sequence[int | None], virtual: Tensor) -> Tenso
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "opt", "bart", "t5"])
 def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, template: str) -> None:
-    """Losses and gradients: virtual tokens are at the positions where they stand."""
+    """Losses and gradients. Virtual tokens have positions like real ones."""
     families = {**FAMILIES, **SEQ2SEQ}
     backbone, plain = build(families[family]()), build_model(families[family](), "eager")
     plain.requires_grad_(False)
@@ -407,11 +409,11 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
         prompt = pieces(template, row.input_ids[: row.prompt_length], backbone)
         answer = row.input_ids[row.prompt_length :]
         if start is None:
-            inputs = embedded(plain, [*prompt, *answer], virtual[slot])
+            inputs = embed_tokens(plain, [*prompt, *answer], virtual[slot])
             logits = plain(inputs_embeds=inputs).logits[0, len(prompt) - 1 : -1]
         else:
             moved = torch.tensor([[start, *answer[:-1]]])
-            inputs = embedded(plain, prompt, virtual[slot])
+            inputs = embed_tokens(plain, prompt, virtual[slot])
             logits = plain(inputs_embeds=inputs, decoder_input_ids=moved).logits[0]
         return nll(logits, answer)
 
@@ -424,7 +426,7 @@ def test_a_template_is_one_row_of_embeddings_to_a_plain_model(family: str, templ
 def test_a_template_is_computed_alike_in_generation_and_training(
     family: str, template: str
 ) -> None:
-    """Where the virtual tokens in front became keys and values, too."""
+    """Also where leading virtual tokens were compiled to keys and values."""
     backbone, plain = build(FAMILIES[family]()), build_model(FAMILIES[family](), "eager")
     torch.manual_seed(5)
     virtual = torch.randn(P, backbone.facts.hidden_size)
@@ -442,12 +444,12 @@ def test_a_template_is_computed_alike_in_generation_and_training(
     )[0]
     with torch.no_grad():
         tokens = pieces(template, prompt, backbone)
-        expected = plain(inputs_embeds=embedded(plain, tokens, virtual)).logits[0, -1]
+        expected = plain(inputs_embeds=embed_tokens(plain, tokens, virtual)).logits[0, -1]
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_a_prefix_the_formulas_equal_the_plain_models() -> None:
-    """What is written out by hand is checked itself, on the plain models."""
+    """This checks the formulas above against the plain models."""
     row = ROWS[0]
     ids, at = row.input_ids, row.prompt_length
     with torch.no_grad():

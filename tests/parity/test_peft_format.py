@@ -1,4 +1,4 @@
-"""A prefix saved for PEFT is the same function there, and PEFT's own adapters are here."""
+"""A prefix saved for PEFT computes the same in PEFT, and PEFT's adapters compute the same here."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 IDS = [5, 80, 33, 120, 7, 256, 41]
 FRONT = f"{{p:{P}}}{{prompt}}{{completion}}"
-# What PEFT can hold, and as what.
+# The methods that PEFT can hold, with PEFT's names.
 METHODS: dict[str, tuple[Method, str]] = {
     "prefix": (PrefixTuning(num_virtual_tokens=P), "PREFIX_TUNING"),
     "embedding-only": (PrefixTuning(num_virtual_tokens=P, layers="embedding"), "PROMPT_TUNING"),
@@ -99,7 +99,7 @@ def backbone_for(family: str) -> Backbone:
 
 
 def prefix_for(backbone: Backbone, method: Method | None = None, **changes: Any) -> Prefix:
-    """A random prefix as `method` makes them (default: Prefix Tuning)."""
+    """A random prefix of `method` (default: Prefix Tuning)."""
     torch.manual_seed(1)
     dtype = changes.pop("dtype", "float32")
     method = method or PrefixTuning(num_virtual_tokens=P)
@@ -143,7 +143,7 @@ def peft_logits(family: str, directory: Path) -> Tensor:
 
 
 def logits_in_peft(model: Any) -> Tensor:
-    """`[T, V]` of the real tokens: virtual ones at the input have logits too."""
+    """Logits `[T, V]` of the real tokens, without those of virtual tokens at the input."""
     ids = torch.tensor([IDS])
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(IDS) :]
@@ -166,14 +166,14 @@ def peft_config(kind: str, **options: Any) -> Any:
 
 
 def peft_adapter(family: str, directory: Path, kind: str = "PREFIX_TUNING", **options: Any) -> Any:
-    """An adapter that PEFT itself made and saved."""
+    """Save an adapter made by PEFT."""
     from peft import get_peft_model
 
     base = model_for(FAMILIES[family](), "eager")
-    return randomly_saved(get_peft_model(base, peft_config(kind, **options)), directory)
+    return save_random_adapter(get_peft_model(base, peft_config(kind, **options)), directory)
 
 
-def randomly_saved(model: Any, directory: Path) -> Any:
+def save_random_adapter(model: Any, directory: Path) -> Any:
     torch.manual_seed(3)
     for parameter in model.prompt_encoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -211,14 +211,14 @@ def test_peft_computes_the_same_logits_from_what_we_save(
 def test_we_compute_the_same_logits_from_what_peft_saves(
     family: str, kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With an encoder too: PEFT saves what the encoder gives."""
+    """With an encoder too: PEFT saves the encoder's output."""
     made = peft_adapter(family, tmp_path, kind, **options).eval()
     backbone = backbone_for(family)
     prefix = load_peft(tmp_path, backbone)
     assert prefix.num_virtual_tokens == P
     ours = our_logits(backbone, prefix)
     torch.testing.assert_close(ours, peft_logits(family, tmp_path), atol=1e-5, rtol=1e-5)
-    # Its own encoder gives the same values before they are saved.
+    # PEFT computes the same before saving, with its encoder.
     torch.testing.assert_close(ours, logits_in_peft(made), atol=1e-5, rtol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_we_compute_the_same_logits_from_what_peft_saves(
 def test_beyond_a_sliding_window_a_peft_prefix_is_computed_as_in_peft(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A prefix of ours that stays visible is another function there, and only there."""
+    """A prefix of ours that stays visible computes something else there, and only there."""
     window = 6  # shorter than P and the text together
     narrow: dict[str, Callable[[], PreTrainedConfig]] = {
         "gemma3": lambda: transformers.Gemma3TextConfig(**_GQA, head_dim=16, sliding_window=window),
@@ -264,14 +264,14 @@ def m2m100() -> PreTrainedConfig:
 
 
 def short(family: str) -> PreTrainedConfig:
-    """T5's distances end before its answer does."""
-    config = tied(family)
+    """T5's maximum distance is shorter than the answer."""
+    config = config_with_one_table(family)
     if hasattr(config, "relative_attention_max_distance"):
         config.relative_attention_num_buckets, config.relative_attention_max_distance = 6, 7
     return config
 
 
-# BART's encoder has more layers than its decoder, and PEFT keeps keys and values for as many.
+# BART's encoder has more layers than its decoder, and PEFT has keys and values for each of them.
 PEFT_PAIRS: dict[str, Callable[[], PreTrainedConfig]] = {
     **{family: partial(short, family) for family in ("t5", "t5_gated", "bart")},
     "marian": lambda: transformers.MarianConfig(**_PAIR),
@@ -279,16 +279,17 @@ PEFT_PAIRS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def tied(family: str) -> PreTrainedConfig:
-    """PEFT looks tokens up in the first table it finds. Where the encoder has another (BART
-    with `tie_word_embeddings=False`) PEFT's model is not the model that was loaded."""
+def config_with_one_table(family: str) -> PreTrainedConfig:
+    """A configuration whose stacks share one embedding table. PEFT uses the first table it finds,
+    so with another in the encoder (BART with `tie_word_embeddings=False`) PEFT's model would
+    differ from the loaded model."""
     config = (SEQ2SEQ | EAGER_ONLY)[family]()
     config.tie_word_embeddings = config.tie_word_embeddings or family == "bart"
     return config
 
 
-def told(family: str, kind: str) -> dict[str, Any]:
-    """What PEFT does not find in a configuration of two nested ones, and a user must say."""
+def settings_that_peft_lacks(family: str, kind: str) -> dict[str, Any]:
+    """The settings that PEFT does not find in a nested configuration and a user must pass."""
     if family != "t5gemma":
         return {}
     heads, width = (2, 16) if kind == "PREFIX_TUNING" else (4, 32)
@@ -301,22 +302,24 @@ def told(family: str, kind: str) -> dict[str, Any]:
 def test_an_encoder_decoder_models_prompt_converts_both_ways(
     method: str, family: str, copies: int | None, tmp_path: Path
 ) -> None:
-    """By default PEFT keeps 2 P rows for such a model, and reads the first P of them."""
+    """By default PEFT stores 2 P rows for such a model and reads the first P."""
     from peft import PeftModel, get_peft_model
 
-    backbone, (made_by, kind) = build(tied(family)), METHODS[method]
+    backbone, (made_by, kind) = build(config_with_one_table(family)), METHODS[method]
     begin = backbone.facts.decoder_start_id
     ids, answer = torch.tensor([IDS]), torch.tensor([[begin, 9, 77]])
 
-    def here(prefix: Prefix) -> Tensor:
+    def compute_here(prefix: Prefix) -> Tensor:
         rows = prefix_rows(backbone, [prefix])
         arranged = torch.tensor([prefix.arrangement(backbone.template).prompt(IDS)])
         mask = torch.ones_like(arranged)
         encoded = backbone.encode_source(arranged, mask, rows)
         return backbone.answer_step(encoded, mask, answer, rows, torch.tensor([2]))[0]
 
-    def there(directory: Path) -> Tensor:
-        model = PeftModel.from_pretrained(build_model(tied(family), "eager"), str(directory))
+    def compute_in_peft(directory: Path) -> Tensor:
+        model = PeftModel.from_pretrained(
+            build_model(config_with_one_table(family), "eager"), str(directory)
+        )
         with torch.no_grad():
             return model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), decoder_input_ids=answer
@@ -324,20 +327,24 @@ def test_an_encoder_decoder_models_prompt_converts_both_ways(
 
     prefix = prefix_for(backbone, made_by)
     save_peft(prefix, tmp_path / "ours", backbone)
-    torch.testing.assert_close(there(tmp_path / "ours"), here(prefix), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compute_in_peft(tmp_path / "ours"), compute_here(prefix), atol=1e-5, rtol=1e-5
+    )
     assert load_peft(tmp_path / "ours", backbone).digest == prefix.digest
     config = peft_config(
         kind,
         task_type="SEQ_2_SEQ_LM",
         num_transformer_submodules=copies,
         **({"encoder_hidden_size": 8} if kind == "P_TUNING" else {}),
-        **told(family, kind),
+        **settings_that_peft_lacks(family, kind),
     )
-    model = get_peft_model(build_model(tied(family), "eager"), config)
-    randomly_saved(model, tmp_path / "theirs")
+    model = get_peft_model(build_model(config_with_one_table(family), "eager"), config)
+    save_random_adapter(model, tmp_path / "theirs")
     adopted = load_peft(tmp_path / "theirs", backbone)
     assert adopted.num_virtual_tokens == P
-    torch.testing.assert_close(here(adopted), there(tmp_path / "theirs"), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        compute_here(adopted), compute_in_peft(tmp_path / "theirs"), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", PEFT_PAIRS)
@@ -345,8 +352,8 @@ def test_an_encoder_decoder_models_prompt_converts_both_ways(
 def test_an_encoder_decoder_models_keys_and_values_convert_both_ways(
     family: str, projection: bool, tmp_path: Path
 ) -> None:
-    """PEFT hands them to the decoder's self-attention as a cache, behind which answers begin; the
-    answer is longer than T5's distances."""
+    """PEFT passes them to the decoder's self-attention as a cache, and the answer's positions come
+    after it. The answer is longer than T5's maximum distance."""
     from peft import PeftModel, get_peft_model
 
     backbone = build(PEFT_PAIRS[family]())
@@ -354,8 +361,8 @@ def test_an_encoder_decoder_models_keys_and_values_convert_both_ways(
     prompt, answer = random_ids(11, 1), torch.tensor([[begin, *random_ids(8, 2)]])
     ids = torch.tensor([prompt])
 
-    def here(prefix: Prefix) -> Tensor:
-        """`[S, V]`, in a batch with a row that has another length and no prefix."""
+    def compute_here(prefix: Prefix) -> Tensor:
+        """Logits `[S, V]`, in a batch with a row of another length without a prefix."""
         rows, mask = torch.cat([ids, ids]), torch.ones_like(ids).repeat(2, 1)
         own = prefix_rows(backbone, [prefix, None])
         states = backbone.encode_source(rows, mask, own)
@@ -365,22 +372,26 @@ def test_an_encoder_decoder_models_keys_and_values_convert_both_ways(
         ]
         return torch.stack(logits)
 
-    def there(model: Any) -> Tensor:
+    def compute_in_peft(model: Any) -> Tensor:
         with torch.no_grad():
             mask = torch.ones_like(ids)
             output = model(input_ids=ids, attention_mask=mask, decoder_input_ids=answer)
             return output.logits[0]
 
-    def loaded(directory: Path) -> Any:
+    def load(directory: Path) -> Any:
         return PeftModel.from_pretrained(build_model(PEFT_PAIRS[family](), "eager"), str(directory))
 
-    window: Any = "respect" if family == "t5gemma" else "ignore"  # PEFT's prefix leaves a window
+    window: Any = (
+        "respect" if family == "t5gemma" else "ignore"
+    )  # a sliding window hides PEFT's prefix
     method = PrefixTuning(num_virtual_tokens=P, stacks=("decoder",), sliding_window=window)
     prefix = prefix_for(backbone, method)
     save_peft(prefix, tmp_path / "ours", backbone)
-    expected = here(prefix)
-    torch.testing.assert_close(there(loaded(tmp_path / "ours")), expected, atol=1e-5, rtol=1e-5)
-    plain = there(build_model(PEFT_PAIRS[family](), "eager"))
+    expected = compute_here(prefix)
+    torch.testing.assert_close(
+        compute_in_peft(load(tmp_path / "ours")), expected, atol=1e-5, rtol=1e-5
+    )
+    plain = compute_in_peft(build_model(PEFT_PAIRS[family](), "eager"))
     assert (plain - expected).abs().max() > 1e-2, "the prefix changed nothing"
     assert load_peft(tmp_path / "ours", backbone).digest == prefix.digest
 
@@ -389,22 +400,24 @@ def test_an_encoder_decoder_models_keys_and_values_convert_both_ways(
         task_type="SEQ_2_SEQ_LM",
         prefix_projection=projection,
         **({"encoder_hidden_size": 12} if projection else {}),
-        **told(family, "PREFIX_TUNING"),
+        **settings_that_peft_lacks(family, "PREFIX_TUNING"),
     )
     model = get_peft_model(build_model(PEFT_PAIRS[family](), "eager"), config)
-    randomly_saved(model, tmp_path / "theirs")
+    save_random_adapter(model, tmp_path / "theirs")
     adopted = load_peft(tmp_path / "theirs", backbone)
     assert {stack_of(name) for name in adopted.tensors} == {DECODER}
     assert adopted.num_virtual_tokens == P
-    for theirs in (model.eval(), loaded(tmp_path / "theirs")):
-        torch.testing.assert_close(here(adopted), there(theirs), atol=1e-5, rtol=1e-5)
+    for theirs in (model.eval(), load(tmp_path / "theirs")):
+        torch.testing.assert_close(
+            compute_here(adopted), compute_in_peft(theirs), atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize(("copies", "refused"), [(None, False), (2, False), (1, True), (3, True)])
 def test_a_peft_cache_for_one_or_three_stacks_of_an_encoder_decoder_model_is_refused(
     copies: int | None, refused: bool, tmp_path: Path
 ) -> None:
-    """From such a configuration PEFT itself makes another cache; unsaid, it takes both stacks."""
+    """With such a number PEFT itself would build another cache. By default it is for two stacks."""
     backbone = build(PEFT_PAIRS["bart"]())
     prefix = prefix_for(backbone, PrefixTuning(num_virtual_tokens=P, stacks=("decoder",)))
     save_peft(prefix, tmp_path, backbone)
@@ -423,7 +436,7 @@ def test_a_decoder_that_computes_its_own_positions_is_refused(tmp_path: Path) ->
 
     backbone, model = build(m2m100()), build_model(m2m100(), "eager")
     config = peft_config("PREFIX_TUNING", task_type="SEQ_2_SEQ_LM")
-    randomly_saved(get_peft_model(model, config), tmp_path)
+    save_random_adapter(get_peft_model(model, config), tmp_path)
     with pytest.raises(WrongMethod) as caught:
         load_peft(tmp_path, backbone)
     assert "PROMPT_TUNING" in str(caught.value.expected)
@@ -435,7 +448,7 @@ def test_a_decoder_that_computes_its_own_positions_is_refused(tmp_path: Path) ->
         )
 
 
-# What PEFT has no place for, and the setting that the error names.
+# What PEFT cannot hold, and the setting that the error names.
 BEYOND: dict[str, tuple[Method, str, str]] = {
     "infix": (PrefixTuning(num_virtual_tokens=P, placement="infix"), "infix", "placement=prefix"),
     "top-layers": (PrefixTuning(num_virtual_tokens=P, layers=2), "layers=2", "layers=all"),
@@ -521,7 +534,7 @@ def test_a_peft_adapter_has_no_user_until_one_is_given(
     assert again.digest == mine.digest
     assert again.meta.imported_from == "peft"
     assert again.method.type == type_
-    # And it can be handed back to PEFT.
+    # It can be saved for PEFT again.
     save_peft(mine, tmp_path / "back", backbone)
     assert json.loads((tmp_path / "back" / CONFIG).read_text())["peft_type"] == kind
     torch.testing.assert_close(
@@ -549,7 +562,7 @@ def test_a_prefix_of_another_backbone_or_user_is_refused(tmp_path: Path) -> None
 
 
 def test_weights_trained_further_in_peft_are_not_taken_for_the_old_prefix(tmp_path: Path) -> None:
-    """Our own record beside them would otherwise claim a training that did not make them."""
+    """Otherwise our metadata beside them would name a training that did not produce them."""
     backbone = backbone_for("llama")
     save_peft(prefix_for(backbone), tmp_path, backbone)
     weights = load_file(tmp_path / WEIGHTS)
@@ -577,7 +590,7 @@ def _lora(directory: Path) -> None:
     (directory / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
 
 
-def _configured(**changes: Any) -> Callable[[Path], None]:
+def _change_config(**changes: Any) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         config = json.loads((directory / CONFIG).read_text())
         (directory / CONFIG).write_text(json.dumps(config | changes))
@@ -600,7 +613,7 @@ def _cut_weights(directory: Path) -> None:
     (directory / WEIGHTS).write_bytes(data[: len(data) // 2])
 
 
-def _saved(change: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Path], None]:
+def _rewrite_weights(change: Callable[[Tensor], dict[str, Tensor]]) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         tensors = change(load_file(directory / WEIGHTS)[TENSOR])
         save_file({name: t.contiguous() for name, t in tensors.items()}, directory / WEIGHTS)
@@ -635,26 +648,26 @@ def _ours_has_more(directory: Path) -> None:
         (_config_is_no_json, CorruptArtifact),
         (_config_is_a_list, CorruptArtifact),
         (_lora, WrongMethod),
-        (_configured(peft_type="MULTITASK_PROMPT_TUNING"), WrongMethod),
-        (_configured(num_transformer_submodules=2), WrongMethod),
-        (_configured(task_type="SEQ_2_SEQ_LM"), WrongMethod),
-        (_configured(task_type="SEQ_CLS"), WrongMethod),
-        (_configured(num_virtual_tokens=P - 1), WrongShape),
-        (_configured(num_virtual_tokens=None), WrongShape),
-        (_configured(num_virtual_tokens=True), WrongShape),
-        (_configured(num_virtual_tokens=1001), WrongMethod),
-        (_configured(num_transformer_submodules=True), WrongMethod),
-        (_configured(num_transformer_submodules=0), WrongMethod),
-        (_configured(num_transformer_submodules="1"), WrongMethod),
+        (_change_config(peft_type="MULTITASK_PROMPT_TUNING"), WrongMethod),
+        (_change_config(num_transformer_submodules=2), WrongMethod),
+        (_change_config(task_type="SEQ_2_SEQ_LM"), WrongMethod),
+        (_change_config(task_type="SEQ_CLS"), WrongMethod),
+        (_change_config(num_virtual_tokens=P - 1), WrongShape),
+        (_change_config(num_virtual_tokens=None), WrongShape),
+        (_change_config(num_virtual_tokens=True), WrongShape),
+        (_change_config(num_virtual_tokens=1001), WrongMethod),
+        (_change_config(num_transformer_submodules=True), WrongMethod),
+        (_change_config(num_transformer_submodules=0), WrongMethod),
+        (_change_config(num_transformer_submodules="1"), WrongMethod),
         (_no_weights, CorruptArtifact),
         (_pickled_weights, CorruptArtifact),
         (_cut_weights, CorruptArtifact),
-        (_saved(lambda flat: {TENSOR: flat[:, :-1]}), WrongShape),
-        (_saved(lambda flat: {TENSOR: flat[:0]}), WrongShape),
-        (_saved(lambda flat: {TENSOR: flat[None]}), WrongShape),
-        (_saved(lambda flat: {"prompt": flat}), WrongShape),
-        (_saved(lambda flat: {TENSOR: flat, "more": flat.clone()}), WrongShape),
-        (_saved(lambda flat: {TENSOR: flat.to(torch.int32)}), WrongShape),
+        (_rewrite_weights(lambda flat: {TENSOR: flat[:, :-1]}), WrongShape),
+        (_rewrite_weights(lambda flat: {TENSOR: flat[:0]}), WrongShape),
+        (_rewrite_weights(lambda flat: {TENSOR: flat[None]}), WrongShape),
+        (_rewrite_weights(lambda flat: {"prompt": flat}), WrongShape),
+        (_rewrite_weights(lambda flat: {TENSOR: flat, "more": flat.clone()}), WrongShape),
+        (_rewrite_weights(lambda flat: {TENSOR: flat.to(torch.int32)}), WrongShape),
         (_ours_is_nonsense, CorruptArtifact),
         (_ours_has_more, CorruptArtifact),
         (_ours_has_a_list_of_methods, CorruptArtifact),
@@ -695,7 +708,7 @@ def test_an_adapter_whose_configuration_describes_another_model_is_refused(
     save_peft(prefix_for(backbone, method), tmp_path, backbone)
     (tmp_path / OURS).unlink()
     assert load_peft(tmp_path, backbone).num_virtual_tokens == P
-    _configured(**said)(tmp_path)
+    _change_config(**said)(tmp_path)
     with pytest.raises(WrongShape, match="|".join(said)):
         load_peft(tmp_path, backbone)
 
@@ -703,23 +716,23 @@ def test_an_adapter_whose_configuration_describes_another_model_is_refused(
 def test_values_of_peft_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     backbone = backbone_for("llama")
     peft_adapter("llama", tmp_path)
-    _saved(_not_finite)(tmp_path)
+    _rewrite_weights(_not_finite)(tmp_path)
     with pytest.raises(CorruptArtifact):
         load_peft(tmp_path, backbone)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt", "ptuning-mlp"])
 def test_an_adapter_is_not_read_as_another_method(method: str, tmp_path: Path) -> None:
-    """Where widths differ the shape tells; else nothing could, but our own record."""
+    """Where widths differ, the shape tells. Otherwise only our metadata does."""
     backbone = backbone_for("llama")
     save_peft(prefix_for(backbone, METHODS[method][0]), tmp_path, backbone)
-    _configured(peft_type="PROMPT_TUNING" if method == "prefix" else "PREFIX_TUNING")(tmp_path)
+    _change_config(peft_type="PROMPT_TUNING" if method == "prefix" else "PREFIX_TUNING")(tmp_path)
     with pytest.raises(WrongShape):
         load_peft(tmp_path, backbone)
 
 
 def test_saved_keys_and_values_have_pefts_layout(tmp_path: Path) -> None:
-    """Row p holds layer by layer the keys, then the values, head by head."""
+    """Row p holds, for each layer, the keys and then the values of all heads."""
     backbone = backbone_for("llama")
     prefix = prefix_for(backbone)
     layers = as_layers(prefix.tensors)

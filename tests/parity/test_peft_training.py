@@ -1,16 +1,15 @@
-"""What we train is what PEFT trains: losses, gradients, and whole trainings user by user.
+"""Training equals PEFT's: losses, gradients and whole trainings of single users.
 
-All in fp32 on tiny random models. What PEFT does otherwise, and how it is met here:
+All tests use fp32 and tiny random models. Where PEFT differs, the tests adapt:
 
-- PEFT's training mode is the whole model's, so a backbone with dropout (GPT-2's default) drops
+- PEFT puts the whole model into training mode, so a backbone with dropout (GPT-2's default) drops
   out while its prefix is trained; ours never does. The comparisons set these rates to zero.
-- A batch in which nothing is supervised has no mean: PEFT's loss is NaN and its gradients are
-  zero, so AdamW's momentum moves the prefix. Ours makes no update; PEFT's loop here leaves
-  that step out.
-- PEFT's random keys, values and embeddings have other deviations than ours. Here one side's
-  first parameters are always copied to the other.
-- P-Tuning and the MLP start from words with an output added to them; PEFT has no such start, so
-  encoders start at random here.
+- A batch without supervised tokens has no mean loss: PEFT's loss is NaN and its gradients are zero,
+  so AdamW's momentum moves the prefix. Ours makes no update, and PEFT's loop here skips the step.
+- PEFT's random initialisation has other standard deviations than ours. The tests copy one side's
+  initial parameters to the other.
+- Our encoders (P-Tuning, MLP) can start at init words, to which their output is added. PEFT has no
+  such start, so encoders start at random here.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from tiny_backbones import (
     as_layers,
     build,
     build_model,
-    encoded,
     prefix_rows,
     random_ids,
+    random_row,
     user_rows,
 )
 from torch import Tensor
@@ -69,30 +68,32 @@ P = 3
 FRONT = f"{{p:{P}}}{{prompt}}{{completion}}"
 
 
-def same(tensor: Tensor, _backbone: Backbone) -> Tensor:
+def keep(tensor: Tensor, _backbone: Backbone) -> Tensor:
     return tensor
 
 
-def transposed(tensor: Tensor, _backbone: Backbone) -> Tensor:
+def transpose(tensor: Tensor, _backbone: Backbone) -> Tensor:
     return tensor.T
 
 
-def keys(flat: Tensor, backbone: Backbone) -> Tensor:
+def select_keys(flat: Tensor, backbone: Backbone) -> Tensor:
     return unflatten_layers(flat, backbone)[:, 0]
 
 
-def values(flat: Tensor, backbone: Backbone) -> Tensor:
+def select_values(flat: Tensor, backbone: Backbone) -> Tensor:
     return unflatten_layers(flat, backbone)[:, 1]
 
 
 ToOurs = Callable[[Tensor, Backbone], Tensor]
-Names = dict[str, tuple[str, ToOurs]]  # ours: PEFT's, and how PEFT's becomes ours
+Names = dict[
+    str, tuple[str, ToOurs]
+]  # our name: PEFT's name, and the conversion from PEFT's tensor to ours
 
 
 def linear(ours: str, theirs: str, stack: str = "") -> Names:
     return {
-        f"{stack}w{ours}": (f"{theirs}.weight", transposed),
-        f"{stack}b{ours}": (f"{theirs}.bias", same),
+        f"{stack}w{ours}": (f"{theirs}.weight", transpose),
+        f"{stack}b{ours}": (f"{theirs}.bias", keep),
     }
 
 
@@ -102,14 +103,14 @@ def lstm(layers: int) -> Names:
         for direction, tail in (("forward", ""), ("backward", "_reverse")):
             for short in ("ih", "hh"):
                 ours, theirs = f"lstm{layer}.{direction}", f"{short}_l{layer}{tail}"
-                names[f"{ours}.w_{short}"] = (f"lstm_head.weight_{theirs}", transposed)
-                names[f"{ours}.b_{short}"] = (f"lstm_head.bias_{theirs}", same)
+                names[f"{ours}.w_{short}"] = (f"lstm_head.weight_{theirs}", transpose)
+                names[f"{ours}.b_{short}"] = (f"lstm_head.bias_{theirs}", keep)
     return names
 
 
 @dataclass(frozen=True)
 class Case:
-    """A method of ours, PEFT's configuration of the same one, and how their parameters map."""
+    """One of our methods, PEFT's configuration of it, and the mapping of their parameters."""
 
     method: Method
     config: Any  # of peft
@@ -118,15 +119,15 @@ class Case:
     learning_rate: float = 0.05
 
     def peft_model(self, config: PreTrainedConfig) -> Any:
-        """Around a model of the same weights as a backbone of that configuration (each needs a
-        configuration object of its own: the kind of attention is set in it)."""
+        """A PEFT model with the weights of a backbone of that configuration. Each needs a separate
+        configuration object, since the kind of attention is set in it."""
         made = self.config(task_type="CAUSAL_LM", num_virtual_tokens=P, **self.options)
         return peft.get_peft_model(build_model(config, "eager"), made)
 
 
 KEYS, VALUES = keys_name(DECODER, 0), values_name(DECODER, 0)
-KV: Names = {KEYS: ("embedding.weight", keys), VALUES: ("embedding.weight", values)}
-INPUT: Names = {EMBEDDINGS: ("embedding.weight", same)}
+KV: Names = {KEYS: ("embedding.weight", select_keys), VALUES: ("embedding.weight", select_values)}
+INPUT: Names = {EMBEDDINGS: ("embedding.weight", keep)}
 CASES: dict[str, Case] = {
     "prefix": Case(PrefixTuning(num_virtual_tokens=P, init="random"), peft.PrefixTuningConfig, KV),
     "prefix-words": Case(PrefixTuning(num_virtual_tokens=P), peft.PrefixTuningConfig, KV),
@@ -136,7 +137,7 @@ CASES: dict[str, Case] = {
         ),
         peft.PrefixTuningConfig,
         {
-            f"{DECODER}.embedding": ("embedding.weight", same),
+            f"{DECODER}.embedding": ("embedding.weight", keep),
             **linear("1", "transform.0", f"{DECODER}."),
             **linear("2", "transform.2", f"{DECODER}."),
         },
@@ -156,7 +157,7 @@ CASES: dict[str, Case] = {
         PTuning(template=FRONT, encoder="lstm", encoder_hidden_size=6, init="random"),
         peft.PromptEncoderConfig,
         {
-            "embedding": ("embedding.weight", same),
+            "embedding": ("embedding.weight", keep),
             **lstm(2),
             **linear("1", "mlp_head.0"),
             **linear("2", "mlp_head.2"),
@@ -172,7 +173,7 @@ CASES: dict[str, Case] = {
         PTuning(template=FRONT, encoder="mlp", encoder_hidden_size=6, init="random"),
         peft.PromptEncoderConfig,
         {
-            "embedding": ("embedding.weight", same),
+            "embedding": ("embedding.weight", keep),
             **linear("1", "mlp_head.0"),
             **linear("2", "mlp_head.2"),
             **linear("3", "mlp_head.4"),
@@ -195,7 +196,7 @@ def config_of(family: str) -> PreTrainedConfig:
 
 
 def of_peft(case: Case, tensors: dict[str, Tensor], backbone: Backbone) -> dict[str, Tensor]:
-    """PEFT's parameters, or their gradients, by our names and in our shapes."""
+    """PEFT's parameters, or their gradients, with our names and shapes."""
     assert {theirs for theirs, _ in case.names.values()} == set(tensors)
     return {
         ours: change(tensors[theirs].detach(), backbone)
@@ -209,33 +210,33 @@ def set_in_peft(case: Case, model: Any, ours: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in ours.items():
             theirs, change = case.names[name]
-            if change in (keys, values):
+            if change in (select_keys, select_values):
                 tensor = flatten_layers(as_layers(ours))
-            parameters[theirs].copy_(tensor.T if change is transposed else tensor)
+            parameters[theirs].copy_(tensor.T if change is transpose else tensor)
 
 
-def in_peft(rows: Sequence[Encoded]) -> dict[str, Tensor]:
-    """Rows padded on the right, as a data collator gives them."""
+def collate_for_peft(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Rows padded on the right, as a data collator returns them."""
     longest = max(len(row.input_ids) for row in rows)
 
-    def padded(values: Sequence[int], pad: int) -> list[int]:
+    def pad_right(values: Sequence[int], pad: int) -> list[int]:
         return [*values, *[pad] * (longest - len(values))]
 
     return {
-        "input_ids": torch.tensor([padded(row.input_ids, 0) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in rows]),
-        "labels": torch.tensor([padded(row.labels, IGNORE) for row in rows]),
+        "input_ids": torch.tensor([pad_right(row.input_ids, 0) for row in rows]),
+        "attention_mask": torch.tensor([pad_right([1] * len(row.input_ids), 0) for row in rows]),
+        "labels": torch.tensor([pad_right(row.labels, IGNORE) for row in rows]),
     }
 
 
-def arranged(method: Method, backbone: Backbone, rows: Sequence[Encoded]) -> list[Encoded]:
+def arrange_rows(method: Method, backbone: Backbone, rows: Sequence[Encoded]) -> list[Encoded]:
     if method.layout is None:
         return list(rows)
     return [method.layout.bind(backbone.template).row(row) for row in rows]
 
 
 def start_of(case: Case, model: Any, words: Sequence[int]) -> dict[str, Tensor] | None:
-    """What the words are inside a plain model, where the method starts from words."""
+    """The words' activations or embeddings in a plain model, if the method starts from words."""
     if case.method.start_ids == "none":
         return None
     ids = torch.tensor([words])
@@ -248,10 +249,10 @@ def start_of(case: Case, model: Any, words: Sequence[int]) -> dict[str, Tensor] 
     return {**as_groups(torch.stack(layers)), EMBEDDINGS: embeddings}
 
 
-def ragged(count: int, seed: int) -> list[Encoded]:
-    rows = [encoded(5 + 4 * n, 2 + n, seed + n) for n in range(count - 1)]
+def make_rows_of_many_lengths(count: int, seed: int) -> list[Encoded]:
+    rows = [random_row(5 + 4 * n, 2 + n, seed + n) for n in range(count - 1)]
     everything = random_ids(6, seed + count)
-    return [*rows, Encoded(everything, everything)]  # its first token is a label too
+    return [*rows, Encoded(everything, everything)]  # its first token is supervised too
 
 
 # (a) Step by step
@@ -269,7 +270,7 @@ def test_every_step_has_pefts_loss_and_gradients(name: str, family: str, first: 
     if first == "ours":
         set_in_peft(case, model, ours)
     else:
-        # PEFT's own are of unit deviation: far out, where losses are high and gradients large.
+        # PEFT's initial values have standard deviation 1: losses are high and gradients large.
         ours = of_peft(case, parameters, backbone)
     model.train()
     trained = {key: p.clone().unsqueeze(0).requires_grad_() for key, p in ours.items()}
@@ -280,7 +281,7 @@ def test_every_step_has_pefts_loss_and_gradients(name: str, family: str, first: 
         for params in (trained.values(), parameters.values())
     ]
     for step in range(steps):
-        rows = ragged(4, seed=10 * step)
+        rows = make_rows_of_many_lengths(4, seed=10 * step)
         for optimizer in optimizers:
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = learning_rate_at(
@@ -289,11 +290,11 @@ def test_every_step_has_pefts_loss_and_gradients(name: str, family: str, first: 
         pack = PackPrefix(
             case.method.compile(trained, {}, backbone.facts), backbone.facts, case.method.visibility
         )
-        batch = collate(arranged(case.method, backbone, rows), backbone.device)
+        batch = collate(arrange_rows(case.method, backbone, rows), backbone.device)
         prefix = pack.of_rows(torch.zeros(len(rows), dtype=torch.long), torch.float32)
         loss = backbone.token_nll(batch, prefix).mean()
         loss.backward()
-        theirs = model(**in_peft(rows)).loss
+        theirs = model(**collate_for_peft(rows)).loss
         theirs.backward()
         assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
         gradients = {key: p.grad for key, p in parameters.items() if p.grad is not None}
@@ -320,25 +321,25 @@ def test_a_backbones_own_dropout_is_on_in_pefts_training_and_off_in_ours() -> No
     case, config = CASES["prefix"], FAMILIES["gpt2"]()
     assert config.resid_pdrop > 0
     backbone, model = build(FAMILIES["gpt2"]()), case.peft_model(config)
-    rows = ragged(3, seed=1)
+    rows = make_rows_of_many_lengths(3, seed=1)
     ours = case.method.initial(backbone.facts, None, seed=5).trained
     set_in_peft(case, model, ours)
     pack = PackPrefix({name: own[None] for name, own in ours.items()}, backbone.facts)
     prefix = pack.of_rows(torch.zeros(len(rows), dtype=torch.long), torch.float32)
     loss = float(backbone.token_nll(collate(rows, backbone.device), prefix).mean())
     with torch.no_grad():
-        assert float(model.train()(**in_peft(rows)).loss) != pytest.approx(loss, abs=1e-3)
-        assert float(model.eval()(**in_peft(rows)).loss) == pytest.approx(loss, rel=1e-5)
+        assert float(model.train()(**collate_for_peft(rows)).loss) != pytest.approx(loss, abs=1e-3)
+        assert float(model.eval()(**collate_for_peft(rows)).loss) == pytest.approx(loss, rel=1e-5)
 
 
 # (b) Whole trainings, user by user
 
 
-def masked(row: Encoded) -> Encoded:
+def mask_labels(row: Encoded) -> Encoded:
     return replace(row, labels=[IGNORE] * len(row.labels))
 
 
-def says(answer: int, count: int, seed: int = 0) -> tuple[Encoded, ...]:
+def make_rows_with_answer(answer: int, count: int, seed: int = 0) -> tuple[Encoded, ...]:
     return tuple(
         Encoded([*random_ids(4, seed + n), answer, answer], [IGNORE] * 4 + [answer] * 2)
         for n in range(count)
@@ -346,24 +347,28 @@ def says(answer: int, count: int, seed: int = 0) -> tuple[Encoded, ...]:
 
 
 def users() -> list[UserRows]:
-    """Ragged: many rows, one row, no validation rows, batches with nothing supervised, and one
-    whose validation contradicts its training."""
+    """Users with many rows, one row, no validation rows, batches without supervised tokens, and
+    validation rows that contradict the train rows."""
     alice = user_rows("alice", train=7, valid=3, init_ids=P)
     bob = user_rows("bob", train=1, valid=1, init_ids=P)
     carol = user_rows("carol", train=4, valid=0, init_ids=P)
     silent = user_rows("silent", train=6, valid=2, init_ids=P)
-    # At two rows a batch, one of three batches at least is without a label.
-    rows = (silent.train[0], *map(masked, silent.train[1:5]), silent.train[5])
+    # At two rows per batch, at least one of three batches has no supervised token.
+    rows = (silent.train[0], *map(mask_labels, silent.train[1:5]), silent.train[5])
     contrary = UserRows(
-        user_key="contrary", seed=1, train=says(50, 4), valid=says(120, 2), init_ids=(9, 8, 7)
+        user_key="contrary",
+        seed=1,
+        train=make_rows_with_answer(50, 4),
+        valid=make_rows_with_answer(120, 2),
+        init_ids=(9, 8, 7),
     )
     return [alice, bob, carol, replace(silent, train=rows), contrary]
 
 
-def with_peft(
+def train_with_peft(
     case: Case, family: str, backbone: Backbone, settings: TrainConfig, user: UserRows
 ) -> Trained:
-    """PEFT's model in the loop that anybody would write, with our order of rows and our rates."""
+    """Train PEFT's model in a plain loop, with our order of rows and our learning rates."""
     model = case.peft_model(config_of(family))
     start = start_of(case, model, user.init_ids)
     set_in_peft(case, model, case.method.initial(backbone.facts, start, user.seed).trained)
@@ -386,7 +391,7 @@ def with_peft(
             if not labels:
                 continue
             optimizer.zero_grad()
-            loss = model(**in_peft(rows)).loss
+            loss = model(**collate_for_peft(rows)).loss
             loss.backward()
             if settings.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -394,7 +399,7 @@ def with_peft(
             nats, tokens = nats + loss.item() * labels, tokens + labels
         model.eval()
         with torch.no_grad():
-            valid = float(model(**in_peft(user.valid)).loss) if user.valid else None
+            valid = float(model(**collate_for_peft(user.valid)).loss) if user.valid else None
         result.history.append({"epoch": epoch, "train": nats / tokens, "valid": valid})
         is_best, stop = best.see(valid)
         if is_best:
@@ -448,23 +453,23 @@ def test_a_pack_and_the_plain_trainer_give_every_user_what_peft_gives(
     packed = LocalDriver(backbone).run(train_pack(backbone, case.method, settings, users()))
     epochs = set()
     for user, ours in zip(users(), packed, strict=True):
-        expected = with_peft(case, family, backbone, settings, user)
+        expected = train_with_peft(case, family, backbone, settings, user)
         assert_same(train_user(backbone, case.method, settings, user), expected)
         assert_same(ours, expected)
         epochs.add(len(expected.history))
-    assert len(epochs) > 1, "nobody stopped before the others"
+    assert len(epochs) > 1, "no user stopped before the others"
 
 
 def test_a_batch_without_labels_moves_pefts_prefix_and_leaves_ours_alone() -> None:
-    case, rows = CASES["prefix"], ragged(3, seed=1)
+    case, rows = CASES["prefix"], make_rows_of_many_lengths(3, seed=1)
     backbone, model = build(config_of("llama")), case.peft_model(config_of("llama"))
     (parameter,) = model.prompt_encoder.parameters()
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    mute = tuple(masked(row) for row in rows)
+    mute = tuple(mask_labels(row) for row in rows)
     for batch in (rows, mute):
         before = parameter.detach().clone()
         optimizer.zero_grad()
-        loss = model(**in_peft(batch)).loss
+        loss = model(**collate_for_peft(batch)).loss
         loss.backward()
         optimizer.step()
     assert loss.isnan()
@@ -481,7 +486,7 @@ def test_a_batch_without_labels_moves_pefts_prefix_and_leaves_ours_alone() -> No
         assert torch.equal(as_layers(trained.kv), as_layers(initial))
 
 
-# (c) PEFT's own path, then ours
+# (c) Trained and saved with PEFT, then answered by both
 
 PROMPTS = ["the quick brown", "hello there, how are you", "fox"]
 
@@ -492,13 +497,13 @@ PROMPTS = ["the quick brown", "hello there, how are you", "fox"]
 def test_a_peft_adapter_trained_with_transformers_trainer_answers_the_same_here(
     name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All prompts in one batch here, one at a time in PEFT (see the next test)."""
-    # Answers as ids: random bytes are hardly ever text.
+    """All prompts in one batch here, one by one in PEFT (see the next test)."""
+    # Answers are compared as ids: random bytes are rarely valid text.
     monkeypatch.setattr(Template, "decode", lambda _self, ids: " ".join(map(str, ids)))
     case = CASES[name]
     backbone, model = build(FAMILIES[family]()), case.peft_model(FAMILIES[family]())
     before = model.get_prompt_embedding_to_save("default").clone()
-    rows = [{"row": row} for seed in range(3) for row in ragged(3, seed)]
+    rows = [{"row": row} for seed in range(3) for row in make_rows_of_many_lengths(3, seed)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "trainer"),
         max_steps=4,
@@ -515,7 +520,7 @@ def test_a_peft_adapter_trained_with_transformers_trainer_answers_the_same_here(
         model=model,
         args=arguments,
         train_dataset=rows,
-        data_collator=lambda items: in_peft([item["row"] for item in items]),
+        data_collator=lambda items: collate_for_peft([item["row"] for item in items]),
     ).train()
     assert (model.get_prompt_embedding_to_save("default") - before).abs().max() > 0.01
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -543,11 +548,11 @@ def test_a_peft_adapter_trained_with_transformers_trainer_answers_the_same_here(
         new = new[: new.index(2)] if 2 in new else new  # to the end-of-text token
         assert answer == backbone.template.decode(new)
     assert ours != generate(backbone, PROMPTS, [None] * len(PROMPTS), max_new_tokens=12)
-    assert served(backbone, prefix, tmp_path) == ours
+    assert serve_answers(backbone, prefix, tmp_path) == ours
 
 
-def served(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
-    """What the service answers to the prompts, once the prefix is its owner's champion."""
+def serve_answers(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
+    """The service's answers to the prompts, with the prefix as its user's champion."""
     files = Files(directory / "store")
     files.promote(prefix)
     service = Service(ServeConfig(max_rows=4), backbone, files.store)
@@ -581,8 +586,9 @@ def served(backbone: Backbone, prefix: Prefix, directory: Path) -> list[str]:
 def test_left_padding_shifts_positions_after_pefts_prompt_but_not_after_ours(
     name: str,
 ) -> None:
-    """PEFT puts a prompt before the padding and counts positions through it, so what it answers
-    depends on the batch; with Prefix Tuning `generate` counts the mask, as ours always does."""
+    """PEFT puts virtual tokens before the padding and counts the padding in positions, so its
+    answer depends on the batch. With Prefix Tuning, `generate` derives positions from the mask, as
+    ours always does."""
     case = CASES[name]
     backbone, model = build(config_of("llama")), case.peft_model(config_of("llama")).eval()
     saved = model.get_prompt_embedding_to_save("default")

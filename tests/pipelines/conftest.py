@@ -1,4 +1,4 @@
-"""Fixtures of the run's tests: an empty store, and the tiny tokenizer's template."""
+"""Fixtures for the run's tests: an empty store, and the tiny tokenizer's template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packs of users who have no rows, for what only hands packs around."""
+"""Packs of users without rows, for tests that only hand packs out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows and files for the tests of partitioning, and what must come of them."""
+"""Rows and files for the partitioning tests, and the expected results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ptuning.types import Example
 
 @dataclass(frozen=True)
 class Keys:
-    """A store's identity as far as partitions need it."""
+    """The part of a store's identity that partitions need."""
 
     salt: bytes
 
@@ -57,7 +57,7 @@ Raw = dict[str, Any]
 
 
 def make_rows(users: Iterable[str], each: int = 10, start: int = 1_700_000_000_000) -> list[Raw]:
-    """Rows of users, interleaved, a second apart."""
+    """Interleaved rows of users, one second apart."""
     return [
         {
             "user_id": user,
@@ -77,7 +77,7 @@ def write_jsonl(path: Path, rows: Iterable[Raw]) -> Path:
 
 
 def expected_users(rows: Iterable[Raw], max_rows: int | None = None) -> dict[str, list[Example]]:
-    """What the pure code makes of the rows: the oracle."""
+    """The result that the pure code computes from the rows: the oracle."""
     users: dict[str, list[Example]] = defaultdict(list)
     for row in rows:
         users[row["user_id"]].append(
@@ -89,7 +89,7 @@ def expected_users(rows: Iterable[Raw], max_rows: int | None = None) -> dict[str
 def read_files(
     sources: Iterable[Path | str], names: ColumnNames | None = None, piece_bytes: int = 1 << 20
 ) -> tuple[dict[str, list[Example]], list[tuple[str, int, str]], dict[tuple[str, str], int]]:
-    """What sources hold, without Ray: users' examples as read, bad rows, notes."""
+    """Read sources without Ray: users' examples, bad rows, notes."""
     files = find_files([str(source) for source in sources]).files
     pieces = [piece for file in files for piece in inspect(file, piece_bytes).pieces]
     users: dict[str, list[Example]] = defaultdict(list)
@@ -106,18 +106,18 @@ def read_files(
 
 
 def read_all(store: Store, made: Partition) -> dict[str, list[Example]]:
-    """Every user of every bucket file there is; fails where one is in two of them."""
+    """All users of all bucket files. Fails if a user is in two of them."""
     users: dict[str, list[Example]] = {}
     for name in store.list(f"partitions/{made.partition_id}"):
         if name.startswith("user_bucket="):
             bucket = read_users(store, made.partition_id, int(name.split("=")[1]))
             assert not set(bucket) & set(users)
             users |= bucket
-    ids = {entry["user_key"]: entry["user_id"] for entry in index_of(store, made)}
+    ids = {entry["user_key"]: entry["user_id"] for entry in read_index_rows(store, made)}
     return {ids[key]: examples for key, examples in users.items()}
 
 
-def quarantined(store: Store, partition_id: str) -> list[tuple[str, int, str]]:
+def read_quarantine(store: Store, partition_id: str) -> list[tuple[str, int, str]]:
     table = pq.read_table(store.path("partitions", partition_id, "quarantine.parquet"))
     return [
         (os.path.basename(row["source_file"]), row["row"], row["reason"])
@@ -125,5 +125,5 @@ def quarantined(store: Store, partition_id: str) -> list[tuple[str, int, str]]:
     ]
 
 
-def index_of(store: Store, made: Partition) -> list[Raw]:
+def read_index_rows(store: Store, made: Partition) -> list[Raw]:
     return read_index(store, made.partition_id).to_pylist()

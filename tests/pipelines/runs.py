@@ -1,4 +1,4 @@
-"""Rows and settings of small runs, shared by the tests of the run."""
+"""Rows and settings of small runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = ("alpha", "beta", "gamma", "delta", "kappa", "omega")
 
 
 def user_rows(user: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of one user who always says the same two words: something to learn."""
+    """Rows of one user who always answers with the same two words, which can be learned."""
     picker = random.Random(f"{user}{seed}")
     said = " ".join(picker.sample(WORDS, 2))
     return [
@@ -64,7 +64,7 @@ def users_of(store: Path, run_id: str) -> list[dict[str, Any]]:
 
 
 def registry_of(store: Path, config: RunConfig) -> Registry:
-    """The registry that a run with `config` in this store uses."""
+    """The registry of a run with `config` in this store."""
     place = Store(store)
     fingerprint = identify_backbone(config).fingerprint
     return reach_registry(config, place, open_identity(place), fingerprint)
@@ -75,7 +75,7 @@ def config_of(model: Path, *more: str) -> RunConfig:
 
 
 def command(data: Path, store: Path, model: Path, *more: str) -> list[str]:
-    """`ptuning run` as a user would start it."""
+    """The command line of `ptuning run`, as a user would start it."""
     sets = [part for setting in settings(model, *more) for part in ("--set", setting)]
     return [
         sys.executable,
@@ -91,7 +91,7 @@ def command(data: Path, store: Path, model: Path, *more: str) -> list[str]:
 
 
 def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a driver in a Ray cluster of its own, whatever cluster the tests use."""
+    """Start a driver in a separate Ray cluster, not in that of the tests."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     with log.open("wb") as output:
         return subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment)

@@ -1,4 +1,4 @@
-"""The command line teaches, and its exit codes are a contract."""
+"""The command line: help, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_help_lists_every_verb_and_gives_an_example_of_each(
     examples, listed = capsys.readouterr().out.split("Commands:")
     assert verbs.commands
     for verb, command in verbs.commands.items():
-        assert f"ptuning {verb}" in examples, f"--help shows no use of {verb}"
+        assert f"ptuning {verb}" in examples, f"--help has no example of {verb}"
         assert f"  {verb} " in listed
-        assert command.help, f"{verb} does not say what it does"
+        assert command.help, f"{verb} has no description"
     planned = {"key", "export", "rollback", "forget", "migrate", "gc", "doctor"}
     for verb in planned - set(verbs.commands):
         assert f"ptuning {verb}" not in examples, f"{verb} is not built"
@@ -47,12 +47,12 @@ def test_every_verb_explains_its_options(capsys: pytest.CaptureFixture[str]) -> 
         text = capsys.readouterr().out
         for parameter in command.params:
             if isinstance(parameter, click.Option):
-                assert parameter.help, f"{verb} {parameter.name} does not say what it is"
+                assert parameter.help, f"{verb} {parameter.name} has no description"
                 assert parameter.opts[0] in text
 
 
-# How each verb is called where there is nothing to do it with.
-_IN_VAIN = {
+# How to call each verb without a store.
+_WITHOUT_STORE = {
     "run": ["--data", "nowhere.jsonl"],
     "generate": ["--user", "ann", "hello"],
     "serve": [],
@@ -63,9 +63,9 @@ _IN_VAIN = {
 def test_every_verb_says_what_is_missing_where_there_is_no_store(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each of them runs as far as that, and a mistyped path is a usage error of all of them."""
-    assert _IN_VAIN.keys() == verbs.commands.keys(), "say here how the new verb is called"
-    for verb, arguments in _IN_VAIN.items():
+    """Every verb gets as far as opening the store. A mistyped path is a usage error."""
+    assert _WITHOUT_STORE.keys() == verbs.commands.keys(), "add a call of the new verb above"
+    for verb, arguments in _WITHOUT_STORE.items():
         code = _exit_code([verb, "--store", str(tmp_path / "typo"), *arguments])
         said = capsys.readouterr()
         assert code == (1 if verb == "run" else 2), (verb, said)
@@ -111,7 +111,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 def test_status_of_a_store_that_is_not_there_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A mistyped path must not look like a night without runs."""
+    """A mistyped path must not look like a store without runs."""
     assert _exit_code(["status", "--store", str(tmp_path / "nothing")]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "nothing") in error
@@ -121,7 +121,7 @@ def test_status_of_a_store_that_is_not_there_is_an_error(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """A store with a finished run, a stopped one, and one that has barely begun."""
+    """A store with a finished run, a stopped run, and one that has just begun."""
     store = Store(tmp_path)
     users = {"total": 1_234_567, "trained": 999_999, "promoted": 888_888, "failed": 12}
     summary = {"users": users, "nll": {"base": 12.3456, "candidate": 11.9876}}

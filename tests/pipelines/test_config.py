@@ -1,4 +1,4 @@
-"""One configuration tree from a file, the environment and --set; unknown keys are named."""
+"""One configuration from a file, the environment and --set. Errors name unknown keys."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_none_can_be_set() -> None:
 
 
 def test_none_is_accepted_wherever_help_says_so(tmp_path: Path) -> None:
-    """In a file too; where it is a value (P-Tuning's encoder) it stays one."""
+    """In a file too. Where "none" is one of the setting's values (P-Tuning's encoder), it stays."""
     keys = {
         key: field.annotation
         for key, field in known_keys()
@@ -109,7 +109,7 @@ OTHER_VALUES = {
 
 
 def test_a_run_is_identified_by_every_section_that_its_result_depends_on() -> None:
-    assert set(OTHER_VALUES) == set(RunConfig.model_fields), "a new section is said here"
+    assert set(OTHER_VALUES) == set(RunConfig.model_fields), "add the new section to this test"
     plain = load_config(None, [], {}).digest()
     differ = {
         section
@@ -130,7 +130,7 @@ def test_a_rotated_password_and_a_moved_registry_keep_a_run_resumable() -> None:
 def test_paths_are_absolute_wherever_the_command_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Workers and replicas have other working directories."""
+    """Workers and replicas have different working directories."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     for name in ("./model", "model", f"../{tmp_path.name}/model", str(tmp_path / "model")):

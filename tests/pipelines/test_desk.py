@@ -1,4 +1,4 @@
-"""The ledger's desk, in this process: progress, and what is in the store before it counts."""
+"""The ledger's desk, in this process: progress, and that the store has a fact before it counts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_users_are_counted_as_they_finish_and_failed_ones_with_their_pack(
 
 def test_a_pack_that_is_trained_again_counts_its_users_once(folder: RunFolder) -> None:
     desk = desk_of(folder)
-    for _ in range(2):  # the second time after the first worker's death
+    for _ in range(2):  # again, after the first worker's death
         post = PackPost(as_actor(desk), "first")
         assert desk.read().users == 0
         post.add_user("ann")
@@ -75,7 +75,7 @@ def test_a_desk_that_is_opened_again_knows_what_was_done_and_split(folder: RunFo
     assert desk.read().told == ()
     again = desk_of(folder, done, poisoned, left)
     assert again.read().users == 2
-    assert again.read().left == 4  # c, d, e alone, and f
+    assert again.read().left == 4  # c, d and e alone, and f
     assert [pack.users[0].user_key for pack in folder.unfold([poisoned])] == ["c", "d", "e"]
     assert folder.read_done(poisoned.pack_id) is None
 
@@ -93,7 +93,7 @@ def test_a_pack_that_was_done_before_its_worker_died_is_not_split(folder: RunFol
     pack = pack_of("a", "b")
     desk = desk_of(folder, pack)
     desk.take("gang-0/0")
-    folder.commit(record(pack))  # and died before it could say so
+    folder.commit(record(pack))  # and died before it could report it
     desk.end("gang-0", 1, {0: "killed"})
     standing = desk.read()
     assert (standing.told, standing.left, standing.users) == ((), 0, 2)
@@ -121,7 +121,7 @@ def test_a_user_who_is_given_up_is_recorded_as_failed_with_the_reason(folder: Ru
 
 
 def test_a_gang_that_has_ended_gets_no_more_packs(folder: RunFolder) -> None:
-    """Its orphans may still ask, before they are killed."""
+    """Its workers may still ask until they are killed."""
     desk = desk_of(folder, pack_of("a"), pack_of("b"))
     desk.take("gang-0/0")
     assert desk.end("gang-0", 2, {}, blameless=True) == 0
@@ -131,7 +131,7 @@ def test_a_gang_that_has_ended_gets_no_more_packs(folder: RunFolder) -> None:
 
 
 def test_a_split_that_another_desk_wrote_first_is_followed(folder: RunFolder) -> None:
-    """The old driver's, while a new one resumes the run."""
+    """An old driver's desk may still write while a new driver resumes the run."""
     pack = pack_of("a", "b", "c")
     desk = desk_of(folder, pack)
     old = desk_of(folder, pack)

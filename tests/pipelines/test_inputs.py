@@ -1,4 +1,4 @@
-"""Every format gives the same rows; bad rows and unusable files are named with their reason."""
+"""All formats give the same rows. Bad rows and unusable files are named with the reason."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from partition_rows import (
     SMALL,
     Raw,
     expected_users,
-    index_of,
     make_rows,
-    quarantined,
     read_all,
+    read_index_rows,
+    read_quarantine,
     write_jsonl,
 )
 
@@ -44,7 +44,7 @@ def read(piece: Piece) -> list[RawRow]:
 
 
 def write_formats(folder: Path, rows: list[Raw]) -> list[Path]:
-    """The same rows in every format, with times written in different ways."""
+    """Write the same rows in every format, with times in different notations."""
     folder.mkdir()
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows).encode()
     (folder / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + lines)
@@ -68,7 +68,7 @@ def write_formats(folder: Path, rows: list[Raw]) -> list[Path]:
 def test_every_format_gives_the_same_index(
     ray_session: None, tmp_path: Path, template: Template
 ) -> None:
-    # An id of blanks only stays apart in every format; a NUL does not survive all CSV tools.
+    # An id of spaces only is a separate user in every format. Not all CSV tools keep a NUL.
     rows = make_rows([f"u{n}" for n in range(20)] + [id for id in HOSTILE if "\x00" not in id])
     indexes = []
     for file in write_formats(tmp_path / "in", rows):
@@ -76,12 +76,12 @@ def test_every_format_gives_the_same_index(
         made = make_partition([str(file)], store, SMALL, template, KEYS, block_bytes=2000)
         assert made.rows_read == len(rows), file.name
         assert read_all(store, made) == expected_users(rows), file.name
-        indexes.append(index_of(store, made))
+        indexes.append(read_index_rows(store, made))
     assert all(index == indexes[0] for index in indexes)
 
 
 def write_bad_rows(folder: Path) -> list[tuple[str, int, str]]:
-    """Files with bad rows, each reason once; what the quarantine must say of them."""
+    """Write files with one bad row for each reason, and return the expected quarantine."""
     folder.mkdir()
     good = [json.dumps(row).encode() for row in make_rows(["a", "b"], each=50)]
     bad: list[tuple[bytes, str]] = [
@@ -99,7 +99,7 @@ def write_bad_rows(folder: Path) -> list[tuple[str, int, str]]:
             "the row does not fit into the maximum length even without its prompt's text",
         ),
     ]
-    lines = [*good[:40], b"", *(line for line, _ in bad), *good[40:]]  # a blank line is no row
+    lines = [*good[:40], b"", *(line for line, _ in bad), *good[40:]]  # an empty line is not a row
     (folder / "a.jsonl").write_bytes(b"\n".join(lines))
     expected = [("a.jsonl", 42 + n, reason) for n, (_, reason) in enumerate(bad)]
 
@@ -135,7 +135,7 @@ def test_bad_rows_are_quarantined_with_file_row_and_reason(
     expected = write_bad_rows(tmp_path / "in")
     config = DataConfig(buckets=3, max_bad_fraction=0.2)
     made = make_partition([str(tmp_path / "in")], store, config, template, KEYS, block_bytes=300)
-    assert quarantined(store, made.partition_id) == expected
+    assert read_quarantine(store, made.partition_id) == expected
     assert made.rows_quarantined == len(expected)
     assert made.rows_kept == made.rows_read - len(expected) == 104
     users = read_all(store, made)

@@ -1,4 +1,4 @@
-"""Whatever dies, every user ends in one pack that is done, or is given up after dying alone."""
+"""Whatever dies, every user ends in exactly one pack that is done, or is given up."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ packs = st.lists(st.integers(1, 20), max_size=6).map(
 
 
 class World:
-    """Gangs of workers that take packs; a worker whose pack has a poisonous user dies, and takes
-    its gang with it."""
+    """Simulated gangs whose workers take packs. A worker with a poisonous user in its pack dies,
+    and its gang ends."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class World:
         workers: int,
         blame_all: bool = False,
     ) -> None:
-        self.blame_all = blame_all  # as where sharded workers end together
+        self.blame_all = blame_all  # as when sharded workers end together
         self.ledger, self.poison = Ledger(made), poison
         self.held: dict[str, Pack] = {}
         self.holders = [f"gang-{g}/{w}" for g in range(gangs) for w in range(workers)]
@@ -49,7 +49,7 @@ class World:
         self.deaths = 0
 
     def step(self, holder: str) -> None:
-        """A worker's next step: take a pack, or end the one that it has."""
+        """A worker's next step: take a pack, or finish its pack."""
         pack = self.held.pop(holder, None)
         if pack is None:
             taken = self.ledger.take(holder)
@@ -63,7 +63,7 @@ class World:
             self.done.update(user.user_key for user in pack.users)
 
     def lose(self, holder: str) -> None:
-        """The holder's gang is gone, and nobody knows why."""
+        """The holder's gang ends, and no worker is blamed."""
         self._end(holder, {})
 
     def _end(self, holder: str, blamed: dict[str, str]) -> None:
@@ -84,7 +84,7 @@ class World:
                 return
             for holder in self.holders:
                 self.step(holder)
-        raise AssertionError("the ledger does not come to an end")
+        raise AssertionError("the ledger never becomes empty")
 
 
 @given(packs, st.sets(st.integers(0, 60), max_size=4), st.integers(1, 3), st.integers(1, 3),
@@ -100,7 +100,7 @@ def test_every_user_is_done_once_and_only_users_who_kill_workers_are_given_up(
     world.finish()
     assert world.dead == Counter(poison)
     assert world.done == Counter(set(users) - poison)
-    most = 1 + 2 + TRIES  # 20 users: whole, in eight parts, alone
+    most = 1 + 2 + TRIES  # of 20 users: the whole pack, a part of it, then alone
     assert world.deaths <= most * max(1, len(poison))
 
 

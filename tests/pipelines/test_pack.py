@@ -1,4 +1,4 @@
-"""One pack's work, without Ray: failures stay with their user, champions are judged by rows."""
+"""A worker's processing of one pack, without Ray: a failure affects only its user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from blown import Blown
+from diverging import DivergingTraining
 from runs import user_rows
 from tiny_backbones import FAMILIES, build
 
@@ -55,7 +55,7 @@ def _examples(user: str, count: int = 12) -> list[Example]:
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Example]]:
-    """What the buckets hold; a test may change it."""
+    """The rows in the buckets, which a test may change."""
     held = {user: _examples(user) for user in USERS}
 
     def read(
@@ -142,7 +142,7 @@ def test_a_user_whose_training_diverges_is_reported_and_neighbours_are_unchanged
     pack = _pack(backbone, recipe, rows)
     whole = _work(backbone, tmp_path / "whole", recipe, pack)
     assert not any("resets" in report.details for report in whole.values())
-    Blown(monkeypatch, slot=[*rows].index("bob"), times=times)
+    DivergingTraining(monkeypatch, slot=[*rows].index("bob"), times=times)
     reports = _work(backbone, tmp_path / "blown", recipe, pack)
     assert reports["bob"].details["resets"] == 1
     assert reports["bob"].status == ("trained" if times == 1 else "failed")
@@ -166,7 +166,7 @@ def test_a_prefix_that_its_dtype_cannot_hold_is_not_written(
     for report in LocalDriver(backbone).run(pack_machine(backbone, job, pack)):
         assert (report.status, report.stage, report.digest) == ("failed", "tune", None)
         assert "float16" in str(report.error)
-        assert report.history, "the losses themselves were finite"
+        assert report.history, "the losses were finite"
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -205,7 +205,7 @@ def test_a_champion_with_other_virtual_tokens_is_judged_on_the_same_rows(
 def test_another_users_file_is_never_taken_for_the_champion(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
-    """Somebody copied it to where the user's own would lie."""
+    """Someone copied it to the path of the user's own file."""
     recipe = _recipe()
     before = _work(backbone, tmp_path, recipe, _pack(backbone, recipe, rows))["bob"]
     digest, store = str(before.digest), Store(tmp_path)
@@ -241,12 +241,12 @@ def test_a_champion_of_another_method_is_judged_on_the_same_tokens(
 
 
 def test_a_row_without_a_prompt_counts_the_same_tokens_for_every_judge() -> None:
-    """Nothing precedes its first token but, for some methods, virtual tokens."""
+    """Only virtual tokens, of some methods, can come before its first token."""
     row = Encoded([5, 6, 7], [5, 6, 7])
     front = Arrangement(before=(-1, -2))
     inner = Arrangement(before=(-1,), after=(9, -2))
     assert predicted(row) == 2
-    assert predicted(front.row(row)) == 3  # what training learns
+    assert predicted(front.row(row)) == 3  # these are supervised in training
     for arrangement in (front, inner, Arrangement()):
         assert predicted(arrangement.judged_row(row)) == 2
     asked = Encoded([4, 5, 6], [IGNORE, 5, 6])
@@ -256,7 +256,7 @@ def test_a_row_without_a_prompt_counts_the_same_tokens_for_every_judge() -> None
 def test_test_rows_beyond_the_positions_are_left_out_for_every_judge(
     rows: dict[str, list[Example]], tmp_path: Path
 ) -> None:
-    """Learned positions: a longer row would not be wrong but fatal, for the whole pack."""
+    """With learned positions, a longer row would end the whole pack."""
     backbone = build(FAMILIES["gpt2"]())  # 128 positions
     long = Example(prompt="x" * 125, completion="y", split="test")
     short = Example(prompt="x", completion="y", split="test")
@@ -285,7 +285,7 @@ def test_a_warm_start_that_is_impossible_is_named_in_the_gates_reason(
 def test_a_worker_trains_and_saves_what_the_library_does(
     backbone: Backbone, rows: dict[str, list[Example]], tmp_path: Path, start: Any
 ) -> None:
-    """Its file says what it began as too, which the run's plan cannot know beforehand."""
+    """The file also names what the training started from, which the plan cannot know."""
     first = _recipe(epochs=1)
     before = _work(backbone, tmp_path, first, _pack(backbone, first, rows))["ann"]
     recipe = Recipe(first.method, TrainConfig(epochs=2, start=start))

@@ -1,4 +1,4 @@
-"""Partitioning on a real Ray: nobody's rows are cut apart, lost, mixed or counted twice."""
+"""Partitioning on a real Ray: no user's rows are split, lost, mixed or counted twice."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from partition_rows import (
     SMALL,
     Keys,
     expected_users,
-    index_of,
     make_rows,
     read_all,
+    read_index_rows,
     write_jsonl,
 )
 
@@ -62,7 +62,7 @@ def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
         context.target_max_block_size = before
 
     assert read_all(store, made) == expected_users(rows)
-    index = index_of(store, made)
+    index = read_index_rows(store, made)
     assert [entry["user_id"] for entry in index] == sorted({row["user_id"] for row in rows})
     for entry in index:
         users = read_users(store, made.partition_id, entry["bucket"], [entry["user_key"]])
@@ -115,7 +115,7 @@ def test_order_and_layout_of_files_change_no_digest(
         made = make_partition(
             [str(folder)], store, DataConfig(buckets=5, max_rows=10), template, KEYS
         )
-        indexes.append((index_of(store, made), read_all(store, made)))
+        indexes.append((read_index_rows(store, made), read_all(store, made)))
     assert indexes[0] == indexes[1]
 
 
@@ -133,7 +133,7 @@ def test_max_rows_keeps_the_newest_and_test_rows_apart(
     assert read_all(store, made) == expected_users(rows, max_rows=40)
     counts = {
         entry["user_id"]: (entry["rows_train"], entry["rows_valid"], entry["rows_test"])
-        for entry in index_of(store, made)
+        for entry in read_index_rows(store, made)
     }
     assert counts == {"plain": (32, 8, 0), "tested": (32, 8, 8)}
     assert made.rows_kept == 88
@@ -144,14 +144,14 @@ def test_max_users_keeps_those_with_most_train_and_valid_rows_ties_by_id(
 ) -> None:
     rows = make_rows(["few"], each=9) + make_rows(["a", "b", "c"], each=10)
     rows += make_rows(["most"], each=12)
-    # Rows that do not count: test rows, and completions too long to be kept.
+    # Rows that do not count: test rows, and completions that are too long.
     rows += [row | {"split": "test"} for row in make_rows(["few"], each=9, start=10**11)]
     rows += [row | {"completion": "x" * 600} for row in make_rows(["few"], each=3)]
     config = DataConfig(buckets=5, max_users=3, max_bad_fraction=0.2)
     made = make_partition(
         [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
     )
-    assert [entry["user_id"] for entry in index_of(store, made)] == ["a", "b", "most"]
+    assert [entry["user_id"] for entry in read_index_rows(store, made)] == ["a", "b", "most"]
     assert set(read_all(store, made)) == {"a", "b", "most"}
     assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (len(rows), 32, 3)
 
@@ -161,11 +161,11 @@ def test_users_with_too_few_rows_are_in_the_index_and_marked(
 ) -> None:
     rows = make_rows(["seven"], each=7) + make_rows(["eight"], each=8)
     rows += [row | {"split": "train"} for row in make_rows(["unvalidated"], each=20)]
-    config = DataConfig(buckets=2, max_rows=4)  # fewer than min_examples: nobody's fault
+    config = DataConfig(buckets=2, max_rows=4)  # fewer than min_examples, but no bad row
     made = make_partition(
         [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
     )
-    marked = {entry["user_id"]: entry["too_few"] for entry in index_of(store, made)}
+    marked = {entry["user_id"]: entry["too_few"] for entry in read_index_rows(store, made)}
     assert marked == {"seven": True, "eight": False, "unvalidated": True}
     assert (made.users, made.too_few) == (3, 2)
 
@@ -224,7 +224,7 @@ def test_a_user_without_a_usable_row_is_named(
 ) -> None:
     rows = make_rows(["ann"], each=70) + make_rows(["cy"], each=9)
     turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "thanks"}]
-    rows += [{"user_id": "bob", "messages": turns}] * 3  # refused when it is read
+    rows += [{"user_id": "bob", "messages": turns}] * 3  # refused on reading
     rows += [row | {"completion": "x" * 600} for row in make_rows(["dan"], each=2)]  # too long
     rows += [{"user_id": "cy", "prompt": "q"}]
     config = DataConfig(buckets=3, max_bad_fraction=0.1, max_users=max_users)
@@ -400,7 +400,7 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
     made = make_partition([str(source)], store, SMALL, str(tiny_model_dir), KEYS)
     assert made.partition_id == partition_id
     assert read_all(store, made) == expected_users(rows)
-    assert list(folder.glob("_attempt-*")) == [living]  # of a process that lives: not ours
+    assert list(folder.glob("_attempt-*")) == [living]  # of another living process
 
 
 @pytest.mark.parametrize("stage", ["read", "finish"])

@@ -1,4 +1,4 @@
-"""Where gangs are put: on nodes that have room for a whole worker, never by the cluster's sum."""
+"""Gangs are placed on nodes with room for a whole worker; the cluster's sum does not count."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_node_gets_a_gang_of_its_own_size() -> None:
 
 
 def test_a_worker_of_more_cores_than_any_node_has_finds_no_place() -> None:
-    """The sum of the cluster would do: Ray would wait for ever."""
+    """The cluster's sum would suffice, but Ray would wait for ever."""
     nodes = [node("1", 1), node("2", 1)]
     assert sizes(nodes, Wanted(workers=1, cpus=2)) == []
     assert "10.0.0.1: 1 of 1 CPUs free" in describe_nodes(nodes)
@@ -78,7 +78,7 @@ def test_gpus_are_used_where_the_cluster_has_any() -> None:
 
 
 def test_no_gang_is_put_on_cpus_beside_others_on_gpus() -> None:
-    """The node with GPUs has its gang already: the head's CPUs are no place."""
+    """The node with GPUs already has a gang. The head node's CPUs must not get another."""
     head, cards = node("1", 16), node("2", 8, gpus=2)
     wanted = Wanted().resolve_gpus([head, cards])
     assert find_places([head], wanted) == []

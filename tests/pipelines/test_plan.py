@@ -1,4 +1,4 @@
-"""Planning is pure: every user trains once, packs are bounded, work is shared evenly."""
+"""The plan: every user trains once, packs are bounded, work is spread evenly."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_packs_have_about_equal_tokens_where_users_have() -> None:
 
 
 def test_a_user_with_much_to_train_shares_the_pack_with_few() -> None:
-    """Packs are cut by tokens, not by heads, while they have room."""
+    """Packs are split by tokens, not by users, while they have room."""
     packs = make_packs(_users([900, *[100] * 9], buckets=1), 9, 2)
     assert [(len(pack.users), pack.tokens) for pack in packs] == [(1, 900), (9, 900)]
 
@@ -100,7 +100,7 @@ def _version(key: str, digest: str = "d", data: str = "rows", gate: str = "gate"
     )
 
 
-def _now(key: str, *, champion: bool = True, **candidate: str) -> Current:
+def _current(key: str, *, champion: bool = True, **candidate: str) -> Current:
     version = _version(key, **candidate)
     return Current(candidate=version, champion=version if champion else None)
 
@@ -116,52 +116,52 @@ def _plan(
     return plan_users(iter(users), iter(served), rules, lost)
 
 
-def _trained(plan: Plan) -> list[str]:
+def _trained_users(plan: Plan) -> list[str]:
     return [user.user_key for pack in plan.packs for user in pack.users]
 
 
-def _judged(plan: Plan) -> list[str]:
+def _judged_users(plan: Plan) -> list[str]:
     return [user.user_key for pack in plan.judged for user in pack.users]
 
 
 def test_a_new_user_trains() -> None:
     plan = _plan([(_row("ann"), None)])
-    assert (_trained(plan), dict(plan.skipped)) == (["ann"], {})
+    assert (_trained_users(plan), dict(plan.skipped)) == (["ann"], {})
 
 
 def test_a_user_with_new_rows_trains_against_the_current_champion() -> None:
-    plan = _plan([(_row("ann", "more rows"), _now("ann", digest="old"))])
+    plan = _plan([(_row("ann", "more rows"), _current("ann", digest="old"))])
     (user,) = plan.packs[0].users
     assert (user.champion_digest, user.candidate_digest) == ("old", "old")
 
 
 @pytest.mark.parametrize("champion", [True, False])
 def test_a_user_whose_training_and_gate_are_the_same_is_unchanged(champion: bool) -> None:
-    plan = _plan([(_row("ann"), _now("ann", champion=champion))])
-    assert (_trained(plan), _judged(plan)) == ([], [])
+    plan = _plan([(_row("ann"), _current("ann", champion=champion))])
+    assert (_trained_users(plan), _judged_users(plan)) == ([], [])
     assert plan.skipped == {"ann": "unchanged"}
 
 
 def test_a_user_whom_another_gate_judged_is_judged_again_and_not_trained() -> None:
-    plan = _plan([(_row("ann"), _now("ann", gate="an older gate"))])
-    assert (_trained(plan), _judged(plan), dict(plan.skipped)) == ([], ["ann"], {})
+    plan = _plan([(_row("ann"), _current("ann", gate="an older gate"))])
+    assert (_trained_users(plan), _judged_users(plan), dict(plan.skipped)) == ([], ["ann"], {})
     (user,) = plan.judged[0].users
     assert (user.run_id, user.pack_id) == ("monday", "p1")
 
 
 def test_a_user_without_stored_losses_trains_again_and_is_counted() -> None:
-    other = _now("ann", gate="other"), _now("bob", gate="other")
+    other = _current("ann", gate="other"), _current("bob", gate="other")
     plan = _plan([(_row("ann"), other[0]), (_row("bob"), other[1])])
     plan = plan.train_instead(["bob"], RULES)
-    assert (_trained(plan), _judged(plan)) == (["bob"], ["ann"])
+    assert (_trained_users(plan), _judged_users(plan)) == (["bob"], ["ann"])
     assert "1 users train again: the losses" in plan.notes[0]
     nameless = replace(_version("ann", gate="other"), run_id="")
-    assert _trained(_plan([(_row("ann"), Current(candidate=nameless))])) == ["ann"]
+    assert _trained_users(_plan([(_row("ann"), Current(candidate=nameless))])) == ["ann"]
 
 
 def test_a_user_whose_prefix_file_is_lost_trains_again() -> None:
-    plan = _plan([(_row("ann"), _now("ann")), (_row("bob"), _now("bob"))], lost=["ann"])
-    assert (_trained(plan), dict(plan.skipped)) == (["ann"], {"bob": "unchanged"})
+    plan = _plan([(_row("ann"), _current("ann")), (_row("bob"), _current("bob"))], lost=["ann"])
+    assert (_trained_users(plan), dict(plan.skipped)) == (["ann"], {"bob": "unchanged"})
     assert "lost or damaged" in plan.notes[0]
 
 
@@ -173,31 +173,33 @@ ALL = replace(RULES, max_shrink=1.0)
 
 
 def test_users_whose_rows_are_gone_or_too_few_retire() -> None:
-    users = [(_row("ann", too_few=True), _now("ann")), (_row("bob"), _now("bob"))]
+    users = [(_row("ann", too_few=True), _current("ann")), (_row("bob"), _current("bob"))]
     plan = _plan(users, ["ann", "bob", "cyd"], ALL)
     assert plan.skipped == {"ann": "retired", "bob": "unchanged", "cyd": "retired"}
     assert plan.retired == ("ann", "cyd")
 
 
 def test_users_with_too_few_rows_keep_their_prefix_with_on_shrink_keep() -> None:
-    users = [(_row("ann", too_few=True), _now("ann"))]
+    users = [(_row("ann", too_few=True), _current("ann"))]
     plan = _plan(users, ["ann", "cyd"], replace(RULES, on_shrink="keep"))
     assert (dict(plan.skipped), plan.retired, plan.kept) == ({"ann": "too_few"}, (), 2)
 
 
 def test_a_run_that_would_retire_too_many_stops_and_says_how_many() -> None:
-    users = [(_row(f"u{n}"), _now(f"u{n}")) for n in range(7)]
+    users = [(_row(f"u{n}"), _current(f"u{n}")) for n in range(7)]
     served = [f"u{n}" for n in range(10)]
     with pytest.raises(RunError) as stopped:
         _plan(users, served)
     assert stopped.value.seen == "3 of 10 served users"
     assert "data.max_shrink = 0.2" in str(stopped.value.expected)
     assert "data.on_shrink=keep" in str(stopped.value.fix)
-    assert len(_plan(users, served[:8]).retired) == 1  # an eighth of them is no more than a fifth
+    assert len(_plan(users, served[:8]).retired) == 1  # one in eight is at most a fifth
 
 
 def test_a_limit_on_users_retires_nobody() -> None:
-    plan = _plan([(_row("ann"), _now("ann"))], ["ann", "bob", "cyd"], replace(ALL, everybody=False))
+    plan = _plan(
+        [(_row("ann"), _current("ann"))], ["ann", "bob", "cyd"], replace(ALL, everybody=False)
+    )
     assert plan.retired == ()
     assert "data.max_users" in plan.notes[0]
 
@@ -210,8 +212,8 @@ def test_every_user_has_exactly_one_outcome(kinds: list[str]) -> None:
         if kind != "new":
             served.append(key)
         if kind != "gone":
-            now = None if kind == "new" else _now(key, gate="x" if kind == "gate" else "gate")
+            now = None if kind == "new" else _current(key, gate="x" if kind == "gate" else "gate")
             users.append((_row(key, too_few=kind == "few"), now))
     plan = _plan(users, served, ALL)
-    counted = Counter([*_trained(plan), *_judged(plan), *plan.skipped])
+    counted = Counter([*_trained_users(plan), *_judged_users(plan), *plan.skipped])
     assert counted == Counter(f"u{n:02d}" for n in range(len(kinds)))

@@ -1,4 +1,4 @@
-"""Files as other tools write them are read as what they are, or blamed as files."""
+"""Files written by other tools are read correctly, or refused with the file's name."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_a_file_system_that_cannot_be_reached_is_a_data_error(
     from fsspec.implementations.memory import MemoryFileSystem
 
     class Unreachable(Exception):
-        """As a client of a network file system raises it."""
+        """The kind of error that the client of a network file system raises."""
 
     def fail(*_: object, **__: object) -> None:
         raise Unreachable("no route")

@@ -1,4 +1,4 @@
-"""Registering a run's candidates: what is promoted was compared with what it replaces."""
+"""Registering a run's candidates: a promoted one was compared with the champion it replaces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEY = user_key("ann")
 
 
 def _digest(name: str) -> str:
-    """A digest that can be told from others."""
+    """A digest derived from a name."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 
@@ -53,12 +53,12 @@ def _register(
         registry,
         PackRecord(run_id="r", pack_id=str(report.digest), planned_at=planned_at),
         [report],
-        _planned(None),
+        _planned_user(None),
         Lineage(prefix_name="default", template_digest="t", gate_digest=gate, tags={}),
     )
 
 
-def _planned(champion: str | None, candidate: str | None = None) -> dict[str, PlannedUser]:
+def _planned_user(champion: str | None, candidate: str | None = None) -> dict[str, PlannedUser]:
     user = PlannedUser(
         user_key=KEY,
         bucket=0,
@@ -72,14 +72,14 @@ def _planned(champion: str | None, candidate: str | None = None) -> dict[str, Pl
 
 
 def test_a_champion_that_was_never_compared_with_is_not_replaced(tmp_path: Path) -> None:
-    """Somebody rolled the champion back by hand while the run trained."""
+    """Someone rolled the champion back by hand during the training."""
     registry = MemoryRegistry()
     for digest in (_digest("first"), _digest("second")):
         _register(registry, _report(digest))
     first = registry.versions(KEY)[0]
     registry.set_alias(first, "champion")
     report = _report(OURS)
-    planned = _planned(champion=_digest("second"), candidate=_digest("second"))
+    planned = _planned_user(champion=_digest("second"), candidate=_digest("second"))
     assert hold_overtaken(registry, "default", [report], planned) == set()
     assert report.decision == "pending"
     _register(registry, report)
@@ -87,16 +87,16 @@ def test_a_champion_that_was_never_compared_with_is_not_replaced(tmp_path: Path)
     assert current.champion is not None
     assert current.champion.digest == _digest("first")
     assert current.candidate is not None
-    assert current.candidate.digest != OURS, "a pending user is not done with"
+    assert current.candidate.digest != OURS, "a pending user is not finished"
 
 
 def test_a_run_that_a_newer_one_overtook_registers_nothing(tmp_path: Path) -> None:
-    """Else the alias goes back to older rows, and the next run trains everybody again."""
+    """Otherwise the alias would return to older rows, and the next run would train all again."""
     registry = MemoryRegistry()
     _register(registry, _report(_digest("newer"), "rejected"))
     for decision in ("promoted", "rejected"):
         report = _report(OURS, decision)
-        planned = _planned(champion=None, candidate=None)
+        planned = _planned_user(champion=None, candidate=None)
         assert hold_overtaken(registry, "default", [report], planned) == {KEY}
         assert report.decision == "pending"
 
@@ -106,7 +106,7 @@ def test_a_champion_that_was_compared_with_is_replaced(tmp_path: Path, champion:
     registry = MemoryRegistry()
     _register(registry, _report(champion))
     report = _report(OURS)
-    planned = _planned(champion=OLD, candidate=OLD)
+    planned = _planned_user(champion=OLD, candidate=OLD)
     assert hold_overtaken(registry, "default", [report], planned) == set()
     assert report.decision == "promoted"
 
@@ -115,7 +115,7 @@ def test_a_retired_user_has_no_champion_and_is_a_new_user_when_coming_back(tmp_p
     registry = MemoryRegistry()
     _register(registry, _report(OURS))
     assert list(registry.with_champion()) == [KEY]
-    for _ in range(2):  # again after being killed in between
+    for _ in range(2):  # again, after a kill in between
         retire_users(registry, [KEY], "default", 1)
     assert registry.current([KEY]) == {}
     assert list(registry.with_champion()) == []
@@ -132,7 +132,7 @@ def test_an_older_run_that_is_resumed_retires_nobody_whom_a_newer_one_trained(
 
 
 def test_every_declared_metric_is_reported() -> None:
-    """Of a user with losses of everybody: what is declared and filled nowhere is missed here."""
+    """The user has losses of every judge, so a declared metric that nothing sets is missed."""
     report = replace(_report(OURS), steps=3, tokens=40, decision="promoted")
     loss = SplitLosses(nats=(1.0,), tokens=(1,))
     report.losses |= {who: {"valid": loss, "test": loss} for who in LOSS_NAMES}
@@ -155,8 +155,8 @@ def _losses(**nats: float) -> dict[str, dict[str, SplitLosses]]:
     return {who: {"valid": SplitLosses(nats=(n,), tokens=(1,))} for who, n in nats.items()}
 
 
-def _judged(champion: str | None) -> PlannedUser:
-    (user,) = _planned(champion, "ours").values()
+def _judged_user(champion: str | None) -> PlannedUser:
+    (user,) = _planned_user(champion, "ours").values()
     return replace(user, run_id="monday", pack_id="p")
 
 
@@ -174,7 +174,7 @@ def _record(store: Store, compared: str | None, digest: str = "ours") -> None:
     [
         ("old", {"base", "champion", "candidate"}),  # it was compared with
         ("ours", {"base", "champion", "candidate"}),  # the candidate won
-        (None, {"base", "candidate"}),  # whoever it was is gone
+        (None, {"base", "candidate"}),  # the champion is gone
     ],
 )
 def test_stored_losses_judge_a_prefix_against_what_the_user_has_now(
@@ -182,7 +182,7 @@ def test_stored_losses_judge_a_prefix_against_what_the_user_has_now(
 ) -> None:
     store = Store(tmp_path)
     _record(store, "old")
-    packs = [Pack(pack_id="j", users=(_judged(champion),))]
+    packs = [Pack(pack_id="j", users=(_judged_user(champion),))]
     found = find_losses(store, packs)
     report, compared = found[KEY]
     assert set(report.losses) == rivals
@@ -193,12 +193,12 @@ def test_stored_losses_judge_a_prefix_against_what_the_user_has_now(
 
 def test_stored_losses_that_do_not_apply_are_not_used(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    packs = [Pack(pack_id="j", users=(_judged("a third prefix"),))]
+    packs = [Pack(pack_id="j", users=(_judged_user("a third prefix"),))]
     assert find_losses(store, packs) == {}, "there is no record"
     _record(store, "old")
     assert find_losses(store, packs) == {}, "it was never compared with the present champion"
     store.write("runs/monday/done/p.json", b"{")
-    packs = [Pack(pack_id="j", users=(_judged("old"),))]
+    packs = [Pack(pack_id="j", users=(_judged_user("old"),))]
     assert find_losses(store, packs) == {}, "the record is damaged"
     store.remove("runs/monday")
     _record(store, "old", digest="another prefix")

@@ -43,7 +43,7 @@ def losses(
     return result
 
 
-def trained(user_id: str, base: float, own: float, **extra: float) -> tuple[str, UserReport]:
+def trained_user(user_id: str, base: float, own: float, **extra: float) -> tuple[str, UserReport]:
     decision: Decision = "promoted" if own < base else "rejected"
     report = UserReport(
         user_key=user_key(user_id),
@@ -58,12 +58,12 @@ def trained(user_id: str, base: float, own: float, **extra: float) -> tuple[str,
     return user_id, report
 
 
-def failed(user_id: str, error: str, stage: str | None = "tune") -> tuple[str, UserReport]:
+def failed_user(user_id: str, error: str, stage: str | None = "tune") -> tuple[str, UserReport]:
     key = user_key(user_id)
     return user_id, UserReport(user_key=key, status="failed", error=error, stage=stage)
 
 
-def too_few(user_id: str) -> tuple[str, UserReport]:
+def user_with_too_few_rows(user_id: str) -> tuple[str, UserReport]:
     return user_id, UserReport(user_key=user_key(user_id), status="too_few")
 
 
@@ -88,15 +88,15 @@ def facts_of(*users: tuple[str | None, UserReport]) -> RunFacts:
 @pytest.fixture
 def facts() -> RunFacts:
     return facts_of(
-        trained("ann", 3.0, 2.5, other=2.8),
-        trained("bob", 4.0, 3.0, other=2.9),
-        trained("cyd", 3.5, 3.6, other=3.7),
-        too_few("dan"),
-        failed("eve", "loss of 'eve' is not finite"),
+        trained_user("ann", 3.0, 2.5, other=2.8),
+        trained_user("bob", 4.0, 3.0, other=2.9),
+        trained_user("cyd", 3.5, 3.6, other=3.7),
+        user_with_too_few_rows("dan"),
+        failed_user("eve", "loss of 'eve' is not finite"),
     )
 
 
-def printed(facts: RunFacts) -> str:
+def print_to_text(facts: RunFacts) -> str:
     stream = io.StringIO()
     print_report(Console(file=stream, width=100), facts)
     return stream.getvalue()
@@ -150,12 +150,12 @@ def test_summary_of_an_empty_run_keeps_its_keys() -> None:
 
 def test_test_losses_are_there_only_with_test_rows(facts: RunFacts) -> None:
     assert "nll_test" not in make_summary(facts)
-    with_test = make_summary(facts_of(*facts.users, trained("fay", 3.0, 2.5, test=2.6)))
+    with_test = make_summary(facts_of(*facts.users, trained_user("fay", 3.0, 2.5, test=2.6)))
     assert with_test["nll_test"] == {"base": pytest.approx(3.0), "candidate": pytest.approx(2.6)}
 
 
 def test_a_loss_that_is_not_finite_is_no_part_of_a_median() -> None:
-    users = trained("ann", 3.0, float("nan")), trained("bob", 4.0, 3.0)
+    users = trained_user("ann", 3.0, float("nan")), trained_user("bob", 4.0, 3.0)
     assert make_summary(facts_of(*users))["nll"]["candidate"] == pytest.approx(3.0)
 
 
@@ -172,30 +172,34 @@ def test_a_trained_user_without_a_decision_stops_the_summary(facts: RunFacts) ->
 
 
 def test_a_report_under_another_users_id_stops_the_summary() -> None:
-    _, report = trained("ann", 3.0, 2.5)
+    _, report = trained_user("ann", 3.0, 2.5)
     with pytest.raises(RunError, match="another user's id"):
         make_summary(facts_of(("bob", report)))
     with pytest.raises(RunError, match="two reports"):
         make_summary(facts_of(("ann", report), ("ann", report)))
 
 
-def retired(user_id: str | None, name: str) -> tuple[str | None, UserReport]:
+def retired_user(user_id: str | None, name: str) -> tuple[str | None, UserReport]:
     return user_id, UserReport(user_key=user_key(name), status="retired")
 
 
-def judged_again(user_id: str, decision: Decision) -> tuple[str | None, UserReport]:
-    _, report = trained(user_id, 3.0, 2.5)
+def user_judged_again(user_id: str, decision: Decision) -> tuple[str | None, UserReport]:
+    _, report = trained_user(user_id, 3.0, 2.5)
     report.status, report.decision = "unchanged", decision
     report.steps = report.tokens = 0
     return user_id, report
 
 
 def test_retired_users_and_users_judged_again_add_up(facts: RunFacts) -> None:
-    more = [retired("fay", "fay"), retired(None, "gil"), judged_again("hal", "rejected")]
+    more = [
+        retired_user("fay", "fay"),
+        retired_user(None, "gil"),
+        user_judged_again("hal", "rejected"),
+    ]
     found = facts_of(*facts.users, *more)
     counts = make_summary(found)["users"]
     assert (counts["total"], counts["retired"], counts["unchanged"]) == (8, 2, 1)
-    assert counts["rejected"] == 1, "of those who trained"
+    assert counts["rejected"] == 1, "only of users who trained"
     assert make_summary(found)["judged_again"] == {"promoted": 0, "rejected": 1, "pending": 0}
     rows = users_table(found).to_pylist()
     assert [row["user_id"] for row in rows[-3:]] == ["fay", None, "hal"]
@@ -204,7 +208,7 @@ def test_retired_users_and_users_judged_again_add_up(facts: RunFacts) -> None:
 
 @dataclass(frozen=True)
 class Bad:
-    """As the partition tells of a file."""
+    """A file as the partition describes it."""
 
     file: str = "b.csv"
     rows: int = 4
@@ -213,27 +217,27 @@ class Bad:
 
 def test_both_reports_say_who_retired_and_what_was_skipped() -> None:
     found = replace(
-        facts_of(retired("fay", "fay"), judged_again("hal", "promoted")),
+        facts_of(retired_user("fay", "fay"), user_judged_again("hal", "promoted")),
         notices=["the input is a snapshot", "b.tsv was not read"],
         bad_files=[Bad()],
     )
-    for text in (printed(found), html_report(found)):
+    for text in (print_to_text(found), html_report(found)):
         assert "the input is a snapshot" in text
         assert "b.tsv was not read" in text
         assert "b.csv: 4 rows quarantined, most often user_id is missing (4)" in text
     assert "1 retired" in html_report(found)
-    assert "retired" in printed(found)
-    assert "judged again by a changed gate: 1 promoted" in printed(found)
+    assert "retired" in print_to_text(found)
+    assert "judged again by a changed gate: 1 promoted" in print_to_text(found)
 
 
 def test_a_summary_keeps_a_hundred_failures_and_counts_them_all() -> None:
-    result = make_summary(facts_of(*(failed(f"u{n}", "no") for n in range(120))))
+    result = make_summary(facts_of(*(failed_user(f"u{n}", "no") for n in range(120))))
     assert len(result["failures"]) == 100
     assert result["users"]["failed"] == 120
 
 
 def test_reports_are_matched_by_the_stores_own_keys() -> None:
-    _, report = trained("ann", 3.0, 2.5)
+    _, report = trained_user("ann", 3.0, 2.5)
     of_store = facts_of(("ann", replace(report, user_key="salted")))
     assert make_summary(replace(of_store, key_of=lambda _: "salted"))["users"]["total"] == 1
     with pytest.raises(RunError, match="another user's id"):
@@ -271,10 +275,10 @@ def test_users_table_of_an_empty_run_has_the_same_schema_on_disk(tmp_path: Path)
 
 
 def test_terminal_report_says_outcomes_losses_time_and_where_to_look(facts: RunFacts) -> None:
-    text = printed(facts)
+    text = print_to_text(facts)
     assert "2 promoted, 1 rejected, 0 pending" in text
     assert "3.500" in text
-    assert "67 %" in text  # two of three beat the base, and two another user's prefix
+    assert "67 %" in text  # two of three beat the base model, and two beat another user's prefix
     assert "100 tokens/s" in text
     assert "ptuning serve --store './my store' --model owner/model" in text
     assert "ptuning generate --store './my store' --model owner/model --user ID" in text
@@ -282,19 +286,19 @@ def test_terminal_report_says_outcomes_losses_time_and_where_to_look(facts: RunF
 
 
 def test_terminal_report_shows_an_error_as_it_is() -> None:
-    text = printed(facts_of(failed("eve", "seen [bold]3[/bold] [/nothing]")))
+    text = print_to_text(facts_of(failed_user("eve", "seen [bold]3[/bold] [/nothing]")))
     assert "seen [bold]3[/bold] [/nothing]" in text
 
 
 def test_terminal_report_cuts_a_long_list_of_failures() -> None:
-    text = printed(facts_of(*(failed(f"u{number}", "no") for number in range(8))))
+    text = print_to_text(facts_of(*(failed_user(f"u{number}", "no") for number in range(8))))
     assert text.count("in tune: no") == 5
     assert "and 3 more" in text
 
 
 def test_reports_never_print_the_registrys_password(facts: RunFacts) -> None:
     secret = replace(facts, registry_uri="postgresql://me:hunter2@db:5432/mlflow")
-    assert "hunter2" not in printed(secret)
+    assert "hunter2" not in print_to_text(secret)
     assert "hunter2" not in html_report(secret)
 
 
@@ -302,7 +306,7 @@ def test_reports_never_print_the_registrys_password(facts: RunFacts) -> None:
 
 
 class Page(HTMLParser):
-    """Every tag, attribute and text of a page."""
+    """Collects the tags, attributes and texts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -329,9 +333,9 @@ def test_page_is_one_file_without_scripts_or_outside_resources(facts: RunFacts) 
 
 def test_page_escapes_whatever_comes_from_data() -> None:
     users = (
-        trained(HOSTILE, 3.0, 2.5),
-        failed("eve", f"seen: {HOSTILE}", stage=HOSTILE),
-        failed(HOSTILE + "2", f"of {HOSTILE}2, <b>"),
+        trained_user(HOSTILE, 3.0, 2.5),
+        failed_user("eve", f"seen: {HOSTILE}", stage=HOSTILE),
+        failed_user(HOSTILE + "2", f"of {HOSTILE}2, <b>"),
     )
     hostile = replace(facts_of(*users), run_id=HOSTILE, store=HOSTILE, registry_uri=HOSTILE)
     text = html_report(hostile)
@@ -340,7 +344,10 @@ def test_page_escapes_whatever_comes_from_data() -> None:
 
 
 def test_page_shows_keys_and_never_ids() -> None:
-    users = trained("ann@example.org", 3.0, 2.5), failed("eve@example.org", "of eve@example.org")
+    users = (
+        trained_user("ann@example.org", 3.0, 2.5),
+        failed_user("eve@example.org", "of eve@example.org"),
+    )
     text = html_report(facts_of(*users))
     assert "example.org" not in text
     assert user_key("ann@example.org")[:12] in text
@@ -351,20 +358,20 @@ def test_page_of_the_same_run_is_the_same_file(facts: RunFacts) -> None:
 
 
 def test_page_of_many_users_cuts_the_table_and_draws_gains() -> None:
-    users = [trained(f"user {number}", 3.0, 2.9 - number / 999) for number in range(230)]
+    users = [trained_user(f"user {number}", 3.0, 2.9 - number / 999) for number in range(230)]
     page = Page(html_report(facts_of(*users)))
     assert f"The first {USERS_SHOWN} of 230." in page.text
     assert page.tags.count("tr") < 230
     assert len(users) > DUMBBELLS_SHOWN
 
 
-@pytest.mark.parametrize("users", [(), (too_few("dan"),)])
+@pytest.mark.parametrize("users", [(), (user_with_too_few_rows("dan"),)])
 def test_page_of_a_run_that_trained_nobody_says_so(users: tuple[tuple[str, UserReport]]) -> None:
     assert "No user was trained." in html_report(facts_of(*users))
 
 
 def test_page_draws_users_who_gained_nothing() -> None:
-    users = [trained(f"user {number}", 3.0, 3.0) for number in range(DUMBBELLS_SHOWN + 1)]
+    users = [trained_user(f"user {number}", 3.0, 3.0) for number in range(DUMBBELLS_SHOWN + 1)]
     assert "<svg" in html_report(facts_of(*users))
 
 
@@ -372,7 +379,7 @@ def test_page_draws_users_who_gained_nothing() -> None:
 
 
 class Clock:
-    """A clock that a test moves."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -427,5 +434,5 @@ def test_progress_stops_its_bar_when_the_run_fails() -> None:
 
     with pytest.raises(RunError):
         fail()
-    with RunProgress(console):  # a console holds one live bar: the first has let go of it
+    with RunProgress(console):  # a console has one live bar at a time, so the first one has ended
         pass

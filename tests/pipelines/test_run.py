@@ -45,7 +45,7 @@ def _run(data: Path, store: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _prefixes(store: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """What the run trained, by user key: other runs in the store may have trained them too."""
+    """The prefixes that this run trained, by user key. Other runs may have trained the user too."""
     return {
         row["user_key"]: load_file(store / prefix_path(row["user_key"], row["digest"]))[
             "decoder.0.keys"
@@ -109,13 +109,13 @@ FORMS = [
     b"\\u03A9mega",
     b"%CE%A9mega",
     b"%ce%a9mega",
-    repr("Ωmega".encode()).encode()[2:-1],  # as bytes print
+    repr("Ωmega".encode()).encode()[2:-1],  # as Python prints bytes
     base64.b64encode("Ωmega".encode())[:8],
 ]
 
 
 def _texts(path: Path) -> Iterator[bytes]:
-    """What a file holds, as it lies there and unpacked."""
+    """A file's content, as it is and decompressed."""
     data = path.read_bytes()
     yield data
     if data[:4] == b"PAR1":
@@ -129,7 +129,7 @@ def _texts(path: Path) -> Iterator[bytes]:
 def test_ids_of_users_stand_only_in_partitions_and_users_tables(
     finished: tuple[Path, Path, dict[str, Any]],
 ) -> None:
-    """In no form: plain, escaped, quoted, encoded or compressed; in Ray's logs neither."""
+    """Nowhere else, in no form (plain, escaped, quoted, encoded, compressed), nor in Ray's logs."""
     _, store, _ = finished
     node: Any = ray._private.worker._global_node
     logs = Path(node.get_session_dir_path())
@@ -137,7 +137,7 @@ def test_ids_of_users_stand_only_in_partitions_and_users_tables(
     holders = [
         path for path in files if any(form in text for text in _texts(path) for form in FORMS)
     ]
-    assert any(path.is_relative_to(store / "runs") for path in holders), "nothing was searched"
+    assert any(path.is_relative_to(store / "runs") for path in holders), "no file was searched"
     for path in holders:
         assert path.is_relative_to(store), path
         parts = path.relative_to(store).parts
@@ -170,18 +170,18 @@ def test_another_gate_judges_again_without_training_and_as_training_would(
         judged = _run(data, store, config)
         assert judged["users"]["trained"] == judged["tokens_trained"] == 0
         assert judged["users"]["unchanged"] == judged["judged_again"][decision] == 2
-        assert registry.champion(user_key("ann")) is not None, "a gate takes nobody's champion"
+        assert registry.champion(user_key("ann")) is not None, "judging again removes no champion"
         rows = {row["user_id"]: row for row in users_of(store, judged["run_id"])}
         assert (rows["ann"]["status"], rows["ann"]["decision"]) == ("unchanged", decision)
     assert {user: row["reason"] for user, row in rows.items()} == reasons
     for path in (store / "runs").glob("*/done"):
         shutil.rmtree(path)
     again = _run(data, store, mild)
-    assert again["users"]["trained"] == 2, "losses that nobody has are made anew"
+    assert again["users"]["trained"] == 2, "missing losses are computed again"
 
 
 def test_a_damaged_prefix_file_is_noticed(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Nobody stays unchanged on a file that cannot serve."""
+    """No user stays unchanged with a file that cannot be served."""
     data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
     _run(data, store, config_of(tiny_model_dir))
     (path,) = (store / "prefixes").glob(f"*/{user_key('ann')}/*.safetensors")
@@ -204,7 +204,7 @@ def test_users_whose_rows_are_gone_are_no_longer_served(
     with pytest.raises(RunError, match=r"data\.max_shrink") as stopped:
         _run(_data(tmp_path, left), store, config_of(tiny_model_dir, *always))
     assert stopped.value.seen == "2 of 5 served users"
-    assert len(list(registry.with_champion())) == 5, "a run that stops has changed nothing"
+    assert len(list(registry.with_champion())) == 5, "a run that stopped changed nothing"
 
     second = _run(
         _data(tmp_path, left), store, config_of(tiny_model_dir, *always, "data.max_shrink=1")
@@ -215,7 +215,7 @@ def test_users_whose_rows_are_gone_are_no_longer_served(
         assert registry.champion(user_key(user)) is None
     table = {row["user_key"]: row for row in users_of(store, second["run_id"])}
     assert table[user_key("ann")]["user_id"] == "ann"
-    assert table[user_key("bob")]["user_id"] is None, "nobody keeps the id of one who left"
+    assert table[user_key("bob")]["user_id"] is None, "no table keeps the id of a removed user"
 
     third = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))
     assert (third["users"]["trained"], third["users"]["unchanged"]) == (2, 3)
@@ -223,7 +223,7 @@ def test_users_whose_rows_are_gone_are_no_longer_served(
 
 
 class _StopsAt(RunProgress):
-    """The person at the keyboard stops the run when it comes to a stage."""
+    """Interrupts the run at the start of a stage, like Ctrl-C."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -273,14 +273,14 @@ def test_only_the_user_with_new_rows_is_trained_again(
 def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
     finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """One worker with one pack of everybody, against two with a pack for each two users."""
+    """One worker with one pack of all users, against two workers with packs of two users."""
     _, store, finished_summary = finished
     others = ("ray.workers=2", "train.pack_users=2", "data.buckets=7")
     shared = {user: count for user, count in USERS.items() if user not in ("few", "cy/../../x")}
     other = tmp_path / "store"
     summary = _run(_data(tmp_path, shared | {"new": 20}), other, config_of(tiny_model_dir, *others))
     records = [json.loads(p.read_text()) for p in (other / "runs").glob("*/done/*.json")]
-    assert len({record["attempt"] for record in records}) == 2, "both workers had packs"
+    assert len({record["attempt"] for record in records}) == 2, "both workers trained packs"
     assert summary["users"]["trained"] == len(shared) + 1
     first, second = _prefixes(store, finished_summary), _prefixes(other, summary)
     for user in shared:
@@ -290,7 +290,7 @@ def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
 def test_a_sharded_gang_with_unequal_work_trains_the_prefixes_of_a_whole_backbone(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """DeepSpeed ZeRO-3 on two real gloo workers, from partition to registration."""
+    """DeepSpeed ZeRO-3 with two real gloo workers, from partition to registration."""
     data = _data(tmp_path, {"ann": 40, "bob": 8, "cy": 9, "dee": 11, "eve": 60})
     summaries = {}
     for sharding in ("replicate", "zero3"):

@@ -1,4 +1,4 @@
-"""`ptuning run` as a person types it: in their project, with relative paths, into a log."""
+"""`ptuning run` as a person uses it: in a project, with relative paths, output to a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from runs import settings, user_rows, users_of, write_rows
 from tiny_model import save_model
-from waiting import eventually
+from waiting import wait_until
 
 from ptuning.system.ports import free_port
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
-class Typed:
-    """A finished command, and the project in which it was typed."""
+class TypedCommand:
+    """A finished command, and the project directory in which it ran."""
 
     project: Path
     out: str
@@ -35,8 +35,8 @@ class Typed:
     code: int
 
 
-def command(*arguments: str, project: Path) -> Typed:
-    """The `ptuning` command in a Ray cluster of its own, with its output in a pipe."""
+def command(*arguments: str, project: Path) -> TypedCommand:
+    """Run the `ptuning` command in a separate Ray cluster, with its output in a pipe."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON"))}
     done = subprocess.run(
         [str(Path(sys.executable).with_name("ptuning")), *arguments],
@@ -47,11 +47,11 @@ def command(*arguments: str, project: Path) -> Typed:
         timeout=280,
         check=False,
     )
-    return Typed(project, done.stdout, done.stderr, done.returncode)
+    return TypedCommand(project, done.stdout, done.stderr, done.returncode)
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Typed:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> TypedCommand:
     """A run in a project whose files have the names of our packages and of libraries."""
     project = tmp_path_factory.mktemp("project")
     save_model(project / "model")
@@ -69,17 +69,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Typed:
 
 
 def as_options(model: str, *more: str) -> list[str]:
-    """The settings of a small run, as they are typed."""
+    """The options of a small run."""
     return [part for setting in settings(Path(model), *more) for part in ("--set", setting)]
 
 
 def test_a_run_works_beside_files_with_the_names_of_our_packages_and_of_libraries(
-    ran: Typed,
+    ran: TypedCommand,
 ) -> None:
     assert ran.code == 0, ran.out + ran.err
 
 
-def test_a_relative_model_works_in_workers_that_live_elsewhere(ran: Typed) -> None:
+def test_a_relative_model_works_in_workers_that_live_elsewhere(ran: TypedCommand) -> None:
     assert "2 promoted" in ran.out, ran.out + ran.err
 
 
@@ -89,20 +89,20 @@ start  |partition  |plan  |tune  |evaluate  |register  |deploy  |answer as these
 ask as one of them: |models and metrics: |this report: """.replace("\n", "").split("|")
 
 
-def test_a_runs_log_has_our_own_lines_only(ran: Typed) -> None:
+def test_a_runs_log_has_our_own_lines_only(ran: TypedCommand) -> None:
     assert ran.err == ""
     lines = [line for line in ran.out.splitlines() if line.strip()]
     strange = [line for line in lines if not line.startswith(tuple(HEADS))]
     assert strange == []
 
 
-def test_a_runs_log_counts_users_and_says_that_the_input_is_a_snapshot(ran: Typed) -> None:
+def test_a_runs_log_counts_users_and_says_that_the_input_is_a_snapshot(ran: TypedCommand) -> None:
     assert "tune: 2 of 2 users" in ran.out
     assert "register: 2 of 2 users" in ran.out
     assert "note: the input was taken as a complete snapshot" in ran.out
 
 
-def test_the_printed_command_answers_as_a_trained_user(ran: Typed) -> None:
+def test_the_printed_command_answers_as_a_trained_user(ran: TypedCommand) -> None:
     (line,) = [line for line in ran.out.splitlines() if line.startswith("ask as one of them: ")]
     printed = line.removeprefix("ask as one of them: ").replace("--user ID", "--user ann")
     done = subprocess.run(
@@ -122,7 +122,7 @@ def test_the_printed_command_answers_as_a_trained_user(ran: Typed) -> None:
 
 
 def test_a_store_that_was_moved_answers_and_runs_without_training(
-    ran: Typed, tmp_path: Path
+    ran: TypedCommand, tmp_path: Path
 ) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(ran.project / "store", moved)
@@ -144,7 +144,7 @@ def test_a_store_that_was_moved_answers_and_runs_without_training(
         hidden.rename(ran.project / "store")
 
 
-def test_a_registry_that_is_not_there_is_found_before_a_row_is_read(ran: Typed) -> None:
+def test_a_registry_that_is_not_there_is_found_before_a_row_is_read(ran: TypedCommand) -> None:
     sets = as_options("model")
     uri = "registry.uri=http://127.0.0.1:9"
     done = command(
@@ -158,7 +158,7 @@ def test_a_registry_that_is_not_there_is_found_before_a_row_is_read(ran: Typed) 
 
 
 def test_a_service_starts_beside_files_with_the_names_of_our_packages(
-    ran: Typed, tmp_path: Path
+    ran: TypedCommand, tmp_path: Path
 ) -> None:
     port, log = free_port(), tmp_path / "log"
     arguments = ["serve", "--store", "store", "--port", str(port), *as_options("model")]
@@ -172,7 +172,7 @@ def test_a_service_starts_beside_files_with_the_names_of_our_packages(
             stderr=subprocess.STDOUT,
         )
     try:
-        eventually(
+        wait_until(
             lambda: service.poll() is not None or f"127.0.0.1:{port}" in log.read_text(), 250
         )
         assert service.poll() is None, log.read_text()[-2000:]

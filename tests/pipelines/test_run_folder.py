@@ -1,4 +1,4 @@
-"""A run's folder: what is written comes back, and whoever works on it is known."""
+"""A run's folder: what is written is read back, and only one driver works on a run."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_a_done_record_keeps_losses_and_the_first_writer_wins(folder: RunFolder)
     assert (found.attempt, found.champions) == ("0", {"u": None})
     nats = found.reports[0].losses["base"]["valid"].nats
     assert nats[0] == 1.5
-    assert nats[1] != nats[1], "a loss that is not finite comes back as none"
+    assert nats[1] != nats[1], "a loss that is not finite is read as None"
 
 
 def test_a_report_comes_back_from_its_record_with_every_field() -> None:
-    """But for the decision, which is made again: the record is the only way to the driver."""
+    """All but the decision, which is made again. The record is all that the driver gets."""
     loss = SplitLosses(nats=(1.0,), tokens=(2,))
     report = UserReport(
         user_key="u",
@@ -109,7 +109,7 @@ def test_a_report_comes_back_from_its_record_with_every_field() -> None:
     )
     plain = UserReport(user_key="", status="failed")
     same = [f.name for f in fields(report) if getattr(report, f.name) == getattr(plain, f.name)]
-    assert same == [], "give the new field a value here that is not its default"
+    assert same == [], "set the new field to a value other than its default"
     record = DoneRecord(pack_id="p", attempt="0", seconds=1.0, champions={}, reports=(report,))
     (found,) = DoneRecord.from_json(json.loads(json.dumps(record.to_json()))).reports
     assert found == replace(report, decision=None, gate=None)

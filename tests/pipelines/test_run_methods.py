@@ -1,5 +1,5 @@
-"""Every method, and an encoder-decoder backbone, from rows to an answer: partition, train,
-register, promote, serve."""
+"""Every method, and encoder-decoder backbones, from rows to an answer: partition, train, register,
+promote, serve."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pair_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings_of(model: Path, *more: str) -> RunConfig:
-    """As `config_of`; a template says itself how many virtual tokens there are."""
+    """As `config_of`, but without the number of virtual tokens, which a template determines."""
     all_of_them = settings(model, *more)
     if any(one.startswith("method.template=") for one in more):
         all_of_them.remove("method.num_virtual_tokens=4")
@@ -61,8 +61,8 @@ def run(data: Path, store: Path, config: RunConfig) -> tuple[dict[str, Any], lis
     return summary, users_of(store, facts.run_id)
 
 
-def answers(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, Answer]:
-    """What the service says to "say it" as each user, and to nobody; asked all at once.
+def ask_service(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, Answer]:
+    """The service's answers to "say it", as each user and without a user, asked concurrently.
 
     `names`: user id to prefix name.
     """
@@ -94,8 +94,8 @@ def answers(store: Path, config: RunConfig, names: dict[str, str]) -> dict[str, 
 
 
 def check_answers(store: Path, config: RunConfig, table: list[dict[str, Any]]) -> None:
-    """Everybody gets the prefix that the run made for them, applied as the library does it."""
-    given = answers(store, config, {row["user_id"]: "default" for row in table})
+    """Check that each user is answered with the run's prefix, applied as in the library."""
+    given = ask_service(store, config, {row["user_id"]: "default" for row in table})
     backbone = load_backbone(config.backbone.name, dtype="float32")
     registry, place = registry_of(store, config), Store(store)
     for row in table:
@@ -162,7 +162,7 @@ def test_users_own_several_prefixes_by_name(tiny_model_dir: Path, tmp_path: Path
         _, table = run(data, store, config)
         tables[name] = {row["user_id"]: row["digest"] for row in table}
     for name, digests in tables.items():
-        given = answers(store, config, dict.fromkeys(USERS, name))
+        given = ask_service(store, config, dict.fromkeys(USERS, name))
         for user, digest in digests.items():
             prefix = given[user].prefix
             assert prefix is not None

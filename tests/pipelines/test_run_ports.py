@@ -1,4 +1,4 @@
-"""During a run nothing listens beyond loopback, whatever its workers agree on."""
+"""During a run nothing listens beyond loopback."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "TEST_RUN_MARK"  # in the environment of every process of the run
 
 
-def listening(mark: str) -> dict[tuple[str, int], str]:
-    """(address, port) on which processes of the run listen, with the process's name."""
+def find_listeners(mark: str) -> dict[tuple[str, int], str]:
+    """The (address, port) pairs on which processes of the run listen, with the process's name."""
     found = {}
     for connection in psutil.net_connections(kind="tcp"):
         if connection.status != psutil.CONN_LISTEN or connection.pid is None:
@@ -33,7 +33,7 @@ def listening(mark: str) -> dict[tuple[str, int], str]:
                     process.name()
                 )
         except psutil.Error:
-            continue  # it ended meanwhile
+            continue  # it has ended
     return found
 
 
@@ -67,12 +67,12 @@ def test_no_port_of_a_run_is_open_beyond_loopback(
     found: dict[tuple[str, int], str] = {}
     deadline = time.monotonic() + 240
     while run.poll() is None and time.monotonic() < deadline:
-        found |= listening(mark)
-        time.sleep(0.25)  # looking costs CPU that the run needs
+        found |= find_listeners(mark)
+        time.sleep(0.25)  # the search takes CPU time from the run
     if run.poll() is None:
         run.kill()
     assert run.wait() == 0, (tmp_path / "out").read_text()[-3000:]
-    assert len(found) > 3, "the processes of the run were not seen"
+    assert len(found) > 3, "no process of the run was found"
     beyond = {place: name for place, name in found.items() if not is_loopback(place[0])}
     assert beyond == {}
 

@@ -139,7 +139,7 @@ def versions_of(registry: Any, user: str) -> list[Any]:
     return list(registry.connection.models.search_model_versions(f"name = '{name}'"))
 
 
-def story_of(registry: Any, user: str, text: str) -> dict[str, str]:
+def decision_of(registry: Any, user: str, text: str) -> dict[str, str]:
     """What a version says of how it was judged, as a person reads it."""
     if isinstance(registry, MemoryRegistry):
         given = registry.entry(user, "default", digest_of(user, text))

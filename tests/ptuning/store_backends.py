@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from waiting import eventually
+from waiting import wait_until
 
 from ptuning.store import Store
 from ptuning.system.ports import free_port
@@ -48,7 +48,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             return False
 
     try:
-        eventually(answers, 60, every_s=0.1)
+        wait_until(answers, 60, every_s=0.1)
         yield address
     finally:
         process.terminate()

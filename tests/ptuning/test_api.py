@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from blown import Blown
+from diverging import DivergingTraining
 from safetensors.torch import load_file, save_file
 from tiny_backbones import FAMILIES, REFUSED, as_layers, build, build_model
 from tiny_model import make_tokenizer
@@ -328,7 +328,7 @@ def test_a_result_counts_its_restarts(backbone: Backbone, monkeypatch: pytest.Mo
     method = ptuning.PrefixTuning(num_virtual_tokens=3)
     train = ptuning.TrainConfig(epochs=3, batch_size=4)
     plain = ptuning.tune(backbone, users, method=method, train=train)
-    Blown(monkeypatch, slot=1, times=1)
+    DivergingTraining(monkeypatch, slot=1, times=1)
     blown = ptuning.tune(backbone, users, method=method, train=train)
     assert [(own.resets, own.status) for own in plain.values()] == [(0, "trained")] * 2
     assert [(own.resets, own.status) for own in blown.values()] == [(0, "trained"), (1, "trained")]
@@ -344,7 +344,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-def collect(
+def collect_results(
     results: Iterable[tuple[str, ptuning.TuneResult]], into: dict[str, ptuning.TuneResult]
 ) -> None:
     """Keep what is yielded before something raises."""
@@ -388,7 +388,7 @@ def test_a_pack_that_raises_loses_no_result_that_was_yielded(
 
     monkeypatch.setattr(LocalDriver, "run", run_two)
     with pytest.raises(OutOfMemory):
-        collect(ptuning.iter_tune(backbone, users, **QUICK), found)
+        collect_results(ptuning.iter_tune(backbone, users, **QUICK), found)
     assert {user: one.require() for user, one in found.items()} == {
         user: whole[user].require() for user in ("ann", "bob")
     }
@@ -461,7 +461,7 @@ def test_a_stream_names_at_its_end_users_of_start_who_never_came(
     found: dict[str, ptuning.TuneResult] = {}
     begins = {"ann": prefix, "eve": prefix}
     with pytest.raises(ConfigError, match="not trained"):
-        collect(ptuning.iter_tune(backbone, stream, start=begins, **QUICK), found)
+        collect_results(ptuning.iter_tune(backbone, stream, start=begins, **QUICK), found)
     assert [*found] == ["ann"]
 
 

@@ -63,7 +63,7 @@ def prefix_for(backbone: Backbone, /, seed: int = 1, **changes: Any) -> Prefix:
     return make_prefix([as_groups(kv)], meta_for(backbone, **changes))
 
 
-def rewritten(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
+def rewrite(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
     """The prefix's file with its tensors and texts changed, by an honest safetensors writer."""
     texts, tensors = prefix.meta.to_texts(), {**prefix.tensors}
     change(tensors, texts)
@@ -71,7 +71,7 @@ def rewritten(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]],
 
 
 @contextmanager
-def refused(kind: type[ArtifactError]) -> Iterator[None]:
+def expect_refusal(kind: type[ArtifactError]) -> Iterator[None]:
     """The error is of this kind, says what was seen, and survives pickling as it is."""
     with pytest.raises(kind) as caught:
         yield
@@ -218,9 +218,9 @@ def test_a_prefix_is_shown_without_its_values(backbone: Backbone) -> None:
 
 
 def test_a_prefix_of_another_backbone_is_refused(backbone: Backbone) -> None:
-    with refused(WrongBackbone):
+    with expect_refusal(WrongBackbone):
         Prefix.from_bytes(prefix_for(backbone, backbone_fingerprint="0" * 64).to_bytes(), backbone)
-    with refused(WrongBackbone):
+    with expect_refusal(WrongBackbone):
         prefix_for(backbone).check(build(FAMILIES["gpt2"]()))
 
 
@@ -233,34 +233,34 @@ def test_a_prefix_of_another_template_or_tokenizer_is_refused(
     chatty = Backbone(
         backbone.model, tokenizer, name=backbone.name, fingerprint=backbone.fingerprint
     )
-    with refused(WrongBackbone):
+    with expect_refusal(WrongBackbone):
         Prefix.from_bytes(prefix.to_bytes(), chatty)
 
 
 def test_a_prefix_of_another_user_or_name_is_refused(backbone: Backbone) -> None:
     data = prefix_for(backbone).to_bytes()
-    with refused(WrongUser):
+    with expect_refusal(WrongUser):
         Prefix.from_bytes(data, backbone, user_key=user_key("bob"))
-    with refused(WrongUser):
+    with expect_refusal(WrongUser):
         Prefix.from_bytes(data, backbone, prefix_name="default")
-    with refused(WrongUser):
+    with expect_refusal(WrongUser):
         Prefix.from_bytes(data, backbone, user_key="")
 
 
 def test_another_file_than_the_one_asked_for_is_refused(backbone: Backbone) -> None:
     one, two = prefix_for(backbone), prefix_for(backbone, seed=2)
-    with refused(CorruptArtifact):
+    with expect_refusal(CorruptArtifact):
         Prefix.from_bytes(two.to_bytes(), backbone, digest=one.digest)
 
 
 def test_the_digest_is_of_the_files_bytes_whoever_wrote_its_header(backbone: Backbone) -> None:
     prefix = prefix_for(backbone)
-    data = rewritten(prefix, lambda tensors, texts: None)
+    data = rewrite(prefix, lambda tensors, texts: None)
     again = Prefix.from_bytes(data, backbone)
     assert again.digest == hashlib.sha256(data).hexdigest()
     assert again.to_bytes() == data
     if data != prefix.to_bytes():
-        with refused(CorruptArtifact):
+        with expect_refusal(CorruptArtifact):
             Prefix.from_bytes(data, backbone, digest=prefix.digest)
 
 
@@ -276,8 +276,8 @@ def test_keys_and_values_of_another_shape_are_refused(
     def change(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
         tensors[name] = torch.zeros(shape)
 
-    with refused(WrongShape):
-        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+    with expect_refusal(WrongShape):
+        Prefix.from_bytes(rewrite(prefix_for(backbone), change), backbone)
 
 
 def _no_keys(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
@@ -311,8 +311,8 @@ def _another_stack(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
 def test_a_file_with_other_tensors_is_refused(
     backbone: Backbone, change: Callable[[dict[str, Any], dict[str, str]], None]
 ) -> None:
-    with refused(WrongShape):
-        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+    with expect_refusal(WrongShape):
+        Prefix.from_bytes(rewrite(prefix_for(backbone), change), backbone)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -320,8 +320,8 @@ def test_values_that_are_not_finite_are_refused(backbone: Backbone, value: float
     def change(tensors: dict[str, Any], _texts: dict[str, str]) -> None:
         tensors[VALUES][1, 1, 2, 3] = value
 
-    with refused(CorruptArtifact):
-        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+    with expect_refusal(CorruptArtifact):
+        Prefix.from_bytes(rewrite(prefix_for(backbone), change), backbone)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_tampered_or_missing_metadata_is_refused(
             texts[name] = value
 
     with pytest.raises(kind) as caught:
-        Prefix.from_bytes(rewritten(prefix_for(backbone), change), backbone)
+        Prefix.from_bytes(rewrite(prefix_for(backbone), change), backbone)
     assert type(caught.value) is kind
 
 
@@ -401,10 +401,10 @@ class _Bomb:
 
 def test_a_pickle_is_refused_and_not_executed(backbone: Backbone, tmp_path: Path) -> None:
     bomb = pickle.dumps(_Bomb())
-    with refused(CorruptArtifact):
+    with expect_refusal(CorruptArtifact):
         Prefix.from_bytes(bomb, backbone)
     torch.save({KEYS: torch.zeros(2, 2, P, 8)}, tmp_path / "p.safetensors")
-    with refused(CorruptArtifact):
+    with expect_refusal(CorruptArtifact):
         Prefix.load(tmp_path / "p.safetensors", backbone)
 
 
@@ -418,9 +418,9 @@ def test_safetensors_of_something_else_are_refused(
 
 
 def test_a_path_without_a_file_is_refused(backbone: Backbone, tmp_path: Path) -> None:
-    with refused(CorruptArtifact):
+    with expect_refusal(CorruptArtifact):
         Prefix.load(tmp_path / "nothing", backbone)
-    with refused(CorruptArtifact):
+    with expect_refusal(CorruptArtifact):
         Prefix.load(tmp_path, backbone)
 
 

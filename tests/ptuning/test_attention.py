@@ -17,11 +17,11 @@ from tiny_backbones import (
     as_layers,
     build,
     build_model,
-    encoded,
     kv_shape,
     logits_of,
     random_ids,
     random_kv,
+    random_row,
     row_prefix,
 )
 from tiny_model import make_tokenizer
@@ -85,7 +85,7 @@ def test_without_a_prefix_the_model_is_the_plain_model(family: str) -> None:
     torch.testing.assert_close(torch.cat(empty), torch.cat(ours), atol=1e-6, rtol=0)
 
 
-def gradient(backbone: Backbone, kv: Tensor, rows: list[Any], slots: list[int]) -> Tensor:
+def compute_gradient(backbone: Backbone, kv: Tensor, rows: list[Any], slots: list[int]) -> Tensor:
     leaf = kv.clone().requires_grad_()
     batch = collate(rows, backbone.device)
     weights = torch.ones(len(batch.targets))
@@ -105,7 +105,7 @@ def gradient(backbone: Backbone, kv: Tensor, rows: list[Any], slots: list[int]) 
 def test_gradients_reach_every_layers_keys_and_values_and_no_weight(family: str, kind: str) -> None:
     backbone = build(FAMILIES[family](), kind)
     kv = random_kv(backbone, 4, seed=3, users=2)
-    grad = gradient(backbone, kv, [encoded(9, 6, 1), encoded(6, 3, 2)], [0, 1])
+    grad = compute_gradient(backbone, kv, [random_row(9, 6, 1), random_row(6, 3, 2)], [0, 1])
     norms = grad.flatten(3).norm(dim=-1)  # [U, L, 2]
     assert bool((norms > 1e-6).all()), norms
     assert all(p.grad is None and not p.requires_grad for p in backbone.model.parameters())
@@ -113,7 +113,7 @@ def test_gradients_reach_every_layers_keys_and_values_and_no_weight(family: str,
 
 @families
 def test_gradient_checkpointing_changes_no_gradient_and_recomputes(family: str) -> None:
-    rows, slots = [encoded(9, 6, 1), encoded(6, 3, 2), encoded(7, 4, 3)], [1, 0, 1]
+    rows, slots = [random_row(9, 6, 1), random_row(6, 3, 2), random_row(7, 4, 3)], [1, 0, 1]
     plain = build(FAMILIES[family]())
     kv = random_kv(plain, 4, seed=3, users=2)
     checkpointed = build(FAMILIES[family](), gradient_checkpointing=True)
@@ -126,8 +126,8 @@ def test_gradient_checkpointing_changes_no_gradient_and_recomputes(family: str) 
     for module in checkpointed.model.modules():
         if getattr(module, "_ptuning_layer", None) is not None:
             module.register_forward_hook(count)
-    grad = gradient(checkpointed, kv, rows, slots)
-    torch.testing.assert_close(grad, gradient(plain, kv, rows, slots), atol=1e-6, rtol=1e-5)
+    grad = compute_gradient(checkpointed, kv, rows, slots)
+    torch.testing.assert_close(grad, compute_gradient(plain, kv, rows, slots), atol=1e-6, rtol=1e-5)
     layers = plain.facts.stacks[DECODER].layers
     assert calls == 2 * layers, "layers were not recomputed in the backward pass"
 
@@ -137,8 +137,8 @@ def test_gradient_checkpointing_keeps_dropout_off(family: str) -> None:
     config = FAMILIES[family]()  # dropout of 0.1, in modules or asked of the layer
     backbone = build(config, gradient_checkpointing=True)
     kv = random_kv(backbone, 3, seed=1)
-    rows = [encoded(9, 6, 1)]
-    first, second = (gradient(backbone, kv, rows, [0]) for _ in range(2))
+    rows = [random_row(9, 6, 1)]
+    first, second = (compute_gradient(backbone, kv, rows, [0]) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -193,13 +193,13 @@ def test_a_rows_output_ignores_its_neighbours_prefixes_and_texts(family: str, ki
 
 def test_a_non_finite_neighbour_does_not_reach_a_rows_loss_or_gradient() -> None:
     backbone = build(FAMILIES["llama"]())
-    kv, rows = random_kv(backbone, 4, seed=5, users=2), [encoded(7, 4, 1), encoded(7, 4, 2)]
-    clean = gradient(backbone, kv, rows, [0, 1])
+    kv, rows = random_kv(backbone, 4, seed=5, users=2), [random_row(7, 4, 1), random_row(7, 4, 2)]
+    clean = compute_gradient(backbone, kv, rows, [0, 1])
     kv[1] = float("inf")
-    assert torch.equal(gradient(backbone, kv, rows, [0, 1])[0], clean[0])
+    assert torch.equal(compute_gradient(backbone, kv, rows, [0, 1])[0], clean[0])
 
 
-def windowed(family: str, window: int) -> Any:
+def make_windowed_config(family: str, window: int) -> Any:
     config = FAMILIES[family]()
     config.sliding_window = window
     return config
@@ -210,7 +210,7 @@ def windowed(family: str, window: int) -> Any:
 def test_beyond_a_sliding_window_the_prefix_stays_visible(family: str, kind: str) -> None:
     """The last of 20 tokens, far outside a window of 4, still hears the prefix directly: were
     it hidden there, a one-layer model could not notice a change of it."""
-    config = windowed(family, 4)
+    config = make_windowed_config(family, 4)
     config.num_hidden_layers = 1
     if family == "gemma3":
         config.layer_types = ["sliding_attention"]
@@ -234,8 +234,8 @@ def test_beyond_a_sliding_window_the_prefix_stays_visible(family: str, kind: str
 @kinds
 def test_a_sliding_window_counts_real_tokens_only(family: str, kind: str) -> None:
     """Inside the window the cache way and ours agree; beyond it they differ by the prefix."""
-    backbone = build(windowed(family, 8), kind)
-    plain = build_model(windowed(family, 8), kind)
+    backbone = build(make_windowed_config(family, 8), kind)
+    plain = build_model(make_windowed_config(family, 8), kind)
     kv, ids = random_kv(backbone, 3, seed=1), random_ids(20, 1)
     with torch.no_grad():
         (ours,) = logits_of(backbone, [ids], row_prefix(backbone, kv, [0]))
@@ -435,7 +435,7 @@ def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:
 
 def test_only_supervised_positions_are_scored_with_the_plain_models_loss() -> None:
     backbone, plain = build(FAMILIES["gpt2"]()), build_model(FAMILIES["gpt2"](), "eager")
-    rows = [encoded(9, 6, 1), encoded(6, 3, 2)]
+    rows = [random_row(9, 6, 1), random_row(6, 3, 2)]
     batch = collate(rows, backbone.device)
     with torch.no_grad():
         nll = backbone.token_nll(batch, None)

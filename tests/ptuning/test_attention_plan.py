@@ -118,16 +118,16 @@ def test_each_token_sees_what_its_own_row_says_whatever_the_neighbours(
                     and (not row["windowed"] or reach.back is None or i + 1 + n <= reach.back)
                 }
                 sees = front.layers[DECODER][number].mask[r, 0, start + i]
-                assert numbers(sees, widest, start) == text | virtual
+                assert seen_keys(sees, widest, start) == text | virtual
                 sees = cached.layers[DECODER][number].mask[r, 0, i]
-                assert numbers(sees, row["virtual"]) == text | virtual
+                assert seen_keys(sees, row["virtual"]) == text | virtual
                 for plan, at in ((front, start + i), (cached, i)):
                     assert plan.positions is not None
                     moved = row["virtual"] if i >= first else 0
                     assert int(plan.positions[r, at]) == i + moved
 
 
-def numbers(sees: Tensor, virtual: int, padding: int = 0) -> set[int]:
+def seen_keys(sees: Tensor, virtual: int, padding: int = 0) -> set[int]:
     """The numbers of the keys that are seen: virtual ones, padding, real ones."""
     columns = [int(column) - virtual for column in sees.nonzero()[:, 0]]
     return {column if column < 0 else column - padding for column in columns}

@@ -39,20 +39,20 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def fresh(store: Store, backbone: str = BACKBONE) -> ChampionList:
+def read_champions(store: Store, backbone: str = BACKBONE) -> ChampionList:
     found = ChampionList(store, backbone)
     found.refresh()
     return found
 
 
 def test_a_user_has_the_champion_that_was_published_last(store: Store) -> None:
-    reader = fresh(store)
+    reader = read_champions(store)
     assert (reader.generation, reader.get(*name("ann"))) == (0, None)
     assert publish(store, BACKBONE, {name("ann"): ref(1), name("bob"): ref(2)}) == 1
     assert publish(store, BACKBONE, {name("ann"): ref(3)}) == 2
     assert reader.get(*name("ann")) is None, "nothing is read before refresh"
     assert reader.refresh() == 2
-    for champions_now in (reader, fresh(store)):
+    for champions_now in (reader, read_champions(store)):
         assert champions_now.get(*name("ann")) == ref(3)
         assert champions_now.get(*name("bob")) == ref(2)
         assert champions_now.get(*name("cy")) is None
@@ -62,14 +62,14 @@ def test_a_user_has_the_champion_that_was_published_last(store: Store) -> None:
 def test_a_user_who_was_removed_has_none(store: Store) -> None:
     publish(store, BACKBONE, {name("ann"): ref(1), name("ann", "work"): ref(2)})
     publish(store, BACKBONE, {name("ann"): None})
-    assert dict(fresh(store).items()) == {name("ann", "work"): ref(2)}
+    assert dict(read_champions(store).items()) == {name("ann", "work"): ref(2)}
 
 
 def test_one_backbone_never_sees_anothers_champions(store: Store) -> None:
     publish(store, BACKBONE, {name("ann"): ref(1)})
     publish(store, OTHER, {name("ann"): ref(2)})
-    assert fresh(store).get(*name("ann")) == ref(1)
-    assert fresh(store, OTHER).get(*name("ann")) == ref(2)
+    assert read_champions(store).get(*name("ann")) == ref(1)
+    assert read_champions(store, OTHER).get(*name("ann")) == ref(2)
 
 
 def test_backbones_that_begin_alike_are_told_apart(store: Store) -> None:
@@ -77,7 +77,7 @@ def test_backbones_that_begin_alike_are_told_apart(store: Store) -> None:
     publish(store, BACKBONE, {name("ann"): ref(1)})
     alike = BACKBONE[:8] + "c" * 56
     with pytest.raises(RunError, match="backbone"):
-        fresh(store, alike)
+        read_champions(store, alike)
     with pytest.raises(RunError, match="backbone"):
         publish(store, alike, {name("ann"): ref(2)})
 
@@ -107,17 +107,19 @@ def test_any_history_reads_as_a_dictionary_would(
         patch.setattr(champions, "_MAX_DELTAS", max_deltas)
         store = Store(tmp_path_factory.mktemp("history"))
         wanted: dict[tuple[str, str], ChampionRef] = {}
-        reader = fresh(store)
+        reader = read_champions(store)
         for number, changes in enumerate(history):
             publish(store, BACKBONE, changes)
             wanted = {key: value for key, value in (wanted | changes).items() if value is not None}
             if number % 2:
                 reader.refresh()
                 assert dict(reader.items()) == wanted
-        assert dict(fresh(store).items()) == wanted
+        assert dict(read_champions(store).items()) == wanted
         for n in range(6):
             for prefix_name in ("a", "b"):
-                assert fresh(store).get(*name(n, prefix_name)) == wanted.get(name(n, prefix_name))
+                assert read_champions(store).get(*name(n, prefix_name)) == wanted.get(
+                    name(n, prefix_name)
+                )
 
 
 def _publish_many(root: str, worker: int, count: int) -> None:
@@ -133,14 +135,14 @@ def test_concurrent_publishers_lose_nothing(store: Store) -> None:
     for worker in workers:
         worker.join(60)
         assert worker.exitcode == 0
-    reader = fresh(store)
+    reader = read_champions(store)
     assert reader.generation == 32
     assert dict(reader.items()) == {name(f"{w}-{n}"): ref(n) for w in range(4) for n in range(8)}
 
 
 def test_a_damaged_or_missing_generation_keeps_the_list_that_was_known(store: Store) -> None:
     publish(store, BACKBONE, {name("ann"): ref(1)})
-    reader = fresh(store)
+    reader = read_champions(store)
     publish(store, BACKBONE, {name("ann"): ref(2)})
     folder = f"champions/{BACKBONE[:8]}"
     (delta,) = store.list(f"{folder}/00000002")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from store_backends import make_bucket
-from waiting import eventually
+from waiting import wait_until
 
 from ptuning.champions import ChampionList, ChampionRef, publish
 from ptuning.errors import ConfigError
@@ -116,7 +116,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file_and_no_lock(tmp_path: Path)
         worker = _SPAWN.Process(target=_replace_for_ever, args=(store.root,))
         worker.start()
         before = store.read("x")
-        eventually(partial(_is_replaced, store, before), 60)
+        wait_until(partial(_is_replaced, store, before), 60)
         os.kill(worker.pid, signal.SIGKILL)
         worker.join(30)
         found = store.read_versioned("x")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_catalogue import CATALOGUE, of_causal_models, served
+from method_catalogue import CATALOGUE, select_for_causal_models, select_served
 from tiny_backbones import FAMILIES, build, random_prefix, user_rows
 
 import ptuning
@@ -27,7 +27,7 @@ from ptuning.train.resume import Belongs, Resume
 from ptuning.train.state import TrainState
 from ptuning.train.step import LocalDriver
 
-CAUSAL = {name: entry.method for name, entry in of_causal_models().items()}
+CAUSAL = {name: entry.method for name, entry in select_for_causal_models().items()}
 every_method = pytest.mark.parametrize("method", CAUSAL.values(), ids=list(CAUSAL))
 
 
@@ -105,7 +105,7 @@ def test_a_prefix_is_saved_as_the_declared_peft_type_or_refused(
     assert load_peft(tmp_path / "adapter", backbone) == prefix
 
 
-def trained(
+def train(
     backbone: Backbone, method: Method, epochs: int, states: tuple[TrainState, ...] = ()
 ) -> Trained:
     config = TrainConfig(
@@ -123,10 +123,10 @@ def test_a_training_continued_from_its_state_equals_an_uninterrupted_one(
     method: Method, backbone: Backbone
 ) -> None:
     belongs = Belongs("alice", "default", backbone.fingerprint, "settings")
-    first = Resume(trained(backbone, method, 1).states, belongs)
+    first = Resume(train(backbone, method, 1).states, belongs)
     read = Resume.from_bytes(first.to_bytes())
     read.check(belongs, method, backbone.facts, epochs=2)
-    further, whole = trained(backbone, method, 2, read.states), trained(backbone, method, 2)
+    further, whole = train(backbone, method, 2, read.states), train(backbone, method, 2)
     assert further.members is not None
     assert whole.members is not None
     for ours, expected in zip(further.members, whole.members, strict=True):
@@ -137,7 +137,7 @@ def test_a_training_continued_from_its_state_equals_an_uninterrupted_one(
 
 def test_all_methods_in_one_batch_are_answered_as_each_alone(backbone: Backbone) -> None:
     """On more families, with windows and on encoder-decoder models: test_families.py."""
-    methods = served()
+    methods = select_served()
     prefixes = [random_prefix(backbone, method, n) for n, method in enumerate(methods.values())]
     prompts = [f"what is number {n} " * (1 + n % 3) for n in range(len(prefixes))]
     alone = [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from method_catalogue import served
+from method_catalogue import select_served
 from tiny_backbones import (
     CHUNKED,
     EAGER_ONLY,
@@ -26,11 +26,11 @@ from tiny_backbones import (
     build,
     build_model,
     call,
-    encoded,
     logits_of,
     prefix_rows,
     random_ids,
     random_prefix,
+    random_row,
     user_rows,
     with_window,
 )
@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 
-def close(ours: Tensor, expected: Tensor) -> None:
+def assert_close(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, atol=3e-5, rtol=1e-4)
 
 
@@ -108,7 +108,7 @@ def leaves_of(backbone: Backbone, method: Method, users: int) -> Parameters:
     )
 
 
-def arranged(backbone: Backbone, method: Method, rows: Sequence[Any]) -> list[Any]:
+def arrange_rows(backbone: Backbone, method: Method, rows: Sequence[Any]) -> list[Any]:
     """Rows as the trainers give them to the model."""
     user = UserRows(user_key="any", seed=0, train=tuple(rows), init_ids=(3, 4, 5))
     return list(members_of(method, backbone.template, user)[0].train)
@@ -122,7 +122,9 @@ def loss_gradients(
     tensors = method.compile(parameters.trained, {}, backbone.facts)
     for values in tensors.values():
         values.retain_grad()
-    rows = arranged(backbone, method, [encoded(9, 6, 1), encoded(6, 3, 2), encoded(7, 4, 3)])
+    rows = arrange_rows(
+        backbone, method, [random_row(9, 6, 1), random_row(6, 3, 2), random_row(7, 4, 3)]
+    )
     batch = collate(rows, backbone.device, backbone.facts.decoder_start_id)
     prefix = PackPrefix(tensors, backbone.facts, method.visibility).of_rows(
         torch.tensor(slots), backbone.dtype
@@ -232,7 +234,7 @@ def test_each_stacks_top_layers_alone_are_back_propagated_through(family: str) -
 # Training
 
 
-def teachable() -> list[UserRows]:
+def make_teachable_users() -> list[UserRows]:
     """Two users, each with their own answer to whatever is asked: little text teaches it."""
     pack = []
     for n, name in enumerate(("alice", "bob")):
@@ -243,7 +245,7 @@ def teachable() -> list[UserRows]:
     return pack
 
 
-def packed(
+def train_packed(
     backbone: Backbone, method: Method, config: TrainConfig, pack: Sequence[UserRows]
 ) -> list[Trained]:
     return LocalDriver(backbone).run(train_pack(backbone, method, config, pack))
@@ -265,7 +267,7 @@ def test_training_lowers_the_loss_and_leaves_the_backbone_as_it_was(
         patience=None,
         max_grad_norm=None,
     )
-    for trained in packed(backbone, method, config, teachable()):
+    for trained in train_packed(backbone, method, config, make_teachable_users()):
         assert trained.error is None
         losses = [line["train"] for line in trained.history if line["train"] is not None]
         assert len(losses) == 8
@@ -305,7 +307,7 @@ def test_a_pack_is_the_plain_trainer_on_encoder_decoder_models(family: str, name
     backbone, method = build(PAIRS[family]()), PAIR_METHODS[name]
     config = TrainConfig(epochs=2, batch_size=3, learning_rate=1e-2, patience=None)
     pack = [user_rows("alice", 4, 2, P), user_rows("dave", 5, 0, P, longest=30)]
-    for user, ours in zip(pack, packed(backbone, method, config, pack), strict=True):
+    for user, ours in zip(pack, train_packed(backbone, method, config, pack), strict=True):
         expected = train_user(backbone, method, config, user)
         assert ours.members is not None
         assert expected.members is not None
@@ -326,7 +328,7 @@ def test_a_stack_left_out_gets_no_prefix(family: str, kind: str) -> None:
     others: not theirs."""
     backbone = build(PAIRS[family](), kind)
     whole = random_prefix(backbone, PrefixTuning(num_virtual_tokens=P), 1)
-    batch = collate([encoded(9, 6, 1)], backbone.device, backbone.facts.decoder_start_id)
+    batch = collate([random_row(9, 6, 1)], backbone.device, backbone.facts.decoder_start_id)
 
     def loss(stacks: Sequence[str]) -> float:
         layers = split_groups(
@@ -358,7 +360,7 @@ def with_cache(model: Any, ids: Sequence[int], kv_LPHD: Tensor) -> Tensor:
     return output.logits[0]
 
 
-def at_input(model: Any, ids: Sequence[int], virtual: Tensor) -> Tensor:
+def embed_row(model: Any, ids: Sequence[int], virtual: Tensor) -> Tensor:
     """Embeddings `[1, T, E]` of a row: id -1-k is `virtual[k]`."""
     reader = model.get_encoder() if model.config.is_encoder_decoder else model
     table = reader.get_input_embeddings()
@@ -395,11 +397,11 @@ def test_within_windows_a_prefix_is_what_past_key_values_are(
         seen = logits_of(backbone, rows, prefix_rows(backbone, always), side)
     for row, prefix in enumerate(windowed):
         expected = with_cache(plain, rows[row], as_layers(prefix.tensors))
-        close(ours[row], expected)
+        assert_close(ours[row], expected)
         # The first token has room for some virtual tokens in its window, the last for none.
         assert (seen[row][-1] - expected[-1]).abs().max() > 1e-2
-    close(mixed[0], ours[0])
-    close(mixed[1], seen[1])
+    assert_close(mixed[0], ours[0])
+    assert_close(mixed[1], seen[1])
 
 
 @windowed_families
@@ -441,7 +443,7 @@ def test_beyond_windows_a_prefix_stays_visible_and_the_text_does_not(
                 position_ids=at[None] + prefix.num_virtual_tokens,
                 past_key_values=cache,
             ).logits[0]
-        close(got, expected)
+        assert_close(got, expected)
 
 
 @windowed_families
@@ -490,8 +492,8 @@ def test_virtual_tokens_in_front_compile_to_keys_and_values(
         for row, prefix in enumerate(prefixes):
             virtual = prefix.tensors[EMBEDDINGS]
             ids = [*range(-1, -1 - len(virtual), -1), *rows[row]]
-            expected = plain(inputs_embeds=at_input(plain, ids, virtual)).logits[0]
-            close(ours[row], expected[len(virtual) :])
+            expected = plain(inputs_embeds=embed_row(plain, ids, virtual)).logits[0]
+            assert_close(ours[row], expected[len(virtual) :])
             assert (ours[row][0] - base[row][0]).abs().max() > 1e-2
 
 
@@ -514,8 +516,8 @@ def test_virtual_tokens_among_real_ones_are_embeddings_there(
         prefix = rows_of(backbone, [one.members[0] for one in ready])
         ours = logits_of(backbone, rows, prefix, side)
         for row, one in enumerate(prefixes):
-            embeds = at_input(plain, rows[row], one.tensors[EMBEDDINGS])
-            close(ours[row], plain(inputs_embeds=embeds).logits[0])
+            embeds = embed_row(plain, rows[row], one.tensors[EMBEDDINGS])
+            assert_close(ours[row], plain(inputs_embeds=embeds).logits[0])
 
 
 @with_kinds([*PAIRS])
@@ -537,11 +539,11 @@ def test_an_encoders_virtual_tokens_stay_embeddings(family: str, kind: str, meth
     with torch.no_grad():
         ours = answer_logits(backbone, [source, other], [answer, answer], [prefix, prefix])
         expected = plain(
-            inputs_embeds=at_input(plain, source, virtual),
+            inputs_embeds=embed_row(plain, source, virtual),
             attention_mask=torch.ones((1, len(source)), dtype=torch.long),
             decoder_input_ids=torch.tensor([answer]),
         ).logits[0]
-    close(ours[0], expected)
+    assert_close(ours[0], expected)
 
 
 def answer_logits(
@@ -576,8 +578,8 @@ def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -
         ours = answer_logits(backbone, sources, answers, [*prefixes, of_encoder, None])
         base = answer_logits(backbone, sources, answers, [None] * 4)
         alone = answer_logits(backbone, sources[2:3], answers[2:3], [of_encoder])
-        close(ours[2], alone[0])
-        close(ours[3], base[3])
+        assert_close(ours[2], alone[0])
+        assert_close(ours[3], base[3])
         for row, prefix in enumerate(prefixes):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             for layer, kv in enumerate(as_layers(prefix.tensors)):
@@ -588,7 +590,7 @@ def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -
                 decoder_input_ids=torch.tensor([answers[row]]),
                 past_key_values=cache,
             ).logits[0]
-            close(ours[row], expected)
+            assert_close(ours[row], expected)
             assert (ours[row] - base[row]).abs().max() > 1e-2
 
 
@@ -606,8 +608,8 @@ def test_left_padding_changes_nothing_with_relative_positions(family: str, kind:
     ):
         ids = torch.tensor([padded])
         results.append(call(backbone, ids, torch.tensor([mask]), prefix, answers=answer))
-    close(results[1], results[0])
-    close(results[2], results[0])
+    assert_close(results[1], results[0])
+    assert_close(results[2], results[0])
 
 
 def test_padding_after_a_long_prefix_stays_within_the_positions() -> None:
@@ -618,17 +620,17 @@ def test_padding_after_a_long_prefix_stays_within_the_positions() -> None:
     padded = [[*answers[0], *[0] * 115], answers[1]]
     with torch.no_grad():
         both = answer_logits(backbone, sources, padded, [long, None])
-        close(both[0, :5], answer_logits(backbone, sources[:1], answers[:1], [long])[0])
-        close(both[1], answer_logits(backbone, sources[1:], answers[1:], [None])[0])
+        assert_close(both[0, :5], answer_logits(backbone, sources[:1], answers[:1], [long])[0])
+        assert_close(both[1], answer_logits(backbone, sources[1:], answers[1:], [None])[0])
     assert generate(backbone, ["hi"], [long], max_new_tokens=8)
     with pytest.raises(DataError, match="too few positions"):
         generate(backbone, ["hi"], [long], max_new_tokens=9)
     of_encoder = random_prefix(backbone, PrefixTuning(num_virtual_tokens=120, stacks=("cross",)), 1)
     assert generate(backbone, ["hi"], [of_encoder], max_new_tokens=9)
     method = PrefixTuning(num_virtual_tokens=120, init="random")
-    rows = UserRows(user_key="any", seed=0, train=(encoded(15, 9, 1),))
+    rows = UserRows(user_key="any", seed=0, train=(random_row(15, 9, 1),))
     assert "take 129 positions" in (too_long(rows, backbone.facts, method) or "")
-    assert too_long(replace(rows, train=(encoded(14, 8, 1),)), backbone.facts, method) is None
+    assert too_long(replace(rows, train=(random_row(14, 8, 1),)), backbone.facts, method) is None
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
@@ -643,7 +645,7 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
     prefixes = [random_prefix(backbone, method, seed) for seed in (1, 2)]
     arrangement = prefixes[0].arrangement(backbone.template)
     users = [
-        [arrangement.judged_row(encoded(length, 3, length)) for length in lengths]
+        [arrangement.judged_row(random_row(length, 3, length)) for length in lengths]
         for lengths in ((6, 11, 8), (9, 7))
     ]
     expected = []
@@ -675,8 +677,8 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
 
 # Generation
 
-CAUSAL_USERS: dict[str, Method | None] = {"base": None, **served()}
-PAIR_USERS: dict[str, Method | None] = {"base": None, **served(pairs=True)}
+CAUSAL_USERS: dict[str, Method | None] = {"base": None, **select_served()}
+PAIR_USERS: dict[str, Method | None] = {"base": None, **select_served(pairs=True)}
 # Anything that a batch may hold: windows too, which the texts outgrow.
 SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     **PLACES,
@@ -686,7 +688,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def everyone(backbone: Backbone) -> list[Prefix | None]:
+def prefixes_of_every_kind(backbone: Backbone) -> list[Prefix | None]:
     """A prefix of each kind that the backbone takes, and none."""
     chosen = CAUSAL_USERS if backbone.facts.decoder_start_id is None else PAIR_USERS
     return [
@@ -700,11 +702,14 @@ def test_a_checkpointed_backbone_generates_what_a_plain_one_does(family: str) ->
     """Checkpointed layers would drop the cache in silence, and a step forget what came before."""
     config = (FAMILIES | CHUNKED)[family]
     plain, checkpointed = build(config()), build(config(), gradient_checkpointing=True)
-    prefixes = everyone(plain)
+    prefixes = prefixes_of_every_kind(plain)
     prompts = [prompt_of(n) for n in range(len(prefixes))]
     expected = generate(plain, prompts, prefixes, max_new_tokens=6)
     with torch.enable_grad():
-        assert generate(checkpointed, prompts, everyone(checkpointed), max_new_tokens=6) == expected
+        assert (
+            generate(checkpointed, prompts, prefixes_of_every_kind(checkpointed), max_new_tokens=6)
+            == expected
+        )
 
 
 def prompt_of(n: int) -> str:
@@ -714,7 +719,7 @@ def prompt_of(n: int) -> str:
 @pytest.mark.parametrize("family", SERVED)
 def test_all_methods_in_one_batch_answer_as_each_alone(family: str) -> None:
     backbone = build(SERVED[family]())
-    prefixes = everyone(backbone)
+    prefixes = prefixes_of_every_kind(backbone)
     prompts = [prompt_of(n) for n in range(len(prefixes))]
     together = generate(backbone, prompts, prefixes, max_new_tokens=6)
     alone = [
@@ -730,7 +735,10 @@ def test_all_methods_in_one_batch_answer_as_each_alone(family: str) -> None:
 def test_all_methods_in_one_batch_have_each_ones_logits(family: str, kind: str) -> None:
     """What text can hide: logits of three steps, every member of an ensemble for itself."""
     backbone = build(SERVED[family](), kind)
-    ready = [None if one is None else make_ready(one, backbone) for one in everyone(backbone)]
+    ready = [
+        None if one is None else make_ready(one, backbone)
+        for one in prefixes_of_every_kind(backbone)
+    ]
     rows, members = [], []
     for n, one in enumerate(ready):
         ids = backbone.template.encode_prompt(prompt_of(n))
@@ -746,7 +754,7 @@ def test_all_methods_in_one_batch_have_each_ones_logits(family: str, kind: str) 
 
     together = logits(slice(None))
     for n in range(len(rows)):
-        close(together[n], logits(slice(n, n + 1))[0])
+        assert_close(together[n], logits(slice(n, n + 1))[0])
 
 
 @pytest.mark.slow
@@ -757,7 +765,7 @@ def test_generation_computes_the_logits_of_training(family: str, kind: str) -> N
     backbone = build(SERVED[family](), kind)
     start = backbone.facts.decoder_start_id
     steps = _causal_steps if start is None else _answer_steps
-    for n, prefix in enumerate(everyone(backbone)):
+    for n, prefix in enumerate(prefixes_of_every_kind(backbone)):
         if prefix is None:
             continue
         prompt, answer = backbone.template.encode_prompt(prompt_of(n)), random_ids(3, n)
@@ -776,7 +784,7 @@ def test_generation_computes_the_logits_of_training(family: str, kind: str) -> N
                 rows_of(backbone, [ready.members[member]]),
             )
             stepped = [next(run), *(run.send([token]) for token in answer[:-1])]
-            close(torch.cat(stepped), whole)
+            assert_close(torch.cat(stepped), whole)
 
 
 # A bidirectional encoder without a language model around it
@@ -849,7 +857,7 @@ def test_on_bert_the_attention_is_the_formulas_with_its_gradients(kind: str, pad
     plan = plan_attention(tokens, prefix, AttentionFacts({ENCODER: layers}, dtype))
     hidden = model(input_ids=ids, attention_mask=mask, **{PLAN: plan}).last_hidden_state[:, :7]
     expected = torch.cat([bert_by_hand(rows[r : r + 1], by_hand[r]) for r in range(2)])
-    close(hidden, expected)
+    assert_close(hidden, expected)
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     (hidden * weights).sum().backward()
     (expected * weights).sum().backward()

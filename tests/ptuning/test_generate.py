@@ -272,7 +272,9 @@ def one_member(prefix: Prefix, member: int) -> Prefix:
     return make_prefix([prefix.members[member]], replace(prefix.meta, method=method))
 
 
-def spoken(backbone: Backbone, prompt: str, prefix: Prefix, stops: set[int]) -> tuple[str, float]:
+def answer_greedily(
+    backbone: Backbone, prompt: str, prefix: Prefix, stops: set[int]
+) -> tuple[str, float]:
     """The greedy answer of at most 8 tokens, and its mean log-probability, from whole passes."""
     (member,) = make_ready(prefix, backbone).members
     ids = backbone.template.encode_prompt(prompt)
@@ -306,7 +308,7 @@ def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.Mon
     begun = backbone.template.encode_prompt(PROMPTS[0])
     stops = {greedy_ids(backbone, begun, alone[0], 3)[2]}
     monkeypatch.setattr(sys.modules["ptuning.generation"], "stop_ids", lambda _: stops)
-    answers = [spoken(backbone, PROMPTS[0], one, stops) for one in alone]
+    answers = [answer_greedily(backbone, PROMPTS[0], one, stops) for one in alone]
     texts = [text for text, _ in answers]
     assert len(set(texts)) == (3 if winner == "the commonest" else 4)
     best = max(answers, key=lambda one: one[1])[0]

@@ -38,7 +38,7 @@ FACTS = Facts(
 WIDTHS = [(2, 6, 4), (1, 8, 12), (2, 6, 4), (2, 6, 4), (1, 8, 12)]  # H, Dk, Dv, lowest layer first
 
 
-class Plainly(KeysAndValuesTuning):
+class PlainKeysAndValues(KeysAndValuesTuning):
     """Keys and values as the base of such methods has them."""
 
     type: Literal["plainly"] = "plainly"
@@ -53,12 +53,12 @@ METHODS: dict[str, Method] = {
     "mlp on words": PrefixTuning(num_virtual_tokens=P, encoder_hidden_size=5),
     "top three": PrefixTuning(num_virtual_tokens=P, init="random", layers=3),
     "the top one": PrefixTuning(num_virtual_tokens=P, layers=1),
-    "base": Plainly(num_virtual_tokens=P),
+    "base": PlainKeysAndValues(num_virtual_tokens=P),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 
-def words(seed: int = 1) -> dict[str, Tensor]:
+def init_activations(seed: int = 1) -> dict[str, Tensor]:
     """Activations of P words in every layer."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -67,7 +67,7 @@ def words(seed: int = 1) -> dict[str, Tensor]:
 
 
 def start_of(method: Method) -> dict[str, Tensor] | None:
-    return None if method.start_ids == "none" else words()
+    return None if method.start_ids == "none" else init_activations()
 
 
 def backbone(tokenizer: Any) -> Any:
@@ -102,7 +102,7 @@ def test_a_method_makes_what_its_shapes_say(method: Method) -> None:
         for heads, keys, values in WIDTHS[-depth_of(method) :]
     ]
     if method.start_ids == "words":  # each layer begins as the words were in it
-        of_words = split_groups(words(), FACTS, 0)[DECODER][-depth_of(method) :]
+        of_words = split_groups(init_activations(), FACTS, 0)[DECODER][-depth_of(method) :]
         for (keys, values), (wanted_keys, wanted_values) in zip(layers, of_words, strict=True):
             assert torch.equal(keys[0], wanted_keys)
             assert torch.equal(values[1], wanted_values)
@@ -144,7 +144,7 @@ def test_a_prefix_of_two_groups_is_saved_loaded_and_ready(
         name: torch.randn(shape, generator=generator)
         for name, shape in method.shapes(FACTS).items()
     }
-    monkeypatch.setitem(catalogue.METHODS, "plainly", Plainly)
+    monkeypatch.setitem(catalogue.METHODS, "plainly", PlainKeysAndValues)
     prefix = make_prefix([tensors], PrefixMeta.of(there, method, user_key="u" * 52))
     again = Prefix.from_bytes(prefix.to_bytes(), there)
     assert again == prefix
@@ -157,15 +157,17 @@ def test_a_prefix_of_two_groups_is_saved_loaded_and_ready(
     assert dict(again.meta.layers) == wanted
     layers = split_groups(tensors, FACTS, 0)[DECODER]
     (member,) = make_ready(again, there).members
-    assert same(member.layers[DECODER], layers)
-    assert same(rows_of_pack(pack_prefix([again], there)), [(k[None], v[None]) for k, v in layers])
+    assert assert_same(member.layers[DECODER], layers)
+    assert assert_same(
+        rows_of_pack(pack_prefix([again], there)), [(k[None], v[None]) for k, v in layers]
+    )
 
 
 def rows_of_pack(pack: PackPrefix) -> Any:
     return pack.of_rows(torch.tensor([0]), torch.float32).layers[DECODER]
 
 
-def same(ours: Any, expected: Any) -> bool:
+def assert_same(ours: Any, expected: Any) -> bool:
     pairs = zip(ours, expected, strict=True)
     return all(torch.equal(k, wk) and torch.equal(v, wv) for (k, v), (wk, wv) in pairs)
 
@@ -195,21 +197,23 @@ def test_rows_of_different_lengths_and_depths_share_a_batch(tokenizer: Any) -> N
 
 
 def test_splitting_layers_into_groups_can_be_undone() -> None:
-    layers = {DECODER: split_groups(words(), FACTS, 0)[DECODER]}
+    layers = {DECODER: split_groups(init_activations(), FACTS, 0)[DECODER]}
     again = stack_groups(layers, FACTS, 0)
-    assert again.keys() == words().keys()
-    assert all(torch.equal(again[name], values) for name, values in words().items())
+    assert again.keys() == init_activations().keys()
+    assert all(torch.equal(again[name], values) for name, values in init_activations().items())
 
 
 def test_a_prefix_that_leaves_out_a_layer_below_its_top_is_refused() -> None:
-    tensors = {name: values for name, values in words().items() if name.startswith("decoder.0")}
+    tensors = {
+        name: values for name, values in init_activations().items() if name.startswith("decoder.0")
+    }
     with pytest.raises(WrongShape, match="skips layers"):
         split_groups(tensors, FACTS, 0)
 
 
 def test_a_service_keeps_each_layer_in_its_own_shape() -> None:
     cache = SlotCache(FACTS.stacks[DECODER], rows=2, dtype=torch.float32, device=CPU)
-    layers = split_groups(words(), FACTS, 0)[DECODER][-3:]
+    layers = split_groups(init_activations(), FACTS, 0)[DECODER][-3:]
     cache.enter(1, layers)
     assert [(s.keys.shape[1], s.keys.shape[3], s.values.shape[3]) for s in cache.slots] == WIDTHS
     for slot, (keys, values) in zip(cache.slots[-3:], layers, strict=True):

@@ -89,14 +89,14 @@ def test_every_rope_type_keeps_rows_apart_at_all_positions_that_are_left_to_it(k
     limit = backbone.facts.max_positions
     assert limit == (ORIGINAL if kind == "longrope" else POSITIONS)
     short, long = random_ids(6, 1), random_ids(limit, 2)
-    alone = logits(backbone, [short])[0]
-    beside = logits(backbone, [short, long])[0]
-    after = logits(backbone, [short])[0]
+    alone = compute_logits(backbone, [short])[0]
+    beside = compute_logits(backbone, [short, long])[0]
+    after = compute_logits(backbone, [short])[0]
     torch.testing.assert_close(beside, alone, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after, alone, atol=1e-4, rtol=1e-4)
 
 
-def logits(backbone: Backbone, rows: list[list[int]]) -> list[Tensor]:
+def compute_logits(backbone: Backbone, rows: list[list[int]]) -> list[Tensor]:
     with torch.no_grad():
         return logits_of(backbone, rows, None)
 

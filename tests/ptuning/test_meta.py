@@ -13,7 +13,7 @@ from tiny_backbones import (
     SEQ2SEQ,
     SHARING,
     build_model,
-    encoded,
+    random_row,
     with_window,
 )
 from tiny_model import make_tokenizer
@@ -59,7 +59,7 @@ def test_a_microbatch_needs_nothing_of_the_host(family: str, kind: str) -> None:
         pytest.skip("it has eager attention alone")
     backbone = on_meta(CONFIGS[family](), kind)
     start = backbone.facts.decoder_start_id
-    rows = [encoded(9, 6, 1), encoded(6, 3, 2)]
+    rows = [random_row(9, 6, 1), random_row(6, 3, 2)]
     batch = collate(rows, META, start)
     visibilities = [Visibility(), Visibility(windowed=True)]
     if start is None:

@@ -21,8 +21,8 @@ from tiny_backbones import (
     SEQ2SEQ,
     build,
     build_model,
-    encoded,
     random_prefix,
+    random_row,
     user_rows,
 )
 from tiny_model import make_tokenizer
@@ -79,7 +79,7 @@ def pair() -> Backbone:
     return build(SEQ2SEQ["bart"]())
 
 
-def explained(error: PTuningError, *words: str) -> None:
+def assert_explained(error: PTuningError, *words: str) -> None:
     """The error says what was seen and expected, and names these words."""
     assert error.seen is not None
     assert error.expected is not None
@@ -93,7 +93,7 @@ def explained(error: PTuningError, *words: str) -> None:
 U, COUNT, WIDTH, HIDDEN = 3, 5, 6, 4
 
 
-def stacked(of_one: Callable[[torch.Generator], dict[str, Tensor]]) -> dict[str, Tensor]:
+def stack_weights(of_one: Callable[[torch.Generator], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The weights of U users, each from their own seed, with a leading U."""
     users = [of_one(torch.Generator().manual_seed(seed)) for seed in range(U)]
     return {name: torch.stack([user[name] for user in users]) for name in users[0]}
@@ -140,7 +140,7 @@ def assert_same_as_torch(
 
 
 def test_a_linear_layer_of_many_users_is_torchs() -> None:
-    weights = stacked(lambda generator: initial_linear("7", WIDTH, HIDDEN, generator))
+    weights = stack_weights(lambda generator: initial_linear("7", WIDTH, HIDDEN, generator))
     modules = [nn.Linear(WIDTH, HIDDEN) for _ in range(U)]
     places = {"w7": "weight", "b7": "bias"}
     assert_same_as_torch(lambda p, x: linear(p, "7", x), weights, modules, places)
@@ -148,7 +148,7 @@ def test_a_linear_layer_of_many_users_is_torchs() -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_an_lstm_of_many_users_is_torchs(layers: int) -> None:
-    weights = stacked(lambda generator: initial_lstm(WIDTH, HIDDEN, layers, generator))
+    weights = stack_weights(lambda generator: initial_lstm(WIDTH, HIDDEN, layers, generator))
     modules = [
         nn.LSTM(WIDTH, HIDDEN, layers, bidirectional=True, batch_first=True) for _ in range(U)
     ]
@@ -307,7 +307,7 @@ def test_the_plain_layouts() -> None:
 def test_a_template_that_cannot_be_used_is_refused_when_it_is_set(template: str, seen: str) -> None:
     with pytest.raises(MethodError) as caught:
         PTuning(template=template)
-    explained(caught.value, seen, "{p:N}", "method.template")
+    assert_explained(caught.value, seen, "{p:N}", "method.template")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_template_that_cannot_be_used_is_refused_when_it_is_set(template: str,
 def test_a_template_with_too_many_virtual_tokens_is_refused(template: str) -> None:
     with pytest.raises(MethodError, match="too many") as caught:
         PTuning(template=template)
-    explained(caught.value, template, "at most 1000", "method.template")
+    assert_explained(caught.value, template, "at most 1000", "method.template")
     PTuning(template="{p:600}{prompt}{p:400}")
 
 
@@ -357,7 +357,7 @@ def test_settings_out_of_range_say_what_was_seen_and_what_to_change(
 ) -> None:
     with pytest.raises(MethodError) as caught:
         method(**settings)
-    explained(caught.value, f"method.{field}")
+    assert_explained(caught.value, f"method.{field}")
     (value,) = settings.values()
     if field in getattr(method, "model_fields", {}):
         assert f"method.{field}={value!r}" in str(caught.value.seen) or field == "stacks"
@@ -367,7 +367,7 @@ def test_settings_that_are_no_mapping_are_refused() -> None:
     for settings in (5, [1], None):
         with pytest.raises(MethodError) as caught:
             PrefixTuning.model_validate(settings)
-        explained(caught.value)
+        assert_explained(caught.value)
 
 
 # What a backbone refuses
@@ -407,13 +407,13 @@ LIMIT = 128  # positions of the tiny backbones
 )
 def test_more_virtual_tokens_than_positions_are_refused(causal: Backbone, method: Method) -> None:
     error = refusal(causal, method)
-    explained(error, str(LIMIT), f"fewer than {LIMIT}", "num_virtual_tokens")
+    assert_explained(error, str(LIMIT), f"fewer than {LIMIT}", "num_virtual_tokens")
 
 
 def test_a_row_too_long_beside_the_virtual_tokens_fails_its_user_alone(
     causal: Backbone,
 ) -> None:
-    long = replace(user_rows("long", 1, 0, 3), train=(encoded(LIMIT - 2, 3, 1),))
+    long = replace(user_rows("long", 1, 0, 3), train=(random_row(LIMIT - 2, 3, 1),))
     for method in (PrefixTuning(num_virtual_tokens=3), PromptTuning(num_virtual_tokens=3)):
         pack = [user_rows("alice", 2, 0, 3), long]
         machine = train_pack(causal, method, TrainConfig(epochs=1), pack)
@@ -423,28 +423,28 @@ def test_a_row_too_long_beside_the_virtual_tokens_fails_its_user_alone(
         assert bad.error is not None
         assert "num_virtual_tokens" in bad.error
         assert train_user(causal, method, TrainConfig(epochs=1), long).error == bad.error
-        short = replace(long, train=(encoded(LIMIT - 3, 3, 1),))
+        short = replace(long, train=(random_row(LIMIT - 3, 3, 1),))
         assert train_user(causal, method, TrainConfig(epochs=1), short).error is None
 
 
 def test_layers_beyond_the_backbone_are_refused(causal: Backbone, pair: Backbone) -> None:
-    explained(refusal(causal, PrefixTuning(layers=3)), "method.layers=3", "1 to 2")
+    assert_explained(refusal(causal, PrefixTuning(layers=3)), "method.layers=3", "1 to 2")
     # The decoder has two layers, so three fit an encoder's prefix alone.
-    explained(refusal(pair, PrefixTuning(layers=3)), "method.layers=3", "1 to 2")
+    assert_explained(refusal(pair, PrefixTuning(layers=3)), "method.layers=3", "1 to 2")
     PrefixTuning(layers=3, stacks=("encoder",)).check(pair.facts)
-    explained(refusal(pair, PrefixTuning(layers=4, stacks=("encoder",))), "=4", "1 to 3")
+    assert_explained(refusal(pair, PrefixTuning(layers=4, stacks=("encoder",))), "=4", "1 to 3")
 
 
 @pytest.mark.parametrize("stack", [ENCODER, CROSS])
 def test_a_stack_that_a_causal_model_lacks_is_refused(causal: Backbone, stack: Any) -> None:
     error = refusal(causal, PrefixTuning(stacks=(DECODER, stack)))
-    explained(error, f"method.stacks: {stack}", DECODER)
+    assert_explained(error, f"method.stacks: {stack}", DECODER)
 
 
 @pytest.mark.parametrize("layers", ["all", "embedding", 1])
 def test_an_infix_on_an_encoder_decoder_model_is_refused(pair: Backbone, layers: Any) -> None:
     error = refusal(pair, PrefixTuning(placement="infix", layers=layers))
-    explained(error, "method.placement=infix", "expected: prefix")
+    assert_explained(error, "method.placement=infix", "expected: prefix")
 
 
 class WithoutEmbeddings(transformers.LlamaForCausalLM):
@@ -489,7 +489,7 @@ def test_virtual_tokens_at_the_input_are_refused_where_a_model_takes_none(
     refusing: Backbone, method: Method
 ) -> None:
     error = refusal(refusing, method)
-    explained(error, "inputs_embeds", "method.type=prefix")
+    assert_explained(error, "inputs_embeds", "method.type=prefix")
     assert error.fix is not None
 
 
@@ -523,7 +523,7 @@ def test_words_without_tokens_are_refused(method: Method) -> None:
     rows = [Example(prompt="one", completion="two", split="train")]
     with pytest.raises(DataError, match="no tokens") as caught:
         encode_user(TEMPLATE, Recipe(method, TrainConfig()), "alice", rows)
-    explained(caught.value, "''", "init_text")
+    assert_explained(caught.value, "''", "init_text")
     assert caught.value.fix is not None
 
 
@@ -539,7 +539,7 @@ def test_words_without_tokens_are_refused(method: Method) -> None:
 def test_a_start_from_words_without_any_is_refused(causal: Backbone, method: Method) -> None:
     with pytest.raises(MethodError) as caught:
         method.initial(causal.facts, None, 0)
-    explained(caught.value, "no init words", "method.init=random")
+    assert_explained(caught.value, "no init words", "method.init=random")
 
 
 def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
@@ -554,22 +554,22 @@ def test_words_that_are_fewer_than_the_virtual_tokens_are_repeated() -> None:
 # Prefixes that must not be used
 
 
-def changed(prefix: Prefix, **meta: Any) -> Prefix:
+def change_prefix(prefix: Prefix, **meta: Any) -> Prefix:
     return make_prefix(prefix.members, replace(prefix.meta, **meta))
 
 
 def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -> None:
     method = PrefixTuning(num_virtual_tokens=3)
     whole = random_prefix(pair, method, 1)
-    moved = changed(whole, template_digest=causal.template.digest)
+    moved = change_prefix(whole, template_digest=causal.template.digest)
     with pytest.raises(WrongShape, match="stacks") as caught:
         moved.check(causal)
-    explained(caught.value, ENCODER, DECODER)
+    assert_explained(caught.value, ENCODER, DECODER)
     of_decoder = {name: t for name, t in whole.tensors.items() if stack_of(name) == DECODER}
     partial = make_prefix([of_decoder], whole.meta)
     with pytest.raises(WrongShape, match="stacks") as caught:
         partial.check(pair)
-    explained(caught.value, CROSS)
+    assert_explained(caught.value, CROSS)
     named = PrefixTuning(num_virtual_tokens=3, stacks=("decoder",))
     meta = PrefixMeta.of(pair, named, user_key=whole.meta.user_key)
     make_prefix([of_decoder], meta).check(pair)
@@ -577,10 +577,10 @@ def test_a_prefix_of_other_stacks_is_refused(causal: Backbone, pair: Backbone) -
 
 def test_a_prefix_of_another_backbone_is_refused(causal: Backbone) -> None:
     for method in (PrefixTuning(num_virtual_tokens=3), PromptTuning(num_virtual_tokens=3)):
-        other = changed(random_prefix(causal, method, 1), backbone_fingerprint="1" * 64)
+        other = change_prefix(random_prefix(causal, method, 1), backbone_fingerprint="1" * 64)
         with pytest.raises(WrongBackbone) as caught:
             other.check(causal)
-        explained(caught.value, "1" * 12, "0" * 12)
+        assert_explained(caught.value, "1" * 12, "0" * 12)
 
 
 @pytest.mark.parametrize(
@@ -601,7 +601,7 @@ def test_embeddings_of_another_shape_are_refused(causal: Backbone, method: Metho
         broken = make_prefix([*others, {EMBEDDINGS: wrong}], prefix.meta)
         with pytest.raises(WrongShape) as caught:
             broken.check(causal)
-        explained(caught.value, str(tuple(wrong.shape)), f"(3, {causal.facts.hidden_size})")
+        assert_explained(caught.value, str(tuple(wrong.shape)), f"(3, {causal.facts.hidden_size})")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -623,7 +623,7 @@ def test_values_that_are_not_finite_are_refused(
     values.view(-1)[-1] = value
     with pytest.raises(CorruptArtifact, match="not finite") as caught:
         make_prefix(members, prefix.meta).check(causal)
-    explained(caught.value, f"1 of {values.numel()} in", name)
+    assert_explained(caught.value, f"1 of {values.numel()} in", name)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *SEQ2SEQ, *EAGER_ONLY])
@@ -690,12 +690,12 @@ def test_keys_and_values_with_a_layout_at_the_input_are_refused() -> None:
 
 def test_an_encoder_without_anything_to_read_is_refused() -> None:
     template = replace(build(SEQ2SEQ["t5"]()).template, encoder_decoder=True)
-    bare = Template(_Bare(template.tokenizer), "plain", encoder_decoder=True)
+    bare = Template(_BareTokenizer(template.tokenizer), "plain", encoder_decoder=True)
     with pytest.raises(DataError, match="encoder needs one"):
         bare.encode(Example(prompt="", completion="x"))
 
 
-class _Bare:
+class _BareTokenizer:
     """A tokenizer that puts nothing around a text."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -711,7 +711,7 @@ class _Bare:
 # A method of one's own
 
 
-class Whispering(KeysAndValuesTuning):
+class HiddenFromPrompt(KeysAndValuesTuning):
     """Keys and values that the prompt does not attend to: a rule that no setting says."""
 
     type: Literal["whispering"] = "whispering"
@@ -726,14 +726,14 @@ def test_a_methods_own_rule_of_visibility_holds_wherever_its_prefix_goes(
 ) -> None:
     """What training saw is what the saved prefix scores."""
     monkeypatch.delitem(METHODS, "whispering", raising=False)  # takes it out again afterwards
-    method = catalogue.register(Whispering)(num_virtual_tokens=4)
+    method = catalogue.register(HiddenFromPrompt)(num_virtual_tokens=4)
     examples = [Example(prompt=f"what is {n}", completion=f"it is {n} so") for n in range(12)]
     settings = TrainConfig(epochs=1, batch_size=4)
     trained = tune(causal, {"alice": examples}, method=method, train=settings)["alice"]
     assert trained.prefix is not None
     path = trained.prefix.save(tmp_path / "alice.safetensors")
     loaded = Prefix.load(path, causal)
-    assert isinstance(loaded.method, Whispering)
+    assert isinstance(loaded.method, HiddenFromPrompt)
     valid = [row for row in arrange(examples) if row.split == "valid"]
     (line,) = trained.history
     assert line["valid"] is not None

@@ -20,6 +20,7 @@ from registry_backends import (
     OTHER_FINGERPRINT,
     SCOPE,
     Open,
+    decision_of,
     digest_of,
     entry,
     new_pack,
@@ -27,7 +28,6 @@ from registry_backends import (
     open_at,
     promoted,
     runs_of,
-    story_of,
     versions_of,
 )
 
@@ -345,7 +345,7 @@ def test_a_version_judged_again_shows_its_new_decision(registry: Registry) -> No
     old = {"nll_base_valid": 5.1, "nll_other_valid": 4.5}
     registry.register(monday, [entry(user, **STRICT, metrics=old, tags={"method": "prefix"})])
     registry.register(tuesday, [promoted(user, **MILD, tags={"backbone": "smollm2"})])
-    assert story_of(registry, user, "first") == {
+    assert decision_of(registry, user, "first") == {
         "decision": "promoted",
         "reason": "0.4 better than base",
         "gate": "mild",
@@ -374,7 +374,7 @@ def test_an_older_run_that_is_resumed_moves_nothing_back(registry: Registry) -> 
     [new] = registry.register(newer, [promoted(user, "new")])
     [old] = registry.register(older, [promoted(user, "old", **MILD)])
     assert old.decision == "pending"
-    assert "newer run" in story_of(registry, user, "old")["reason"]
+    assert "newer run" in decision_of(registry, user, "old")["reason"]
     assert registry.current([user]) == {user: Current(candidate=new, champion=new)}
     registry.register(older, [entry(user, "rejected")])
     assert registry.current([user]) == {user: Current(candidate=new, champion=new)}
@@ -387,7 +387,7 @@ def test_an_older_run_does_not_judge_again_what_a_newer_one_judged(registry: Reg
     [judged] = registry.register(newer, [entry(user, **STRICT)])
     assert registry.register(older, [promoted(user, **MILD)]) == [judged]
     assert registry.current([user]) == {user: Current(candidate=judged, champion=before)}
-    assert story_of(registry, user, "first")["gate"] == "strict"
+    assert decision_of(registry, user, "first")["gate"] == "strict"
 
 
 def test_a_pending_prefix_moves_no_alias(registry: Registry) -> None:

@@ -79,12 +79,14 @@ def test_processes_that_make_a_store_at_once_agree(tmp_path: Path) -> None:
     for attempt in range(20):
         barrier = Barrier(8)
 
-        def make(root: Path = tmp_path / str(attempt), barrier: Barrier = barrier) -> StoreIdentity:
+        def make_store(
+            root: Path = tmp_path / str(attempt), barrier: Barrier = barrier
+        ) -> StoreIdentity:
             barrier.wait()
             return open_identity(Store(root))
 
         with ThreadPoolExecutor(8) as pool:
-            identities = [pool.submit(make) for _ in range(8)]
+            identities = [pool.submit(make_store) for _ in range(8)]
         assert len({identity.result() for identity in identities}) == 1
 
 

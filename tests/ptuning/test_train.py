@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from blown import Blown
+from diverging import DivergingTraining
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from method_catalogue import CATALOGUE, P, of_causal_models
+from method_catalogue import CATALOGUE, P, select_for_causal_models
 from tiny_backbones import (
     FAMILIES,
     as_groups,
     as_layers,
     build,
     build_model,
-    encoded,
     kv_shape,
     random_ids,
     random_kv,
+    random_row,
     user_rows,
 )
 from tiny_model import make_tokenizer
@@ -71,14 +71,14 @@ def backbone() -> Backbone:
     return build(FAMILIES["llama"]())
 
 
-METHODS: dict[str, Any] = {name: entry.method for name, entry in of_causal_models().items()}
-FAST = [entry.method for entry in of_causal_models().values() if entry.fast]
+METHODS: dict[str, Any] = {name: entry.method for name, entry in select_for_causal_models().items()}
+FAST = [entry.method for entry in select_for_causal_models().values() if entry.fast]
 # Some of each kind in the fast tier, all of them in the whole.
 methods = pytest.mark.parametrize(
     "method",
     [
         pytest.param(entry.method, id=name, marks=() if entry.fast else pytest.mark.slow)
-        for name, entry in of_causal_models().items()
+        for name, entry in select_for_causal_models().items()
     ],
 )
 
@@ -100,7 +100,7 @@ def config(**changes: Any) -> TrainConfig:
     )
 
 
-def packed(
+def train_packed(
     backbone: Backbone, method: Method, settings: TrainConfig, pack: Sequence[UserRows]
 ) -> dict[str, Trained]:
     results = LocalDriver(backbone).run(train_pack(backbone, method, settings, pack))
@@ -142,7 +142,7 @@ def test_a_pack_gives_what_each_user_alone_gives_in_the_plain_trainer(
     backbone: Backbone, method: PrefixTuning, changes: dict[str, Any]
 ) -> None:
     settings = config(**changes)
-    results = packed(backbone, method, settings, users())
+    results = train_packed(backbone, method, settings, users())
     for user in users():
         expected = train_user(backbone, method, settings, user)
         assert_same(results[user.user_key], expected)
@@ -154,7 +154,7 @@ def test_packed_equals_plain_on_other_families(family: str, kind: str) -> None:
     backbone, method = build(FAMILIES[family](), kind), METHODS["direct-words"]
     # Adam divides by the size of a gradient, so rounding is what is left where it is tiny.
     settings = config(epochs=2, learning_rate=1e-2)
-    results = packed(backbone, method, settings, users()[:3])
+    results = train_packed(backbone, method, settings, users()[:3])
     for user in users()[:3]:
         assert_same(results[user.user_key], train_user(backbone, method, settings, user), atol=5e-4)
 
@@ -164,12 +164,12 @@ def test_a_users_prefix_does_not_depend_on_neighbours_order_or_microbatches(
     backbone: Backbone, method: PrefixTuning
 ) -> None:
     pack = users()
-    alone = {user.user_key: packed(backbone, method, config(), [user]) for user in pack}
+    alone = {user.user_key: train_packed(backbone, method, config(), [user]) for user in pack}
     variants = [
-        packed(backbone, method, config(), pack),
-        packed(backbone, method, config(), pack[::-1]),
-        packed(backbone, method, config(tokens_per_microbatch=40), pack[1:] + pack[:1]),
-        packed(backbone, method, config(pack_users=1), pack[:3]),
+        train_packed(backbone, method, config(), pack),
+        train_packed(backbone, method, config(), pack[::-1]),
+        train_packed(backbone, method, config(tokens_per_microbatch=40), pack[1:] + pack[:1]),
+        train_packed(backbone, method, config(pack_users=1), pack[:3]),
     ]
     for variant in variants:
         for key, trained in variant.items():
@@ -181,7 +181,7 @@ def test_the_same_rows_and_seed_in_two_slots_of_a_pack_give_the_same_prefix(
 ) -> None:
     alice = users()[0]
     twin = replace(alice, user_key="twin")
-    results = packed(backbone, METHODS["direct-words"], config(), [alice, twin])
+    results = train_packed(backbone, METHODS["direct-words"], config(), [alice, twin])
     one, two = results["alice"].kv, results["twin"].kv
     assert one is not None
     assert two is not None
@@ -190,7 +190,7 @@ def test_the_same_rows_and_seed_in_two_slots_of_a_pack_give_the_same_prefix(
 
 def test_gradient_checkpointing_trains_the_same_prefix() -> None:
     results = [
-        packed(
+        train_packed(
             build(FAMILIES["llama"](), gradient_checkpointing=checkpointed),
             METHODS["mlp-words"],
             config(),
@@ -207,7 +207,7 @@ def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(me
     model = build_model(FAMILIES["llama"](), implementation("eager")).to(torch.bfloat16)
     backbone = Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)
     settings = config(epochs=2, keep_resume=True)
-    results = packed(backbone, method, settings, users()[:3])
+    results = train_packed(backbone, method, settings, users()[:3])
     for user in users()[:3]:
         ours, plain = results[user.user_key], train_user(backbone, method, settings, user)
         assert ours.members is not None
@@ -229,7 +229,7 @@ def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(me
 def test_members_of_an_ensemble_are_separate_trainings(backbone: Backbone) -> None:
     """Each is what a user with its seed gets, and no two are alike."""
     alice, method = users()[0], METHODS["prompt-ensemble"]
-    members = packed(backbone, method, config(), [alice])["alice"].members
+    members = train_packed(backbone, method, config(), [alice])["alice"].members
     assert members is not None
     for number, member in enumerate(members):
         single = replace(alice, seed=seed_of(alice.seed, "member", number))
@@ -245,7 +245,7 @@ def test_dropout_acts_in_training_only(backbone: Backbone) -> None:
     alice = users()[0]
     with_it, without = METHODS["dropout"], METHODS["direct-words"]
     dropped, whole = (
-        packed(backbone, method, config(), [alice])["alice"] for method in (with_it, without)
+        train_packed(backbone, method, config(), [alice])["alice"] for method in (with_it, without)
     )
     assert dropped.kv is not None
     assert whole.kv is not None
@@ -253,7 +253,7 @@ def test_dropout_acts_in_training_only(backbone: Backbone) -> None:
     # The first epoch's validation of a prefix that has hardly moved: no value is dropped.
     still = config(epochs=1, learning_rate=1e-12)
     ours, plain = (
-        packed(backbone, m, still, [alice])["alice"].history[0] for m in (with_it, without)
+        train_packed(backbone, m, still, [alice])["alice"].history[0] for m in (with_it, without)
     )
     assert ours["valid"] == pytest.approx(plain["valid"], abs=1e-6)
     assert ours["train"] != pytest.approx(plain["train"], abs=1e-4)
@@ -283,7 +283,7 @@ def test_training_lowers_the_loss_on_a_task_that_can_be_learned(
     ]
     entry = next(entry for entry in CATALOGUE.values() if entry.method == method)
     settings = config(epochs=15, learning_rate=entry.rate)
-    results = packed(backbone, method, settings, pack)
+    results = train_packed(backbone, method, settings, pack)
     for trained in results.values():
         first, last = trained.history[0]["train"], trained.history[-1]["train"]
         assert first is not None
@@ -308,7 +308,7 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
     )
     settings = config(epochs=8, patience=1, learning_rate=0.2, batch_size=2)
     method = METHODS["direct-words"]
-    results = packed(backbone, method, settings, [contrary, steady, *users()[:2]])
+    results = train_packed(backbone, method, settings, [contrary, steady, *users()[:2]])
     assert len(results["contrary"].history) < len(results["steady"].history)
     for user in (contrary, steady, *users()[:2]):
         assert_same(results[user.user_key], train_user(backbone, method, settings, user))
@@ -321,8 +321,8 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
         epochs=best + 1, learning_rate=0.2, batch_size=2, schedule="constant", patience=None
     )
     longer = shorter.model_copy(update={"epochs": 8, "patience": 1})
-    kept = packed(backbone, method, longer, [contrary])["contrary"].kv
-    last = packed(backbone, method, shorter, [contrary])["contrary"]
+    kept = train_packed(backbone, method, longer, [contrary])["contrary"].kv
+    last = train_packed(backbone, method, shorter, [contrary])["contrary"]
     assert kept is not None
     assert last.kv is not None
     torch.testing.assert_close(kept, last.kv, atol=1e-5, rtol=0)
@@ -351,7 +351,7 @@ def test_an_epoch_is_chosen_only_where_there_are_validation_tokens_enough(
         )
         if trainer == "plain":
             return train_user(backbone, method, settings, user)
-        return packed(backbone, method, settings, [user, *users()[:1]])[user.user_key]
+        return train_packed(backbone, method, settings, [user, *users()[:1]])[user.user_key]
 
     chosen, last, blind = trained(user, 4), trained(user, 5), trained(replace(user, valid=()), 0)
     assert (len(chosen.history), len(last.history)) != (6, 6)
@@ -385,7 +385,9 @@ def test_a_packs_gradient_is_that_of_each_users_mean_loss(
         update(slots, leaves, *args)
 
     monkeypatch.setattr(Slots, "update", watch)
-    packed(backbone, method, config(epochs=1, batch_size=100, tokens_per_microbatch=budget), pack)
+    train_packed(
+        backbone, method, config(epochs=1, batch_size=100, tokens_per_microbatch=budget), pack
+    )
     (gradients,), (start,) = steps, starts
     for slot, user in enumerate(pack):
         alone = {
@@ -405,8 +407,8 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, bad: float
 ) -> None:
     method, pack = METHODS["direct-words"], users()[:3]
-    healthy = packed(backbone, method, config(), pack)
-    one_epoch = packed(backbone, method, config(epochs=1), pack)
+    healthy = train_packed(backbone, method, config(), pack)
+    one_epoch = train_packed(backbone, method, config(epochs=1), pack)
     initial = PrefixTuning.initial
 
     def poisoned(
@@ -419,7 +421,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         return made
 
     monkeypatch.setattr(PrefixTuning, "initial", poisoned)
-    results = packed(backbone, method, config(), pack)
+    results = train_packed(backbone, method, config(), pack)
     sick = results["bob"]
     if math.isfinite(bad):  # huge values, and still a finite loss, from which nothing is learned
         assert sick.error is None
@@ -433,7 +435,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
     for key in ("alice", "carol"):
         assert_same(results[key], healthy[key])
     # With the same rows beside it (no user dropped yet) a neighbour is equal bit for bit.
-    again = packed(backbone, method, config(epochs=1), pack)
+    again = train_packed(backbone, method, config(epochs=1), pack)
     for key in ("alice", "carol"):
         ours, wanted = again[key].kv, one_epoch[key].kv
         assert ours is not None
@@ -448,10 +450,12 @@ def test_a_user_whose_loss_diverges_restarts_once_at_a_lower_rate_then_fails_alo
     backbone: Backbone, method: Any, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     pack = users()[3:]
-    gentle = packed(backbone, method, config(learning_rate=2e-3), pack[:1])["dave"]
-    same_rate = packed(backbone, method, config(learning_rate=2e-2), pack)
-    Blown(monkeypatch, slot=0, times=times)  # the user, or the first member of its ensemble
-    results = packed(backbone, method, config(learning_rate=2e-2), pack)
+    gentle = train_packed(backbone, method, config(learning_rate=2e-3), pack[:1])["dave"]
+    same_rate = train_packed(backbone, method, config(learning_rate=2e-2), pack)
+    DivergingTraining(
+        monkeypatch, slot=0, times=times
+    )  # the user, or the first member of its ensemble
+    results = train_packed(backbone, method, config(learning_rate=2e-2), pack)
     sick = results["dave"]
     assert sick.resets == 1
     if times == 1:
@@ -500,14 +504,14 @@ def test_a_continued_training_equals_one_that_never_stopped(
     """Through the resume file, beside neighbours that begin; exact under a constant rate."""
     pack = users()
     settings = {"schedule": "constant", "keep_resume": True}
-    whole = packed(backbone, method, config(epochs=4, **settings), pack)
-    half = packed(backbone, method, config(epochs=2, **settings), pack[:2])
+    whole = train_packed(backbone, method, config(epochs=4, **settings), pack)
+    half = train_packed(backbone, method, config(epochs=2, **settings), pack[:2])
     belongs = Belongs("u", "default", backbone.fingerprint, "s")
     going_on = []
     for user in pack[:2]:
         path = Resume(half[user.user_key].states, belongs).save(tmp_path / user.user_key)
         going_on.append(replace(user, init_ids=(), states=Resume.load(path).states))
-    results = packed(backbone, method, config(epochs=4, **settings), [*going_on, *pack[2:]])
+    results = train_packed(backbone, method, config(epochs=4, **settings), [*going_on, *pack[2:]])
     for user in pack:
         assert_same(results[user.user_key], whole[user.user_key])
         assert results[user.user_key].steps == whole[user.user_key].steps
@@ -527,10 +531,10 @@ def test_a_continued_training_that_diverges_restarts_from_its_saved_state(
     def settings(epochs: int, rate: float) -> TrainConfig:
         return config(epochs=epochs, learning_rate=rate, schedule="constant", keep_resume=True)
 
-    first = packed(backbone, method, settings(1, 1e-2), pack)
+    first = train_packed(backbone, method, settings(1, 1e-2), pack)
     going_on = [replace(user, init_ids=(), states=first[user.user_key].states) for user in pack]
-    undisturbed = packed(backbone, method, settings(3, 1e-2), going_on)
-    gentle = packed(backbone, method, settings(3, 1e-3), going_on)
+    undisturbed = train_packed(backbone, method, settings(3, 1e-2), going_on)
+    gentle = train_packed(backbone, method, settings(3, 1e-3), going_on)
     update, second, left = Slots.update, first["dave"].steps + 2, [times]
 
     def blown(slots: Slots, *args: Any) -> None:
@@ -541,7 +545,7 @@ def test_a_continued_training_that_diverges_restarts_from_its_saved_state(
                 parameter[1] = float("nan")
 
     monkeypatch.setattr(Slots, "update", blown)
-    results = packed(backbone, method, settings(3, 1e-2), going_on)
+    results = train_packed(backbone, method, settings(3, 1e-2), going_on)
     sick = results["dave"]
     assert sick.resets == 1
     if times == 1:
@@ -564,14 +568,14 @@ def test_many_long_labels_need_not_fit_the_models_positions() -> None:
     )
     method = PromptTuning(num_virtual_tokens=P, init="labels")
     still = config(epochs=1, learning_rate=1e-12)
-    kept = packed(backbone, method, still, [user])["alice"].kv
+    kept = train_packed(backbone, method, still, [user])["alice"].kv
     assert kept is not None
     table = backbone.model.get_input_embeddings().weight  # type: ignore[operator]
     for n, label in enumerate(labels):
         wanted = table[label].mean(0)
         torch.testing.assert_close(kept["embeddings"][n], wanted, atol=1e-6, rtol=0)
     assert_same(
-        packed(backbone, method, config(), [user])["alice"],
+        train_packed(backbone, method, config(), [user])["alice"],
         train_user(backbone, method, config(), user),
     )
 
@@ -580,22 +584,22 @@ def test_many_long_labels_need_not_fit_the_models_positions() -> None:
 def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: Any) -> None:
     """With an encoder too: the prefix is what its output, zero at first, is added to."""
     alice = users()[0]
-    first = packed(backbone, method, config(), [alice])["alice"]
+    first = train_packed(backbone, method, config(), [alice])["alice"]
     assert first.members is not None
     warm = replace(alice, start=first.members)
     almost_still = config(epochs=1, learning_rate=1e-12)
-    again = packed(backbone, method, almost_still, [warm])["alice"]
+    again = train_packed(backbone, method, almost_still, [warm])["alice"]
     assert again.members is not None
     for ours, theirs in zip(again.members, first.members, strict=True):
         for name, values in theirs.items():
             torch.testing.assert_close(ours[name], values, atol=1e-5, rtol=0)
-    further = packed(backbone, method, config(), [warm])["alice"]
+    further = train_packed(backbone, method, config(), [warm])["alice"]
     assert_same(further, train_user(backbone, method, config(), warm))
     # Beside a neighbour that begins from words or at random, whoever is first.
     bob = users()[1]
-    alone = packed(backbone, method, config(), [bob])["bob"]
+    alone = train_packed(backbone, method, config(), [bob])["bob"]
     for pack in ([warm, bob], [bob, warm]):
-        results = packed(backbone, method, config(), pack)
+        results = train_packed(backbone, method, config(), pack)
         assert_same(results["alice"], further)
         assert_same(results["bob"], alone)
 
@@ -603,7 +607,7 @@ def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: 
 @pytest.fixture(scope="module")
 def kept(backbone: Backbone) -> Resume:
     settings = config(epochs=1, keep_resume=True)
-    states = packed(backbone, METHODS["mlp-words"], settings, users()[:1])["alice"].states
+    states = train_packed(backbone, METHODS["mlp-words"], settings, users()[:1])["alice"].states
     return Resume(states, Belongs("u", "default", backbone.fingerprint, "s"))
 
 
@@ -664,22 +668,22 @@ def test_continuing_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> 
     silent = Encoded(user.train[0].input_ids, [IGNORE] * len(user.train[0].labels))
     user = replace(user, train=(silent, *user.train[1:]))
     settings = {"schedule": "constant", "keep_resume": True, "batch_size": 1}
-    whole = packed(backbone, method, config(epochs=2, **settings), [user])["alice"]
-    half = packed(backbone, method, config(epochs=1, **settings), [user])["alice"]
+    whole = train_packed(backbone, method, config(epochs=2, **settings), [user])["alice"]
+    half = train_packed(backbone, method, config(epochs=1, **settings), [user])["alice"]
     assert half.states[0].updates == half.states[0].steps - 1
     going_on = replace(user, init_ids=(), states=half.states)
-    result = packed(backbone, method, config(epochs=2, **settings), [going_on])["alice"]
+    result = train_packed(backbone, method, config(epochs=2, **settings), [going_on])["alice"]
     assert_same(result, whole, atol=1e-6)
 
 
 def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
-    empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
+    empty = UserRows(user_key="empty", seed=1, train=(), valid=(random_row(6, 3, 1),))
     alice = users()[0]
     for method in FAST:
-        results = packed(backbone, method, config(), [empty, alice])
+        results = train_packed(backbone, method, config(), [empty, alice])
         assert results["empty"].kv is None
         assert results["empty"].error is not None
-        assert_same(results["alice"], packed(backbone, method, config(), [alice])["alice"])
+        assert_same(results["alice"], train_packed(backbone, method, config(), [alice])["alice"])
 
 
 def test_the_end_of_a_users_training_is_reported_once_and_at_once(backbone: Backbone) -> None:
@@ -687,7 +691,7 @@ def test_the_end_of_a_users_training_is_reported_once_and_at_once(backbone: Back
     few, many = (
         user_rows(user, rows, valid=1, init_ids=P) for user, rows in (("few", 2), ("many", 9))
     )
-    empty = UserRows(user_key="empty", seed=1, train=(), valid=(encoded(6, 3, 1),))
+    empty = UserRows(user_key="empty", seed=1, train=(), valid=(random_row(6, 3, 1),))
     told: list[tuple[str, int]] = []
     steps = 0
 
@@ -717,7 +721,7 @@ def test_the_end_of_a_users_training_is_reported_once_and_at_once(backbone: Back
 
 def test_training_leaves_the_frozen_weights_as_they_were(backbone: Backbone) -> None:
     before = backbone.checksum()
-    packed(backbone, METHODS["mlp-random"], config(), users())
+    train_packed(backbone, METHODS["mlp-random"], config(), users())
     assert backbone.checksum() == before
     backbone.verify_unchanged(before)
     assert all(p.grad is None for p in backbone.model.parameters())
@@ -745,7 +749,7 @@ def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backb
     alice = users()[0]
     for method in FAST:
         runs = [
-            packed(backbone, method, config(), [replace(alice, seed=seed)])["alice"]
+            train_packed(backbone, method, config(), [replace(alice, seed=seed)])["alice"]
             for seed in (1, 1, 2)
         ]
         kvs = [next(iter(run.kv.values())) for run in runs if run.kv is not None]
@@ -835,7 +839,7 @@ def test_scoring_many_users_at_once_gives_each_its_own_rows_under_its_own_prefix
 def test_more_virtual_tokens_than_positions_are_refused() -> None:
     backbone = build(FAMILIES["gpt2"]())  # 128 positions
     with pytest.raises(MethodError, match="positions"):
-        packed(backbone, PrefixTuning(num_virtual_tokens=128), config(), users())
+        train_packed(backbone, PrefixTuning(num_virtual_tokens=128), config(), users())
 
 
 def test_words_are_needed_where_the_method_starts_from_words(backbone: Backbone) -> None:
@@ -989,7 +993,7 @@ def test_any_pack_equals_the_plain_trainer(
     settings = config(
         epochs=2, batch_size=batch_size, tokens_per_microbatch=budget, patience=1, seed=3
     )
-    results = packed(backbone, METHODS[method], settings, pack)
+    results = train_packed(backbone, METHODS[method], settings, pack)
     for user in pack:
         expected = train_user(backbone, METHODS[method], settings, user)
         assert_same(results[user.user_key], expected)

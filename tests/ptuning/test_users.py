@@ -36,14 +36,14 @@ def rows(answers: list[str], **more: Any) -> list[Example]:
     return arrange(examples)
 
 
-def words_of(method: Method, examples: list[Example]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def init_ids_of(method: Method, examples: list[Example]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     ready = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "u", examples)
     return ready.init_ids, ready.spans
 
 
 def test_every_member_starts_from_the_labels_and_draws_the_rest_for_itself() -> None:
     method = PromptTuning(num_virtual_tokens=4, init="labels", ensemble=3)
-    words, spans = words_of(method, rows(["yes sir", "no"]))
+    words, spans = init_ids_of(method, rows(["yes sir", "no"]))
     assert len(spans) == 12
     pieces, at = [], 0
     for span in spans:
@@ -60,7 +60,7 @@ def test_every_member_starts_from_the_labels_and_draws_the_rest_for_itself() -> 
 def test_members_that_start_from_labels_alone_are_not_the_same_prompt() -> None:
     method = PromptTuning(num_virtual_tokens=2, init="labels", ensemble=3)
     answers = ["yes", "no", "why"]
-    words, spans = words_of(method, rows(answers))
+    words, spans = init_ids_of(method, rows(answers))
     pieces, at = [], 0
     for span in spans:
         pieces.append(words[at : at + span])
@@ -74,24 +74,24 @@ def test_members_that_start_from_labels_alone_are_not_the_same_prompt() -> None:
 
 def test_drawn_tokens_are_no_special_ones_and_depend_on_the_user_alone() -> None:
     method = PromptTuning(num_virtual_tokens=50, init="vocab")
-    first, _ = words_of(method, rows(["yes"]))
-    assert first == words_of(method, rows(["no"]))[0], "rows do not matter"
+    first, _ = init_ids_of(method, rows(["yes"]))
+    assert first == init_ids_of(method, rows(["no"]))[0], "rows do not matter"
     assert not set(first) & set(TEMPLATE.tokenizer.all_special_ids)
     other = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "v", rows(["yes"]))
     assert other.init_ids != first
 
 
 def test_words_come_from_the_rows_then_the_configuration_then_the_answers() -> None:
-    def first(method: Method, examples: list[Example]) -> str:
-        return TEMPLATE.decode(words_of(method, examples)[0][:2])
+    def first_words(method: Method, examples: list[Example]) -> str:
+        return TEMPLATE.decode(init_ids_of(method, examples)[0][:2])
 
     told = PrefixTuning(num_virtual_tokens=2, init_text="over there")
     plain = PrefixTuning(num_virtual_tokens=2)
-    assert first(told, rows(["yes"], init_words="hello you")) == TEMPLATE.decode(
+    assert first_words(told, rows(["yes"], init_words="hello you")) == TEMPLATE.decode(
         TEMPLATE.ids("hello you")[:2]
     )
-    assert first(told, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("over there")[:2])
-    assert first(plain, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("yes")[:2])
+    assert first_words(told, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("over there")[:2])
+    assert first_words(plain, rows(["yes"])) == TEMPLATE.decode(TEMPLATE.ids("yes")[:2])
 
 
 def test_init_words_without_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,8 +234,8 @@ def test_tune_starts_from_a_prefix_or_continues_and_the_digest_says_so() -> None
     begun = tuned(2, users, start={"ann": prefixes["ann"]})
     alone = tuned(2, {"ann": users["ann"]}, start={"ann": prefixes["ann"]})
     fresh = tuned(2, {"bob": users["bob"]})
-    assert same(begun["ann"], alone["ann"])
-    assert same(begun["bob"], fresh["bob"])
+    assert equal_trainings(begun["ann"], alone["ann"])
+    assert equal_trainings(begun["bob"], fresh["bob"])
     for name, one in begun.items():
         assert one.prefix is not None
         assert one.prefix.meta.training_digest not in digests, name
@@ -243,8 +243,8 @@ def test_tune_starts_from_a_prefix_or_continues_and_the_digest_says_so() -> None
     further = tuned(4, users, resume={name: one.resume for name, one in begun.items()})
     whole = tuned(4, users, start={"ann": prefixes["ann"]})
     for name in users:
-        assert same(further[name], whole[name]), name
-    assert not same(tuned(4, users)["ann"], whole["ann"])
+        assert equal_trainings(further[name], whole[name]), name
+    assert not equal_trainings(tuned(4, users)["ann"], whole["ann"])
     # Whoever is not served alone fails alone.
     assert begun["ann"].resume is not None
     assert prefixes["bob"] is not None
@@ -257,7 +257,7 @@ def test_tune_starts_from_a_prefix_or_continues_and_the_digest_says_so() -> None
         results = tuned(2, users, **wrong)
         assert results["ann"].prefix is None
         assert reason in str(results["ann"].error)
-        assert same(results["bob"], begun["bob"])
+        assert equal_trainings(results["bob"], begun["bob"])
     assert "past the requested epochs" in str(
         tuned(1, users, resume={"ann": begun["ann"].resume})["ann"].error
     )
@@ -362,7 +362,7 @@ def row(prompt: str, completion: str, at: int) -> Example:
     return Example(prompt=prompt, completion=completion, timestamp=at)
 
 
-def same(one: TuneResult, other: TuneResult) -> bool:
+def equal_trainings(one: TuneResult, other: TuneResult) -> bool:
     """Equal training digests, and equal values within rounding."""
     assert one.prefix is not None, one.error
     assert other.prefix is not None, other.error

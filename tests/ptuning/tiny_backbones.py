@@ -353,7 +353,7 @@ def batch_logits(backbone: Backbone, batch: Batch, prefix: RowPrefix | None) -> 
     )
 
 
-def encoded(length: int, supervised: int, seed: int) -> Encoded:
+def random_row(length: int, supervised: int, seed: int) -> Encoded:
     """One row of random tokens of which the last are supervised."""
     ids = random_ids(length, seed)
     return Encoded(ids, [IGNORE] * (length - supervised) + ids[length - supervised :])
@@ -368,7 +368,9 @@ def user_rows(name: str, train: int, valid: int, init_ids: int = 0, longest: int
         made = []
         for _ in range(count):
             length = source.randrange(4, longest)
-            made.append(encoded(length, source.randrange(1, length - 1), source.randrange(1 << 30)))
+            made.append(
+                random_row(length, source.randrange(1, length - 1), source.randrange(1 << 30))
+            )
         return tuple(made)
 
     return UserRows(

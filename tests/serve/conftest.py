@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import Heard, MakeRequest, save_llama
+from serving import Listener, MakeRequest, save_llama
 from worlds import Play, Story, World
 
 from ptuning.model.backbone import Backbone
@@ -45,8 +45,8 @@ def make_request(backbone: Backbone) -> MakeRequest:
 
     def make(
         text: str, prefix: HeldPrefix | None = None, **settings: object
-    ) -> tuple[Request, Heard]:
-        heard = Heard.new()
+    ) -> tuple[Request, Listener]:
+        heard = Listener.new()
         values = {"max_tokens": 12, **settings}
         request = Request(
             id=f"r{next(count)}",

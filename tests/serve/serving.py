@@ -84,7 +84,7 @@ def member_of(backbone: Backbone, kv_L2HPD: torch.Tensor) -> Member:
     return Member(split_groups(as_groups(kv_L2HPD), backbone.facts, 0))
 
 
-def held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
+def make_held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
     info = PrefixInfo(name="default", version=str(seed), digest=f"{seed:064x}")
     member = member_of(backbone, random_kv(backbone, length, seed))
     return HeldPrefix(info=info, ready=ReadyPrefix((member,)))
@@ -141,13 +141,13 @@ def oracle(
 
 
 @dataclass
-class Heard:
+class Listener:
     """A listener of one request: collects its events until the last."""
 
     events: queue.SimpleQueue[Event]
 
     @classmethod
-    def new(cls) -> Heard:
+    def new(cls) -> Listener:
         return cls(queue.SimpleQueue())
 
     def wait(self, timeout_s: float = 30.0) -> list[Event]:
@@ -168,7 +168,7 @@ def started_of(events: Sequence[Event]) -> Started:
     return next(event for event in events if isinstance(event, Started))
 
 
-MakeRequest = Callable[..., tuple[Request, Heard]]
+MakeRequest = Callable[..., tuple[Request, Listener]]
 
 
 class Files:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from serving import oracle, prefix_file
 from tiny_backbones import as_layers
-from waiting import eventually
+from waiting import wait_until
 from worlds import CHAT, COMPLETIONS, MODEL, Play, World, check_error, events
 
 from ptuning.errors import ServeError
@@ -334,7 +334,7 @@ def test_a_dead_engine_answers_503_at_once_and_is_not_ready(play: Play) -> None:
         engine = world.service.engine
         engine.runner.leave = engine.runner.move = lost  # type: ignore[assignment,method-assign]
         longer = [asyncio.create_task(world.post(max_tokens=90)) for _ in range(3)]
-        await asyncio.to_thread(eventually, lambda: engine.rows_in_use == 3)
+        await asyncio.to_thread(wait_until, lambda: engine.rows_in_use == 3)
         assert (await world.post(max_tokens=2)).status_code == 200
         for answer in await asyncio.gather(*longer):
             check_error(answer, 503, "engine_stopped", None)

@@ -12,8 +12,8 @@ from serving import (
     Gate,
     MakeRequest,
     expected_text,
-    held_prefix,
     make_engine,
+    make_held_prefix,
     member_of,
     oracle,
     random_kv,
@@ -24,7 +24,7 @@ from transformers import (
     DynamicCache,
     LlamaForCausalLM,
 )
-from waiting import eventually
+from waiting import wait_until
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
@@ -52,7 +52,7 @@ def test_rows_of_many_users_in_one_batch_equal_each_row_alone(
     backbone = load_backbone(str(model_dir), dtype="float32", attention=attention, device="cpu")
     made = []
     for index, length in enumerate([0, 1, 5, 9, 0, 16, 3, 70, 2, 0, 8, 5]):
-        prefix = held_prefix(backbone, length, index) if length else None
+        prefix = make_held_prefix(backbone, length, index) if length else None
         text = f"user {index} says " + "word " * (index * 5 % 7)
         made.append(make_request(text, prefix, max_tokens=5 + 3 * (index % 5)))
     wanted = [expected_text(backbone, request) for request, _ in made]
@@ -78,7 +78,7 @@ def test_rows_of_many_users_in_one_batch_equal_each_row_alone(
 def test_a_row_equals_the_plain_model_with_its_prefix_as_past_key_values(
     model_dir: Path, backbone: Backbone, engine: Engine, make_request: MakeRequest
 ) -> None:
-    prefix = held_prefix(backbone, 6, 3)
+    prefix = make_held_prefix(backbone, 6, 3)
     request, heard = make_request("tell me", prefix, max_tokens=16)
     plain = LlamaForCausalLM.from_pretrained(model_dir, attn_implementation="sdpa").eval()
     cache, tokens = DynamicCache(), []
@@ -103,10 +103,10 @@ def test_a_freed_slot_shows_nothing_to_the_next_request(
     wanted = expected_text(backbone, request)
     engine = make_engine(backbone, max_rows=1)
     try:
-        before, listener = make_request("a long prompt " * 8, held_prefix(backbone, 40, 1))
+        before, listener = make_request("a long prompt " * 8, make_held_prefix(backbone, 40, 1))
         engine.submit(before)
         listener.wait()
-        eventually(lambda: engine.rows_in_use == 0)
+        wait_until(lambda: engine.rows_in_use == 0)
         assert isinstance(engine.runner, SlotRunner)
         for layer in engine.runner.cache.slots:
             assert not layer.keys.any()
@@ -123,8 +123,8 @@ def test_a_freed_slot_shows_nothing_to_the_next_request(
 def test_a_row_that_moves_into_a_freed_slot_goes_on_as_if_alone(
     backbone: Backbone, make_request: MakeRequest
 ) -> None:
-    first, _ = make_request("first", held_prefix(backbone, 9, 1), max_tokens=30)
-    last, heard = make_request("last one", held_prefix(backbone, 2, 2), max_tokens=30)
+    first, _ = make_request("first", make_held_prefix(backbone, 9, 1), max_tokens=30)
+    last, heard = make_request("last one", make_held_prefix(backbone, 2, 2), max_tokens=30)
     wanted = expected_text(backbone, last)
     engine = make_engine(backbone)
     try:
@@ -158,7 +158,7 @@ def test_a_client_that_leaves_frees_its_row_for_those_who_wait(
         engine.cancel("never seen")
         gate.open()
         assert isinstance(heard.wait()[-1], Finished)
-        eventually(lambda: engine.rows_in_use == 0 and engine.queue_length == 0)
+        wait_until(lambda: engine.rows_in_use == 0 and engine.queue_length == 0)
         for left in (silent, listener):
             assert left.wait()[-1] == Failed(problem=CANCELLED)
     finally:
@@ -190,11 +190,11 @@ def test_a_failing_step_fails_its_rows_and_the_engine_goes_on(
 def test_newcomers_that_fail_leave_running_rows_alone(
     backbone: Backbone, make_request: MakeRequest
 ) -> None:
-    good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
+    good, heard = make_request("good", make_held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
     # A prefix of another shape: what the cache of prefixes never lets through.
     member = member_of(backbone, random_kv(backbone, 3, 1)[..., :3])
-    wrong = HeldPrefix(info=held_prefix(backbone, 3, 1).info, ready=ReadyPrefix((member,)))
+    wrong = HeldPrefix(info=make_held_prefix(backbone, 3, 1).info, ready=ReadyPrefix((member,)))
     bad, listener = make_request("bad", wrong)
     engine = make_engine(backbone)
     try:
@@ -213,9 +213,9 @@ def test_newcomers_that_fail_leave_running_rows_alone(
 def test_a_row_whose_values_are_not_finite_fails_alone(
     backbone: Backbone, make_request: MakeRequest
 ) -> None:
-    good, heard = make_request("good", held_prefix(backbone, 3, 1), max_tokens=20)
+    good, heard = make_request("good", make_held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
-    prefix = held_prefix(backbone, 3, 2)
+    prefix = make_held_prefix(backbone, 3, 2)
     for _, values in prefix.ready.members[0].layers[DECODER]:
         values.fill_(float("nan"))
     bad, listener = make_request("bad", prefix)
@@ -256,7 +256,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_neighbours(
             ]
             for request, _ in others:
                 engine.submit(request)
-            one, heard = make_request("one", held_prefix(backbone, 4, 1), **settings, seed=11)
+            one, heard = make_request("one", make_held_prefix(backbone, 4, 1), **settings, seed=11)
             engine.submit(one)
             texts.append(text_of(heard.wait()))
         finally:
@@ -264,7 +264,7 @@ def test_sampling_depends_on_the_seed_and_not_on_the_neighbours(
     assert texts[0] == texts[1]
     engine = make_engine(backbone)
     try:
-        one, heard = make_request("one", held_prefix(backbone, 4, 1), **settings, seed=12)
+        one, heard = make_request("one", make_held_prefix(backbone, 4, 1), **settings, seed=12)
         engine.submit(one)
         assert text_of(heard.wait()) != texts[0]
     finally:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from serving import Gate, Heard, MakeRequest, held_prefix, make_engine
-from waiting import eventually
+from serving import Gate, Listener, MakeRequest, make_engine, make_held_prefix
+from waiting import wait_until
 
 from ptuning.errors import ServeError
 from ptuning.model.backbone import Backbone
@@ -21,7 +21,7 @@ from serve.events import Event, Failed, Finished
 PROMPT_SECONDS = 10.0  # far below serve.request_timeout_s (300), which nobody should need
 
 
-def last_event(heard: Heard) -> Event:
+def last_event(heard: Listener) -> Event:
     """The last event, and nothing after it."""
     last = heard.wait(PROMPT_SECONDS)[-1]
     time.sleep(0.05)
@@ -31,7 +31,7 @@ def last_event(heard: Heard) -> Event:
 
 
 def assert_dead(engine: Engine, request: Request) -> None:
-    eventually(lambda: not engine.alive, PROMPT_SECONDS)
+    wait_until(lambda: not engine.alive, PROMPT_SECONDS)
     with pytest.raises(ServeError, match="not running"):
         engine.submit(request)
 
@@ -45,7 +45,7 @@ def test_a_slot_that_cannot_be_cleared_or_moved_ends_the_engine_and_everybody_is
     # Of two rows the first to end is the one in the middle (move) or the last (leave).
     short, long = (3, 50) if operation == "move" else (50, 3)
     running = [make_request(f"r{n}", None, max_tokens=m) for n, m in enumerate((short, long))]
-    waiting = [make_request(f"w{n}", held_prefix(backbone, 3, n)) for n in range(2)]
+    waiting = [make_request(f"w{n}", make_held_prefix(backbone, 3, n)) for n in range(2)]
     for request, _ in (*running, *waiting):
         engine.submit(request)
 
@@ -125,13 +125,13 @@ def test_a_cancelled_request_ends_in_an_event_whether_it_runs_or_waits(
         second, heard = make_request("second", None, max_tokens=400)
         engine.submit(first)
         engine.submit(second)
-        eventually(lambda: engine.rows_in_use == rows)
+        wait_until(lambda: engine.rows_in_use == rows)
         engine.cancel(second.id)
         engine.cancel(second.id)
         engine.cancel(first.id)
         gate.open()
         assert last_event(heard) == Failed(problem=CANCELLED)
-        eventually(lambda: engine.rows_in_use == engine.queue_length == 0)
+        wait_until(lambda: engine.rows_in_use == engine.queue_length == 0)
         assert engine._requests == {}
     finally:
         engine.close()
@@ -190,7 +190,7 @@ def test_a_failed_answer_is_one_log_line_with_its_id_and_digest_and_no_text(
 ) -> None:
     engine = make_engine(backbone)
     try:
-        prefix = held_prefix(backbone, 3, 1)
+        prefix = make_held_prefix(backbone, 3, 1)
         request, heard = make_request("my secret", prefix)
 
         def broken(*_arguments: object) -> torch.Tensor:

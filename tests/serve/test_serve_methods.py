@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from method_catalogue import served as catalogue_served
-from serving import Heard, make_engine, started_of, text_of
+from method_catalogue import select_served as catalogue_served
+from serving import Listener, make_engine, started_of, text_of
 from tiny_backbones import FAMILIES, SEQ2SEQ, build, random_prefix
 
 from ptuning.generation import generate
@@ -34,7 +34,7 @@ CAUSAL: dict[str, Callable[[], Any]] = {
 }
 
 
-def served(
+def serve_answers(
     backbone: Backbone,
     prompts: list[str],
     prefixes: list[Prefix | None],
@@ -42,11 +42,11 @@ def served(
     **engine: int,
 ) -> list[str]:
     """The engine's greedy answers, everything submitted at once."""
-    events = heard_of(backbone, prompts, prefixes, [tokens] * len(prompts), **engine)
+    events = collect_events(backbone, prompts, prefixes, [tokens] * len(prompts), **engine)
     return [text_of(own) for own in events]
 
 
-def heard_of(
+def collect_events(
     backbone: Backbone,
     prompts: list[str],
     prefixes: list[Prefix | None],
@@ -62,7 +62,7 @@ def heard_of(
                 info = PrefixInfo(name="default", version="1", digest=prefix.digest)
                 held = HeldPrefix(info=info, ready=make_ready(prefix, backbone))
                 ids = held.ready.arrangement.prompt(ids)
-            listener = Heard.new()
+            listener = Listener.new()
             request = Request(
                 id=f"r{number}",
                 prompt=tuple(ids),
@@ -84,7 +84,7 @@ def heard_of(
     return events
 
 
-def asked_alone(
+def ask_alone(
     backbone: Backbone, methods: dict[str, Method]
 ) -> tuple[list[str], list[Prefix | None], list[str]]:
     """Prompts, a prefix of each method (and none), and what each prompt alone is answered."""
@@ -108,9 +108,13 @@ def asked_alone(
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -> None:
     backbone = build(CAUSAL[family](), kind)
-    prompts, prefixes, alone = asked_alone(backbone, catalogue_served())
-    assert served(backbone, prompts, prefixes, 8, max_rows=24, prefill_tokens=10_000) == alone
-    assert served(backbone, prompts, prefixes, 8, max_rows=5) == alone  # in and out all the time
+    prompts, prefixes, alone = ask_alone(backbone, catalogue_served())
+    assert (
+        serve_answers(backbone, prompts, prefixes, 8, max_rows=24, prefill_tokens=10_000) == alone
+    )
+    assert (
+        serve_answers(backbone, prompts, prefixes, 8, max_rows=5) == alone
+    )  # in and out all the time
 
 
 def test_a_vote_is_sent_when_it_is_decided_and_its_members_stay_apart() -> None:
@@ -124,7 +128,7 @@ def test_a_vote_is_sent_when_it_is_decided_and_its_members_stay_apart() -> None:
         for prompt, prefix, count in zip(prompts, prefixes, tokens, strict=True)
     ]
     for rows in (3, 4):  # one after the other, and both at once
-        events = heard_of(backbone, prompts, prefixes, tokens, max_rows=rows)
+        events = collect_events(backbone, prompts, prefixes, tokens, max_rows=rows)
         assert [text_of(own) for own in events] == expected
         started, said, finished = events[1]
         assert isinstance(started, Started)
@@ -137,5 +141,5 @@ def test_an_encoder_decoder_model_answers_many_users_at_once(family: str) -> Non
     config: Any = SEQ2SEQ[family]()
     config.decoder_start_token_id = 5  # from its end token a random model says nothing more
     backbone = build(config, "eager")
-    prompts, prefixes, alone = asked_alone(backbone, catalogue_served(pairs=True))
-    assert served(backbone, prompts, prefixes, 8, max_rows=3) == alone
+    prompts, prefixes, alone = ask_alone(backbone, catalogue_served(pairs=True))
+    assert serve_answers(backbone, prompts, prefixes, 8, max_rows=3) == alone

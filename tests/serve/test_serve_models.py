@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from serving import (
-    Heard,
+    Listener,
     MakeRequest,
     expected_text,
-    held_prefix,
     make_engine,
+    make_held_prefix,
     prefix_file,
     save_llama,
     text_of,
@@ -73,7 +73,7 @@ def test_sliding_windows_equal_the_plain_model_beyond_the_window(
     backbone = load_backbone(str(path), dtype="float32", attention="sdpa", device="cpu")
     made = [
         make_request("a text longer than the window of eight", prefix, max_tokens=12)
-        for prefix in (None, held_prefix(backbone, 5, 1))
+        for prefix in (None, make_held_prefix(backbone, 5, 1))
     ]
     wanted = [expected_text(backbone, request) for request, _ in made]
     engine = make_engine(backbone)
@@ -100,7 +100,7 @@ def test_a_model_that_answers_otherwise_with_slots_is_refused(
         SlotRunner(backbone, 2)
 
 
-def through_engine(
+def answer_with_engine(
     backbone: Backbone, prompts: Sequence[str], prefixes: Sequence[Prefix | None], tokens: int
 ) -> list[str]:
     """Greedy answers of the engine, all rows at once and fewer slots than rows."""
@@ -108,7 +108,7 @@ def through_engine(
     listeners = []
     try:
         for number, (prompt, prefix) in enumerate(zip(prompts, prefixes, strict=True)):
-            listener = Heard.new()
+            listener = Listener.new()
             held = None
             if prefix is not None:
                 info = PrefixInfo(name="default", version="1", digest=prefix.digest)
@@ -135,7 +135,7 @@ def test_the_engine_generates_what_the_library_generates(backbone: Backbone) -> 
         for n in range(7)
     ]
     wanted = generate(backbone, prompts, prefixes, max_new_tokens=16)
-    assert through_engine(backbone, prompts, prefixes, 16) == wanted
+    assert answer_with_engine(backbone, prompts, prefixes, 16) == wanted
 
 
 @pytest.mark.slow
@@ -153,5 +153,5 @@ def test_the_engine_generates_what_the_library_generates_with_a_real_model() -> 
         meta = prefix_file(backbone, f"u{number}", length=len(ids)).meta
         prefixes.append(make_prefix([as_groups(as_layers(kv)[0])], meta))
     wanted = generate(backbone, prompts, prefixes, max_new_tokens=24)
-    assert through_engine(backbone, prompts, prefixes, 24) == wanted
+    assert answer_with_engine(backbone, prompts, prefixes, 24) == wanted
     assert len(set(wanted)) == 4

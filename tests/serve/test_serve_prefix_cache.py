@@ -69,7 +69,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(asyncio.wait_for(work, 30))
 
 
-def refusal(work: Coroutine[Any, Any, Any]) -> Refused:
+def expect_refusal(work: Coroutine[Any, Any, Any]) -> Refused:
     with pytest.raises(Refused) as caught:
         run(work)
     return caught.value
@@ -169,33 +169,33 @@ def test_another_users_file_is_refused(world: World) -> None:
     alices, bobs = (prefix_file(world.backbone, user) for user in ("alice", "bob"))
     world.publish(alices)
     world.files.path(alices).write_bytes(bobs.to_bytes())  # swapped on disk: the digest says so
-    error = refusal(world.cache.get(ALICE, "default"))
+    error = expect_refusal(world.cache.get(ALICE, "default"))
     assert error.fields["status"] == 500
     assert error.fields["code"] == "prefix_unusable"
 
     world.publish(bobs, as_user=ALICE)  # the list errs, the file knows
-    error = refusal(world.cache.get(ALICE, "default"))
+    error = expect_refusal(world.cache.get(ALICE, "default"))
     assert error.fields["code"] == "prefix_unusable"
     assert "another user" in error.message
 
 
 def test_a_file_of_another_name_or_backbone_is_refused(world: World) -> None:
     world.publish(prefix_file(world.backbone, "alice", name="work"), as_name="default")
-    assert refusal(world.cache.get(ALICE, "default")).fields["code"] == "prefix_unusable"
+    assert expect_refusal(world.cache.get(ALICE, "default")).fields["code"] == "prefix_unusable"
     prefix = prefix_file(world.backbone, "bob")
     stranger = make_prefix(prefix.members, replace(prefix.meta, backbone_fingerprint="f" * 64))
     stranger.save(world.files.path(stranger))
     changes = {(BOB, "default"): ChampionRef(stranger.digest, "1")}  # the list errs
     publish(world.files.store, world.backbone.fingerprint, changes)
     world.champions.refresh()
-    assert refusal(world.cache.get(BOB, "default")).fields["code"] == "prefix_unusable"
+    assert expect_refusal(world.cache.get(BOB, "default")).fields["code"] == "prefix_unusable"
 
 
 def test_a_missing_file_is_a_503_and_is_tried_again(world: World) -> None:
     prefix = world.promote("alice")
     path = world.files.path(prefix)
     path.unlink()
-    error = refusal(world.cache.get(ALICE, "default"))
+    error = expect_refusal(world.cache.get(ALICE, "default"))
     assert error.fields["status"] == 503
     path.write_bytes(prefix.to_bytes())
     assert run(world.cache.get(ALICE, "default")) is not None

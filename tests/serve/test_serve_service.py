@@ -20,7 +20,7 @@ import openai
 import psutil
 import pytest
 from serving import Files, prefix_file, save_llama
-from waiting import eventually
+from waiting import wait_until
 
 from ptuning.champions import wait_acknowledged
 from ptuning.errors import ServeError
@@ -74,7 +74,7 @@ class Served:
             late = wait_acknowledged(store, fingerprint, self.files.generation, 0)
             return len(store.list(folder)) - len(late) >= 2
 
-        eventually(both, 60)
+        wait_until(both, 60)
 
     def metric(self, name: str) -> float:
         """A family's sum over all replicas and labels."""
@@ -135,7 +135,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         output=output,
     )
     try:
-        eventually(
+        wait_until(
             lambda: service.address in output.read_text() or process.poll() is not None,
             START_SECONDS + 30,
         )
@@ -252,13 +252,13 @@ def test_a_new_champion_answers_without_a_restart_and_a_running_request_keeps_it
         assert running.headers["x-prefix-digest"] == old.digest
         new = served.promote("carol", seed=2)
         promoted = time.monotonic()
-        eventually(lambda: served.post(user="carol").headers["x-prefix-digest"] == new.digest, 20)
+        wait_until(lambda: served.post(user="carol").headers["x-prefix-digest"] == new.digest, 20)
         assert time.monotonic() - promoted < REFRESH_SECONDS + 3
         chunks = [line for line in running.iter_lines() if line]
     assert chunks[-1] == "data: [DONE]"
     streamed = "".join(json.loads(c[6:])["choices"][0]["text"] for c in chunks[:-1])
     served.publish(old)
-    eventually(lambda: served.post(user="carol").headers["x-prefix-digest"] == old.digest, 20)
+    wait_until(lambda: served.post(user="carol").headers["x-prefix-digest"] == old.digest, 20)
     again = served.post(user="carol", max_tokens=1500).json()["choices"][0]["text"]
     assert streamed == again
 
@@ -273,9 +273,9 @@ def test_a_client_that_leaves_frees_its_row(served: Served, stream: bool) -> Non
         head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}:{port}\r\n"
         head += f"content-length: {len(data)}\r\n\r\n"
         connection.sendall(head.encode() + data)
-        eventually(lambda: served.metric("ptuning_rows_in_use") == 1)
-    eventually(lambda: served.metric("ptuning_requests_cancelled_total") == before + 1)
-    eventually(lambda: served.metric("ptuning_rows_in_use") == 0)
+        wait_until(lambda: served.metric("ptuning_rows_in_use") == 1)
+    wait_until(lambda: served.metric("ptuning_requests_cancelled_total") == before + 1)
+    wait_until(lambda: served.metric("ptuning_rows_in_use") == 0)
 
 
 def send(address: str, data: bytes, timeout_s: float = 30) -> tuple[bytes, float]:
@@ -339,7 +339,7 @@ def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Ser
         assert ready.status_code == 200
         return bool(ready.json()["replicas_ready"] == 2 and engines[0].pid not in psutil.pids())
 
-    eventually(healthy, 90)
+    wait_until(healthy, 90)
     assert served.post(user="dave").status_code == 200
 
 
@@ -350,7 +350,7 @@ def test_what_is_counted_as_an_error_is_printed_in_a_line_without_texts(served: 
     response = served.post(user="erin", prompt="a secret")
     assert response.status_code == 500
     request_id = response.headers["x-ptuning-request-id"]
-    eventually(lambda: f"request {request_id}: failed with 500" in served.output.read_text())
+    wait_until(lambda: f"request {request_id}: failed with 500" in served.output.read_text())
     assert served.metric("ptuning_prefix_errors_total") == 1
     text = served.output.read_text()
     assert prefix.digest in text
@@ -400,7 +400,7 @@ def test_a_service_that_cannot_come_back_ends_the_process_with_its_reason(tmp_pa
     output = tmp_path / "output.txt"
     process = start(settings, output)
     try:
-        eventually(lambda: f":{port}" in output.read_text() or process.poll() is not None, 120)
+        wait_until(lambda: f":{port}" in output.read_text() or process.poll() is not None, 120)
         assert process.poll() is None, output.read_text()
         (model / "model.safetensors").write_bytes(b"no weights")
         [engine] = [

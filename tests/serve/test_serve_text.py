@@ -12,7 +12,7 @@ from serve.engine.text import TextStream
 TEMPLATE = Template.of(byte_tokenizer(), "chat")
 
 
-def said(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+def stream_text(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
     stream = TextStream(TEMPLATE.decode, stops)
     pieces = []
     for token in TEMPLATE.ids(text):
@@ -24,7 +24,7 @@ def said(text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], TextStream]
 
 @given(st.text(max_size=40))
 def test_the_pieces_of_any_text_are_whole_characters_and_add_up(text: str) -> None:
-    pieces, _ = said(text)
+    pieces, _ = stream_text(text)
     assert "".join(pieces) == TEMPLATE.decode(TEMPLATE.ids(text))
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
@@ -41,7 +41,7 @@ def test_bytes_that_never_become_a_character_come_out_at_the_end() -> None:
 def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(
     text: str, stops: list[str]
 ) -> None:
-    pieces, stream = said(text, tuple(stops))
+    pieces, stream = stream_text(text, tuple(stops))
     shown = ""
     for end in range(len(text) + 1):  # a stop counts as soon as its last character is there
         found = [text[:end].find(stop) for stop in stops if stop in text[:end]]
@@ -55,7 +55,7 @@ def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(
 
 
 def test_text_that_only_began_like_a_stop_string_is_sent_at_the_end() -> None:
-    pieces, stream = said("a STO", ("STOP",))
+    pieces, stream = stream_text("a STO", ("STOP",))
     assert pieces[-1] == "STO"
     assert not stream.stopped
 

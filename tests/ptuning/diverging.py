@@ -10,7 +10,7 @@ import pytest
 from ptuning.train.slots import Slots
 
 
-class Blown:
+class DivergingTraining:
     """Makes a slot's parameters infinite after its second update, `times` times in all."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slot: int, times: int) -> None:
