@@ -1,4 +1,4 @@
-"""One tiny backbone for the library's tests, on one thread: the machine has other work."""
+"""One tiny backbone for the library's tests, on one thread: tests share the machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def backbone(tiny_model_dir: Path) -> Backbone:
-    """The tiny Llama in fp32, loaded as a user would."""
+    """The tiny Llama in fp32, loaded as users load it."""
     from ptuning.model.load import load_backbone
 
     return load_backbone(str(tiny_model_dir), dtype="float32", device="cpu")

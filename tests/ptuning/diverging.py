@@ -1,4 +1,4 @@
-"""A training that blows up, for tests of what becomes of it and of its neighbours."""
+"""A training that diverges, to test what happens to it and to its neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ptuning.train.slots import Slots
 
 
 class DivergingTraining:
-    """Makes a slot's parameters infinite after its second update, `times` times in all."""
+    """Makes a slot's parameters infinite after its second update, the first `times` times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slot: int, times: int) -> None:
         self.slot, self.times = slot, times

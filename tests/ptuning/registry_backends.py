@@ -1,6 +1,6 @@
-"""Registries that the contract suite runs on: the fake, SQLite, PostgreSQL, an MLflow server.
+"""The registries that the contract suite tests: the fake, SQLite, PostgreSQL, an MLflow server.
 
-Databases and servers are one per session; every test has users of its own.
+Databases and servers are shared by all tests. Every test has separate users.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def digest_of(user: str, text: str) -> str:
 
 
 def entry(user: str, text: str = "first", **changes: Any) -> Registration:
-    """A rejected prefix of a user; `text` stands for what is in it."""
+    """A rejected prefix of a user; `text` stands for its content."""
     plain = Registration(
         user_key=user,
         prefix_name="default",
@@ -97,7 +97,7 @@ def open_at(uri: str, scope: Scope = SCOPE) -> Registry:
 
 @pytest.fixture(params=BACKENDS)
 def open_scope(request: pytest.FixtureRequest) -> Open:
-    """`open_scope(scope)` opens one backend, the same at each call of a test."""
+    """`open_scope(scope)` opens a backend, the same one at each call in a test."""
     return _opener(request)
 
 
@@ -140,7 +140,7 @@ def versions_of(registry: Any, user: str) -> list[Any]:
 
 
 def decision_of(registry: Any, user: str, text: str) -> dict[str, str]:
-    """What a version says of how it was judged, as a person reads it."""
+    """What a version's tags and description say about the decision."""
     if isinstance(registry, MemoryRegistry):
         given = registry.entry(user, "default", digest_of(user, text))
         figures = {f"metric.{name}": f"{value:.6g}" for name, value in given.metrics.items()}
@@ -177,7 +177,7 @@ def postgresql() -> Iterator[Postgresql]:
 
 @pytest.fixture(scope="session")
 def postgresql_uri(postgresql: Postgresql) -> str:
-    """A database that the contract suite alone uses."""
+    """A database for the contract suite only."""
     return postgresql.create_database("contract")
 
 
@@ -202,7 +202,7 @@ def server_uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             _wait_until_healthy(server, f"http://127.0.0.1:{port}/health", folder / "log")
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(server.pid, signal.SIGTERM)  # our own: it leads the group of its workers
+            os.killpg(server.pid, signal.SIGTERM)  # it leads the process group of its workers
             try:
                 server.wait(20)
             except subprocess.TimeoutExpired:
@@ -222,14 +222,14 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) ->
 
 
 class Postgresql:
-    """A PostgreSQL server of ours on loopback, in a folder of its own, with a password."""
+    """A PostgreSQL server on loopback, in a new folder, with a password."""
 
     def __init__(self, programs: Path, folder: Path, user: str | None) -> None:
         self._programs, self._folder, self._user = programs, folder, user
         self.port = free_port()
 
     def create_database(self, name: str) -> str:
-        """A new, empty database; its uri, without a driver, as people write it."""
+        """Create an empty database and return its URI, without a driver, as people write it."""
         self._psql(f"CREATE DATABASE {name}")
         return f"postgresql://tuner:{PASSWORD}@127.0.0.1:{self.port}/{name}"
 
@@ -260,7 +260,7 @@ class Postgresql:
             group=None if self._user is None else pwd.getpwnam(self._user).pw_gid,
             extra_groups=None if self._user is None else [],
             env={"PATH": os.environ["PATH"], "PGPASSWORD": PASSWORD, "LC_ALL": "C"},
-            # A file, not a pipe: the server inherits it and would keep a pipe open.
+            # A file, not a pipe: the server inherits the output and would keep a pipe open.
             stdout=(self._folder / "output").open("ab"),
             stderr=subprocess.STDOUT,
             check=False,
@@ -272,9 +272,9 @@ class Postgresql:
 
 @contextmanager
 def start_postgresql() -> Iterator[Postgresql]:
-    """Start one for the block. Skips the test where PostgreSQL is not installed."""
+    """Run a server for the block. Skips the test if PostgreSQL is not installed."""
     programs = _postgresql_programs()
-    # PostgreSQL refuses to run as root, and pytest's own folders are closed to others.
+    # PostgreSQL refuses to run as root, and other users cannot enter pytest's folders.
     user = next((u for u in ("postgres", "nobody") if _exists(u)), None) if _is_root() else None
     if _is_root() and user is None:
         pytest.skip("PostgreSQL does not run as root, and there is no other user")

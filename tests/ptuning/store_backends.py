@@ -1,4 +1,4 @@
-"""Places of stores that honour conditional writes: a local disk, and a real S3 server."""
+"""Stores that support conditional writes: a local disk and a real S3 server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CREDENTIALS = {
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3 server in a process of its own, in the environment of later ones."""
+    """The address of an S3 server in a separate process, also set in the environment."""
     pytest.importorskip("moto", reason="no moto: the S3 server of the dev extra")
     pytest.importorskip("s3fs", reason="no s3fs: extra s3")
     port = free_port()

@@ -1,4 +1,4 @@
-"""The public surface, as the documentation shows it, and what goes wrong when it is misused."""
+"""The public interface as documented, and the errors when it is misused."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_documented_lines_work(tiny_model_dir: Path, tmp_path: Path) -> None
 
 
 def test_every_public_name_can_be_imported_repeatedly() -> None:
-    """No module has the name of a public function, so no import puts one over the other."""
+    """No module has the name of a public function, so no import can replace the function."""
     for name in ptuning.__all__:
         home = importlib.import_module(f"ptuning.{ptuning._HOMES[name]}")
         for _ in range(2):
@@ -141,7 +141,7 @@ def test_tuning_twice_gives_the_same_digests_whatever_the_order_of_users(
     assert alone is not None
     torch.testing.assert_close({**mine.tensors}, {**reordered.tensors}, atol=1e-4, rtol=0)
     torch.testing.assert_close({**mine.tensors}, {**alone.tensors}, atol=1e-4, rtol=0)
-    # What a training is does not depend on how fast it is run.
+    # Settings of speed do not change a training's identity.
     assert mine.meta == reordered.meta == alone.meta
 
 
@@ -157,7 +157,7 @@ def test_the_training_digest_names_what_decides_a_prefix(backbone: Backbone) -> 
         return prefix.meta
 
     base = meta(examples("tea"))
-    assert meta(examples("tea")[::-1]) == base, "the order of reading decides nothing"
+    assert meta(examples("tea")[::-1]) == base, "the order of reading has no effect"
     changed = [
         meta(examples("coffee")),
         meta(examples("tea"), user="bob"),
@@ -272,7 +272,7 @@ def test_the_base_models_nll_is_what_plain_transformers_computes(
             nats -= float(log_probabilities[at - 1, token])
             tokens += 1
     assert ptuning.nll(backbone, rows) == pytest.approx(nats / tokens, rel=1e-5)
-    for budget in (1, 30, 10_000):  # over all tokens, not a mean of rows' means
+    for budget in (1, 30, 10_000):  # a mean over all tokens, not of the rows' means
         ours = ptuning.nll(backbone, rows, tokens_per_microbatch=budget)
         assert ours == pytest.approx(nats / tokens, rel=1e-5)
 
@@ -347,13 +347,13 @@ QUICK: dict[str, Any] = {
 def collect_results(
     results: Iterable[tuple[str, ptuning.TuneResult]], into: dict[str, ptuning.TuneResult]
 ) -> None:
-    """Keep what is yielded before something raises."""
+    """Keep the results that are yielded before an error."""
     for user_id, result in results:
         into[user_id] = result
 
 
 def test_users_are_read_a_pack_at_a_time_and_yielded_as_packs_finish(backbone: Backbone) -> None:
-    """A stream without an end gives results, and is read no further than they need."""
+    """An endless stream gives results, and is read no further than necessary."""
     read = 0
 
     def forever() -> Iterator[tuple[str, list[ptuning.Example]]]:
@@ -412,7 +412,7 @@ def test_rows_may_be_mappings_and_ids_numbers(backbone: Backbone) -> None:
     }
     bad = ptuning.tune(backbone, wrong, **QUICK)
     assert "completion is missing" in str(bad["7"].error)
-    assert "a user other than" in str(bad["8"].error), "a row of 7 must not train 8"
+    assert "a user other than" in str(bad["8"].error), "a row of user 7 must not train user 8"
     with pytest.raises(ConfigError, match="the same id"):
         ptuning.tune(backbone, {7: rows, "7": rows}, **QUICK)
 
@@ -426,7 +426,7 @@ def test_users_may_be_a_table(backbone: Backbone, library: str) -> None:
         for user in ("ann", "bob")
         for row in examples("tea" if user == "ann" else "rum")
     ]
-    rows[0], rows[-1] = rows[-1], rows[0]  # users' rows need not stand together
+    rows[0], rows[-1] = rows[-1], rows[0]  # users' rows need not be adjacent
     table = make({name: [row[name] for row in rows] for name in rows[0]})  # absent splits: None
     named = DataConfig(columns=ColumnNames(user_id="author"))
     found = ptuning.tune(backbone, table, data=named, **QUICK)
@@ -576,7 +576,7 @@ def _cut_weights(directory: Path) -> None:
 
 
 def _missing_weights(directory: Path) -> None:
-    """Transformers would make the missing layer up at random."""
+    """Transformers would initialise the missing layer at random."""
     file = directory / "model.safetensors"
     kept = {name: t for name, t in load_file(file).items() if "layers.1" not in name}
     save_file(kept, file, {"format": "pt"})
@@ -621,7 +621,7 @@ def test_a_damaged_or_unusable_model_directory_is_a_backbone_error(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_this_machine_lacks_is_refused_where_it_is_used(tiny_model_dir: Path) -> None:
-    """And there only: a run's driver names the device of its workers."""
+    """Only where it is used: a run's driver may lack the device of its workers."""
     assert choose_device("cuda:1").type == "cuda"
     with pytest.raises(ConfigError) as caught:
         ptuning.load_backbone(str(tiny_model_dir), device="cuda:1")

@@ -1,4 +1,4 @@
-"""A prefix file is its training's pure function, and is refused wherever it does not belong."""
+"""A prefix file depends only on its training, and is refused wherever it does not belong."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def prefix_for(backbone: Backbone, /, seed: int = 1, **changes: Any) -> Prefix:
 
 
 def rewrite(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], None]) -> bytes:
-    """The prefix's file with its tensors and texts changed, by an honest safetensors writer."""
+    """The prefix's file with changed tensors and metadata, written by safetensors."""
     texts, tensors = prefix.meta.to_texts(), {**prefix.tensors}
     change(tensors, texts)
     return save_safetensors(tensors, texts)
@@ -72,7 +72,7 @@ def rewrite(prefix: Prefix, change: Callable[[dict[str, Any], dict[str, str]], N
 
 @contextmanager
 def expect_refusal(kind: type[ArtifactError]) -> Iterator[None]:
-    """The error is of this kind, says what was seen, and survives pickling as it is."""
+    """Expect an error of this class that says what was seen and survives pickling."""
     with pytest.raises(kind) as caught:
         yield
     error = caught.value
@@ -125,7 +125,7 @@ def test_the_file_is_plain_safetensors_with_a_tensor_kv(backbone: Backbone, tmp_
     assert json.loads(texts["layers"]) == {"decoder.0": [1, 0]}  # from the top, the lowest first
 
 
-# The identity of every prefix ever registered rests on this value.
+# The identity of every registered prefix depends on this value.
 GOLDEN = "7b798d68f9499237c5c4a6adbd0d8dbf404c28380eb26f9f41dd3e4b5f9147c9"
 _DIGEST_SCRIPT = """
 import torch
@@ -143,7 +143,7 @@ print(digest)
 
 
 def test_the_digest_is_the_same_in_every_process_and_version() -> None:
-    """The safetensors writer alone would order the metadata anew at each call."""
+    """The safetensors writer alone would order the metadata differently at each call."""
     for _ in range(20):
         scope: dict[str, Any] = {}
         exec(_DIGEST_SCRIPT, scope)
@@ -177,7 +177,7 @@ def test_every_part_of_a_prefix_is_in_its_digest(backbone: Backbone) -> None:
 
 
 def test_a_prefix_cannot_be_changed(backbone: Backbone) -> None:
-    """What is done to the tensors that it hands out, or was made of, is not done to it."""
+    """Changing the tensors that it was made of, or that it hands out, does not change it."""
     kv = random_kv(backbone, P, 1)[0]
     prefix = make_prefix([as_groups(kv)], meta_for(backbone))
     values, digest = as_layers(prefix.tensors), prefix.digest
@@ -450,7 +450,7 @@ def test_errors_of_every_kind_keep_their_fields_through_pickling() -> None:
 
     for kind in kinds(PTuningError):
         if kind.__module__ != PTuningError.__module__:
-            continue  # the service's own errors have tests of their own
+            continue  # the service tests its errors itself
         error = kind("it broke", seen=1, expected=(2, 3), fix="mend it", user_key="abc")
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is kind
@@ -469,7 +469,7 @@ def test_user_keys_are_safe_names_and_differ_for_ids_that_differ(one: str, two: 
 
 
 def test_user_keys_never_change_by_themselves() -> None:
-    """Stores and registries hold them."""
+    """Stores and registries contain them."""
     digest = hmac.digest(b"", "Zoë".encode(), "sha256")
     assert user_key("Zoë") == base64.b32encode(digest).decode().rstrip("=").lower()
     assert user_key("alice") != user_key("Alice") != user_key("alice ")

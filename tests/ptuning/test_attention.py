@@ -1,4 +1,4 @@
-"""A prefix inside attention is what the same keys and values in the cache are, row by row."""
+"""A prefix inside attention equals the same keys and values in the cache, row by row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def with_cache(model: Any, ids: list[int], kv_LPHD: Tensor) -> Tensor:
-    """Logits `[T, V]` of a plain model that finds the prefix `[L, 2, H, P, D]` in its cache."""
+    """Logits `[T, V]` of a plain model with the prefix `[L, 2, H, P, D]` in its cache."""
     cache = DynamicCache()
     for layer, kv in enumerate(kv_LPHD):
         cache.update(kv[0].unsqueeze(0), kv[1].unsqueeze(0), layer)
@@ -134,7 +134,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_recomputes(family: str) 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_gradient_checkpointing_keeps_dropout_off(family: str) -> None:
-    config = FAMILIES[family]()  # dropout of 0.1, in modules or asked of the layer
+    config = FAMILIES[family]()  # dropout of 0.1, in modules or as the layers' argument
     backbone = build(config, gradient_checkpointing=True)
     kv = random_kv(backbone, 3, seed=1)
     rows = [random_row(9, 6, 1)]
@@ -161,7 +161,7 @@ def test_rows_with_prefixes_of_different_lengths_equal_each_alone(family: str, k
     lengths, rows = [2, 6, 0], [random_ids(7, 1), random_ids(5, 2), random_ids(4, 3)]
     own = [random_kv(backbone, length, seed=length)[0] for length in lengths]
     longest = max(lengths)
-    padded = torch.full((3, *kv_shape(backbone, longest)), 7.0)  # must not be seen
+    padded = torch.full((3, *kv_shape(backbone, longest)), 7.0)  # padding must not be visible
     for row, length in enumerate(lengths):
         padded[row, ..., longest - length :, :] = own[row]
     mixed = RowPrefix(split_groups(as_groups(padded), backbone.facts, 1), torch.tensor(lengths))
@@ -208,8 +208,8 @@ def make_windowed_config(family: str, window: int) -> Any:
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 @kinds
 def test_beyond_a_sliding_window_the_prefix_stays_visible(family: str, kind: str) -> None:
-    """The last of 20 tokens, far outside a window of 4, still hears the prefix directly: were
-    it hidden there, a one-layer model could not notice a change of it."""
+    """The last of 20 tokens, far outside a window of 4, still sees the prefix directly: a model of
+    one layer notices a change of the prefix there."""
     config = make_windowed_config(family, 4)
     config.num_hidden_layers = 1
     if family == "gemma3":
@@ -217,12 +217,12 @@ def test_beyond_a_sliding_window_the_prefix_stays_visible(family: str, kind: str
     backbone = build(config, kind)
     kv = random_kv(backbone, 3, seed=1)
     changed = kv.clone()
-    changed[:, :, 1] += 1.0  # the values alone, so that it must show
+    changed[:, :, 1] += 1.0  # a change of the values must show
     ids = random_ids(20, 1)
     with torch.no_grad():
         (one,) = logits_of(backbone, [ids], row_prefix(backbone, kv, [0]))
         (two,) = logits_of(backbone, [ids], row_prefix(backbone, changed, [0]))
-        # The window itself still works: the first token is out of the last one's sight.
+        # The window still works: the last token does not see the first.
         (three,) = logits_of(
             backbone, [[*random_ids(1, 7), *ids[1:]]], row_prefix(backbone, kv, [0])
         )
@@ -233,7 +233,7 @@ def test_beyond_a_sliding_window_the_prefix_stays_visible(family: str, kind: str
 @pytest.mark.parametrize("family", ["mistral", "gemma3"])
 @kinds
 def test_a_sliding_window_counts_real_tokens_only(family: str, kind: str) -> None:
-    """Inside the window the cache way and ours agree; beyond it they differ by the prefix."""
+    """Inside the window a prefix in the cache and ours agree. Beyond it they differ."""
     backbone = build(make_windowed_config(family, 8), kind)
     plain = build_model(make_windowed_config(family, 8), kind)
     kv, ids = random_kv(backbone, 3, seed=1), random_ids(20, 1)
@@ -313,7 +313,7 @@ def test_a_model_that_stopped_using_our_attention_is_refused_at_the_next_call() 
 
 
 def test_a_model_called_without_a_plan_raises_rather_than_sees_the_future() -> None:
-    """No mask is made for it then, so its tokens would attend to the ones after them."""
+    """Without a plan there is no mask, so tokens would attend to later tokens."""
     backbone = build(FAMILIES["llama"]())
     with pytest.raises(UnsupportedModel, match="without an attention plan"):
         backbone.model(input_ids=torch.tensor([[3, 4]]))
@@ -362,7 +362,7 @@ def test_a_layer_with_a_mask_of_its_own_making_is_refused_rather_than_guessed(ma
 
 
 def test_captured_activations_as_a_prefix_continue_the_text() -> None:
-    """A prefix made of a text's own activations predicts what the text itself would."""
+    """A prefix made of a text's activations predicts what the text would."""
     backbone = build(FAMILIES["llama"]())
     words, rest = random_ids(6, 1), random_ids(5, 2)
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_captured_activations_as_a_prefix_continue_the_text() -> None:
 
 @pytest.mark.parametrize("family", ["t5", "t5_gated", "bart"])
 def test_captured_activations_equal_the_plain_models_cache(family: str) -> None:
-    """In encoder, decoder and cross attention, the words standing at both inputs."""
+    """In encoder, decoder and cross attention, with the words at both inputs."""
     backbone, words = build(SEQ2SEQ[family](), "eager"), torch.tensor([random_ids(6, 1)])
     captured, _ = backbone.capture(words)
     plain = build_model(SEQ2SEQ[family](), "eager")
@@ -423,7 +423,7 @@ def test_the_top_layers_start_from_their_own_activations() -> None:
 
 
 def test_dropout_zeroes_a_share_and_scales_the_rest() -> None:
-    """A row's mask is its own seed's, whatever stands beside it."""
+    """A row's mask depends only on its seed, not on the other rows."""
     values = torch.ones((2, 4, 2, 2, 50, 8))
     dropped = Dropout(0.3, (5, 6))("decoder", values)
     assert 0.25 < float((dropped == 0).float().mean()) < 0.35

@@ -1,4 +1,4 @@
-"""The plan of a call's attention, against rules written out by hand: no model."""
+"""Attention plans against rules written out by hand, without a model."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ rows_of_prefixes = st.lists(
 def test_each_token_sees_what_its_own_row_says_whatever_the_neighbours(
     rows: list[dict[str, int]], left: bool, name: str
 ) -> None:
-    """Real token i of a row: its own tokens by the layer's reach, and its own virtual ones where
-    the prefix is that deep, the token is not before an infix, and no window hides them. In front
-    of the keys, and in the first columns of a cache."""
+    """A real token sees the tokens of its row within the layer's reach. It sees the row's virtual
+    tokens if the prefix has this layer, the token is not before an infix, and no window hides
+    them. This holds for virtual tokens in front of the keys and in a cache's first columns."""
     reach, _ = REACHES[name]
     facts = facts_of(reach, reach)
     longest = max(row["tokens"] for row in rows)
@@ -128,7 +128,7 @@ def test_each_token_sees_what_its_own_row_says_whatever_the_neighbours(
 
 
 def seen_keys(sees: Tensor, virtual: int, padding: int = 0) -> set[int]:
-    """The numbers of the keys that are seen: virtual ones, padding, real ones."""
+    """The indices of the keys that are seen; virtual tokens have negative ones."""
     columns = [int(column) - virtual for column in sees.nonzero()[:, 0]]
     return {column if column < 0 else column - padding for column in columns}
 

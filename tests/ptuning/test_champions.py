@@ -1,4 +1,4 @@
-"""Published champions: what readers see, whoever publishes, races or dies."""
+"""Published champions: what readers see, even if publishers race or die."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_user_has_the_champion_that_was_published_last(store: Store) -> None:
     assert (reader.generation, reader.get(*name("ann"))) == (0, None)
     assert publish(store, BACKBONE, {name("ann"): ref(1), name("bob"): ref(2)}) == 1
     assert publish(store, BACKBONE, {name("ann"): ref(3)}) == 2
-    assert reader.get(*name("ann")) is None, "nothing is read before refresh"
+    assert reader.get(*name("ann")) is None, "nothing is read before the first refresh"
     assert reader.refresh() == 2
     for champions_now in (reader, read_champions(store)):
         assert champions_now.get(*name("ann")) == ref(3)
@@ -73,7 +73,7 @@ def test_one_backbone_never_sees_anothers_champions(store: Store) -> None:
 
 
 def test_backbones_that_begin_alike_are_told_apart(store: Store) -> None:
-    """The folder has the first eight digits only."""
+    """The folder's name has only the first eight digits of the fingerprint."""
     publish(store, BACKBONE, {name("ann"): ref(1)})
     alike = BACKBONE[:8] + "c" * 56
     with pytest.raises(RunError, match="backbone"):
@@ -101,7 +101,7 @@ def test_any_history_reads_as_a_dictionary_would(
     min_full: int,
     max_deltas: int,
 ) -> None:
-    """Whatever is a delta, whatever a full list, and however much a reader knew before."""
+    """Whichever generations are deltas or full lists, and whatever the reader knew before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(champions, "_MIN_FULL", min_full)
         patch.setattr(champions, "_MAX_DELTAS", max_deltas)
@@ -166,7 +166,7 @@ def test_a_damaged_or_missing_generation_keeps_the_list_that_was_known(store: St
 def test_a_publisher_can_wait_for_the_replicas_and_names_late_ones(
     store: Store,
 ) -> None:
-    assert wait_acknowledged(store, BACKBONE, 1, 0) == [], "nobody serves"
+    assert wait_acknowledged(store, BACKBONE, 1, 0) == [], "no replica serves"
     acknowledge(store, BACKBONE, "quick", 2, 1)
     acknowledge(store, BACKBONE, "late", 1, 1)
     assert wait_acknowledged(store, BACKBONE, 2, 0.3, every_s=0.05) == ["late"]

@@ -1,4 +1,4 @@
-"""Conditional writes: of processes that race exactly one wins, on disks and on a real S3 server."""
+"""Conditional writes: exactly one of racing processes wins, on disks and on a real S3 server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ptuning.champions import ChampionList, ChampionRef, publish
 from ptuning.errors import ConfigError
 from ptuning.store import Store
 
-# Fresh interpreters: an S3 client does not survive a fork.
+# New interpreters: an S3 client does not survive a fork.
 _SPAWN: Any = multiprocessing.get_context("spawn")
 WORKERS = 3
 
@@ -122,7 +122,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file_and_no_lock(tmp_path: Path)
         found = store.read_versioned("x")
         assert found is not None
         data, etag = found
-        assert len(data) % 20_000 == 0, "half a file"
+        assert len(data) % 20_000 == 0, "the file must be whole"
         begun = time.monotonic()
         assert store.replace_if_unchanged("x", b"1" * 20_000, etag)
         assert time.monotonic() - begun < 5
@@ -160,7 +160,7 @@ def test_a_bucket_that_is_not_there_is_not_made(s3_server: str) -> None:
 def test_a_put_whose_answer_was_lost_counts_as_done(
     s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client puts again, and is refused by its own object."""
+    """The client repeats the put and is refused because of the object that it wrote."""
     store = Store(f"s3://{make_bucket()}/store")
     call = store.fs.call_s3
 

@@ -1,4 +1,4 @@
-"""Text to tokens: what is learned, what may be cut, and what a template may do."""
+"""Text to tokens: what is supervised, what may be cut, and how templates behave."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_tokenizer_without_any_end_is_refused() -> None:
 
 @pytest.mark.parametrize("template", [chat_template(), plain_template()], ids=["chat", "plain"])
 def test_the_completion_is_tokenised_apart_from_the_prompt(template: Template) -> None:
-    """ "hel" + "lo" must not become the one token "hello" across the border."""
+    """ "hel" + "lo" must not become the single token "hello"."""
     joint = template.encode(Example(prompt="hello", completion="x")).input_ids
     apart = template.encode(Example(prompt="hel", completion="lo"))
     assert supervised_ids(apart)[:-1] == template.ids("lo")
@@ -200,7 +200,7 @@ def test_cutting_a_conversation_takes_the_oldest_turns_text_first() -> None:
     written = decode_all(chat_template(), row.input_ids)
     assert "a a" not in written
     assert "c c c c" in written
-    assert written.count("<|im_start|>") == 4, "no turn's own tokens may go"
+    assert written.count("<|im_start|>") == 4, "tokens of the template must not be cut"
     assert written.endswith("<|im_start|>assistant\nend<|im_end|>")
     assert "b" in written
     assert "b b b b" not in written
@@ -251,7 +251,7 @@ def test_a_template_that_rewrites_texts_is_used_but_never_cut() -> None:
 
 
 def test_template_tokens_that_contain_a_texts_first_letters_are_not_cut() -> None:
-    """ "user: " and "the" share the token " the": cutting it would cut the template."""
+    """ "user: " and "the" share the token " the": cutting the text would cut the template."""
     tokenizer = chat_tokenizer(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     )
@@ -279,7 +279,7 @@ def test_the_day_changes_no_token(source: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_fixed_day_changes_nothing_else_of_a_template() -> None:
-    """Line breaks at a template's very beginning included."""
+    """Including line breaks at the beginning of a template."""
     begun = "\n\n{{ '' if strftime_now is defined else 'no dates' }}" + CHATML
     written = decode_all(
         chat_template(begun),
@@ -316,7 +316,7 @@ def test_whatever_changes_the_tokens_changes_the_digest() -> None:
 
 
 def test_the_digest_is_that_of_the_files_whatever_was_encoded_before() -> None:
-    """Padding and truncation that a caller switches on are state of the fast tokenizer."""
+    """Padding and truncation that a caller enables are part of the fast tokenizer's state."""
     used = plain_template()
     used.tokenizer(["a", "b c d"], padding=True, truncation=True, max_length=3)
     assert used.digest == plain_template().digest
@@ -382,7 +382,7 @@ def test_a_cut_row_keeps_its_answer_and_a_subsequence_of_the_whole(
 
 
 def test_a_prompt_alone_is_the_beginning_of_its_training_row() -> None:
-    """Serving encodes a request as a training row's prompt."""
+    """The service encodes a request like a training row's prompt."""
     for template in (chat_template(), plain_template()):
         row = template.encode(Example(prompt="hello there", completion="yes"))
         asked = template.encode_prompt("hello there")
@@ -401,8 +401,8 @@ def test_a_prompt_alone_is_the_beginning_of_its_training_row() -> None:
 def test_the_digest_of_a_known_template_never_changes_by_itself(
     make: Callable[[], Template], digest: str
 ) -> None:
-    """Every stored prefix names it; a change makes all of them unusable. Where a new release of
-    a library changed these, find out what it does differently before you write new values."""
+    """Every stored prefix contains it, and a change makes all prefixes unusable. If a new release
+    of a library changes these, find out what it does differently before you write new values."""
     assert make().digest == digest
 
 
@@ -437,7 +437,7 @@ def with_chat_template(text: object) -> Any:
 
 
 def test_a_template_that_expects_content_parts_gets_them() -> None:
-    """It walked over the letters of a text and rendered nothing: every prompt was the same."""
+    """Given a string, such a template loops over its letters and renders nothing."""
     template = Template.of(with_chat_template(PARTS))
     ids = template.encode_prompt("What is the capital of France?")
     assert "capital of France" in template.tokenizer.decode(ids)

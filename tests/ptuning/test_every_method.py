@@ -1,4 +1,4 @@
-"""What is asked of every method, from the catalogue of methods: none is forgotten anywhere."""
+"""What every method must satisfy, for all methods of the catalogue."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def backbone() -> Backbone:
 
 
 def test_the_catalogue_has_every_registered_method_in_every_kind_of_test() -> None:
-    """A method that is registered and forgotten here fails here."""
+    """A registered method that the catalogue lacks fails here."""
     entries = CATALOGUE.values()
     assert {entry.method.type for entry in entries} == set(METHODS)
     for kind in ("fast", "served", "pairs", "run"):
@@ -56,7 +56,7 @@ def test_a_registered_method_is_a_public_name_and_a_type_checkers_too() -> None:
         for alias in node.names
     }
     methods = {name for name, file in typed.items() if str(file).startswith("ptuning.methods.")}
-    assert methods == {*REGISTERED}, "a name that type checkers see is there at run time"
+    assert methods == {*REGISTERED}, "a name that type checkers see exists at run time"
     for name, file in REGISTERED.items():
         assert getattr(ptuning, name) in METHODS.values()
         assert name in ptuning.__all__
@@ -91,7 +91,7 @@ def test_a_prefix_is_saved_and_loaded_as_its_method_makes_it(
 def test_a_prefix_is_saved_as_the_declared_peft_type_or_refused(
     method: Method, backbone: Backbone, tmp_path: Path
 ) -> None:
-    """Whether it is computed alike there: tests/parity/test_peft_format.py."""
+    """tests/parity/test_peft_format.py tests that PEFT computes the same."""
     prefix = random_prefix(backbone, method, 1)
     (kind,) = (entry.peft for entry in CATALOGUE.values() if entry.method is method)
     if kind is None:
@@ -136,7 +136,7 @@ def test_a_training_continued_from_its_state_equals_an_uninterrupted_one(
 
 
 def test_all_methods_in_one_batch_are_answered_as_each_alone(backbone: Backbone) -> None:
-    """On more families, with windows and on encoder-decoder models: test_families.py."""
+    """test_families.py tests more families, windows and encoder-decoder models."""
     methods = select_served()
     prefixes = [random_prefix(backbone, method, n) for n, method in enumerate(methods.values())]
     prompts = [f"what is number {n} " * (1 + n % 3) for n in range(len(prefixes))]

@@ -1,4 +1,4 @@
-"""Rows are checked strictly, and splits, selection and digests ignore the order of reading."""
+"""Rows are checked strictly. Splits, selection and digests ignore the order of reading."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_prompts_and_completions_by_their_other_names_and_types(
 
 
 def test_an_input_is_joined_to_an_instruction_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alpaca's `input` belongs to its prompt; beside another prompt it is a column of its own."""
+    """Alpaca's `input` belongs to `instruction`. Beside another prompt it is a separate column."""
     monkeypatch.setitem(COLUMN_ALIASES, "prompt", ("instruction", "question"))
     raw = {"user_id": "ann", "question": "what?", "input": "sensor 7", "output": "a"}
     columns = Columns()
@@ -264,7 +264,7 @@ def test_an_input_is_joined_to_an_instruction_only(monkeypatch: pytest.MonkeyPat
         {"messages": [t | {"content": [{"type": "text", "text": t["content"]}]} for t in TURNS]},
         {"messages": [t | {"content": [t["content"][:1], t["content"][1:]]} for t in TURNS]},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
-        {"conversations": TURNS, "instruction": "be brief"},  # alone, it is no prompt
+        {"conversations": TURNS, "instruction": "be brief"},  # alone, it is not a prompt
         {"conversations": TURNS, "output": "hello"},
         {"prompt": TURNS[:1], "completion": TURNS[1:]},
         {"prompt": TURNS[:1], "completion": "hello"},
@@ -327,12 +327,12 @@ def test_a_bad_row_names_its_user_where_it_has_one() -> None:
     assert caught.value.fields["user_id"] == "alice"
 
 
-# Digests of what rows are taken for, by ROW_RULES. Entries never change: partitions name them.
+# The digests of parsed rows, by ROW_RULES. Never change an entry: partitions depend on it.
 KNOWN_RULES = {2: "1d822842ef74bc58", 3: "15ca8afecef347d2"}
 
 
 def test_an_older_partition_is_never_taken_for_rows_read_by_newer_rules() -> None:
-    """Where this fails, what a raw row means has changed: raise ROW_RULES, then this digest."""
+    """If this fails, the meaning of raw rows has changed: raise ROW_RULES and add the digest."""
     bases: list[dict[str, Any]] = [row(), {"user_id": 7, "messages": TURNS}]
     bases += [{"user_id": b"a", "conversations": [{"from": "human", "value": "q"}, *TURNS]}]
     bases += [{"user_id": "a", "conversations": TURNS, "instruction": "q"}]

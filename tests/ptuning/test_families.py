@@ -1,4 +1,4 @@
-"""Every method on every family: one code path, held against independent computations."""
+"""Every method on every family, against independent computations."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ kinds = pytest.mark.parametrize("kind", ["eager", "sdpa"])
 
 
 def with_kinds(families: Sequence[str]) -> pytest.MarkDecorator:
-    """Each family with each attention that it has."""
+    """Each family with each kind of attention that it has."""
     cases = [(family, "eager") for family in families]
     cases += [(family, "sdpa") for family in families if family not in EAGER_ONLY]
     return pytest.mark.parametrize(("family", "kind"), cases)
@@ -98,7 +98,7 @@ def assert_close(ours: Tensor, expected: Tensor) -> None:
 
 
 def leaves_of(backbone: Backbone, method: Method, users: int) -> Parameters:
-    """Parameters of U users, with a leading U, that require a gradient."""
+    """The parameters of U users, with a leading U, that require gradients."""
     own = [method.initial(backbone.facts, None, seed) for seed in range(users)]
     return Parameters(
         {
@@ -109,7 +109,7 @@ def leaves_of(backbone: Backbone, method: Method, users: int) -> Parameters:
 
 
 def arrange_rows(backbone: Backbone, method: Method, rows: Sequence[Any]) -> list[Any]:
-    """Rows as the trainers give them to the model."""
+    """The rows as trainers pass them to the model."""
     user = UserRows(user_key="any", seed=0, train=tuple(rows), init_ids=(3, 4, 5))
     return list(members_of(method, backbone.template, user)[0].train)
 
@@ -117,7 +117,8 @@ def arrange_rows(backbone: Backbone, method: Method, rows: Sequence[Any]) -> lis
 def loss_gradients(
     backbone: Backbone, method: Method, slots: Sequence[int] = (0, 1, 0)
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of three rows' summed loss: of what enters the model, and of the parameters."""
+    """Gradients of three rows' summed loss, of the tensors that enter the model and of the
+    parameters."""
     parameters = leaves_of(backbone, method, 2)
     tensors = method.compile(parameters.trained, {}, backbone.facts)
     for values in tensors.values():
@@ -146,7 +147,7 @@ def test_gradients_reach_every_layers_prefix_and_every_embedding_but_no_weight(
     entering, learned = loss_gradients(backbone, method)
     assert set(entering) == set(method.shapes(backbone.facts))
     for name, grad in entering.items():
-        # Of keys, or values, per user and layer, or of each user's every embedding.
+        # Norms of keys or values per user and layer, or of each user's embeddings.
         each = grad.flatten(2)
         assert bool((each.norm(dim=-1) > 1e-7).all()), name
     for name, grad in learned.items():
@@ -165,7 +166,7 @@ def test_a_slot_without_rows_takes_no_gradient(family: str, method: Method) -> N
 
 @contextmanager
 def layer_outputs(backbone: Backbone) -> Iterator[dict[tuple[str, int], list[Tensor]]]:
-    """What each attention layer gives, by (stack, layer), at every call."""
+    """Record the output of each attention layer at every call, by (stack, layer)."""
     seen: dict[tuple[str, int], list[Tensor]] = {}
     handles = []
     for module in backbone.model.modules():
@@ -218,7 +219,7 @@ def test_each_stacks_top_layers_alone_are_back_propagated_through(family: str) -
     backbone = build(PAIRS[family]())
     layers = {stack: facts.layers for stack, facts in backbone.facts.stacks.items()}
     for chosen, reached in {
-        # The decoder reads the encoder's states in every layer.
+        # Every decoder layer reads the encoder's states.
         ENCODER: {(ENCODER, layers[ENCODER] - 1), *((CROSS, n) for n in range(layers[CROSS])),
                   *((DECODER, n) for n in range(1, layers[DECODER]))},
         CROSS: {(CROSS, layers[CROSS] - 1)},  # self-attention comes before it
@@ -235,7 +236,7 @@ def test_each_stacks_top_layers_alone_are_back_propagated_through(family: str) -
 
 
 def make_teachable_users() -> list[UserRows]:
-    """Two users, each with their own answer to whatever is asked: little text teaches it."""
+    """Two users, each with one answer to all questions, which a few rows teach."""
     pack = []
     for n, name in enumerate(("alice", "bob")):
         answer = random_ids(3, 90 + n)
@@ -314,7 +315,7 @@ def test_a_pack_is_the_plain_trainer_on_encoder_decoder_models(family: str, name
         for own, plain in zip(ours.members, expected.members, strict=True):
             assert own.keys() == plain.keys() == method.shapes(backbone.facts).keys()
             for name, values in plain.items():
-                # Adam divides by the size of a gradient: rounding is what is left of a tiny one.
+                # Adam divides by the size of a gradient: a tiny gradient is mostly rounding.
                 torch.testing.assert_close(own[name], values, atol=5e-4, rtol=0)
         assert (ours.steps, ours.tokens) == (expected.steps, expected.tokens)
         for line, wanted in zip(ours.history, expected.history, strict=True):
@@ -324,8 +325,7 @@ def test_a_pack_is_the_plain_trainer_on_encoder_decoder_models(family: str, name
 
 @with_kinds([*PAIRS])
 def test_a_stack_left_out_gets_no_prefix(family: str, kind: str) -> None:
-    """Each stack's prefix changes the loss, and a subset's loss is that of zero weight on the
-    others: not theirs."""
+    """Each stack's prefix changes the loss, and every subset of stacks gives another loss."""
     backbone = build(PAIRS[family](), kind)
     whole = random_prefix(backbone, PrefixTuning(num_virtual_tokens=P), 1)
     batch = collate([random_row(9, 6, 1)], backbone.device, backbone.facts.decoder_start_id)
@@ -349,7 +349,7 @@ def test_a_stack_left_out_gets_no_prefix(family: str, kind: str) -> None:
 
 
 def with_cache(model: Any, ids: Sequence[int], kv_LPHD: Tensor) -> Tensor:
-    """Logits `[T, V]` of a plain model that finds the prefix `[L, 2, H, P, D]` in its cache."""
+    """Logits `[T, V]` of a plain model with the prefix `[L, 2, H, P, D]` in its cache."""
     cache = DynamicCache()
     for layer, kv in enumerate(kv_LPHD):
         cache.update(kv[0].unsqueeze(0), kv[1].unsqueeze(0), layer)
@@ -361,7 +361,7 @@ def with_cache(model: Any, ids: Sequence[int], kv_LPHD: Tensor) -> Tensor:
 
 
 def embed_row(model: Any, ids: Sequence[int], virtual: Tensor) -> Tensor:
-    """Embeddings `[1, T, E]` of a row: id -1-k is `virtual[k]`."""
+    """The embeddings `[1, T, E]` of a row, where id -1-k is `virtual[k]`."""
     reader = model.get_encoder() if model.config.is_encoder_decoder else model
     table = reader.get_input_embeddings()
     parts = [virtual[-1 - one] if one < 0 else table(torch.tensor(one)) for one in ids]
@@ -374,8 +374,8 @@ def embed_row(model: Any, ids: Sequence[int], virtual: Tensor) -> Tensor:
 def test_within_windows_a_prefix_is_what_past_key_values_are(
     family: str, kind: str, side: str
 ) -> None:
-    """`sliding_window: respect`, rows far longer than the window and prefixes of different lengths,
-    one longer than the window; `ignore` is not that."""
+    """With `sliding_window: respect`: rows far longer than the window, and prefixes of different
+    lengths, one longer than the window. `ignore` gives something else."""
     config = with_window(family, 5)
     backbone, plain = build(config, kind), build_model(with_window(family, 5), kind)
     settings = {"num_virtual_tokens": 7, "sliding_window": "respect"}
@@ -398,7 +398,7 @@ def test_within_windows_a_prefix_is_what_past_key_values_are(
     for row, prefix in enumerate(windowed):
         expected = with_cache(plain, rows[row], as_layers(prefix.tensors))
         assert_close(ours[row], expected)
-        # The first token has room for some virtual tokens in its window, the last for none.
+        # The first token's window contains some virtual tokens, the last one's none.
         assert (seen[row][-1] - expected[-1]).abs().max() > 1e-2
     assert_close(mixed[0], ours[0])
     assert_close(mixed[1], seen[1])
@@ -410,8 +410,8 @@ def test_within_windows_a_prefix_is_what_past_key_values_are(
 def test_beyond_windows_a_prefix_stays_visible_and_the_text_does_not(
     family: str, kind: str, side: str
 ) -> None:
-    """`sliding_window: ignore`, rows far longer than the window: the plain model with the prefix in
-    its cache and masks written here."""
+    """With `sliding_window: ignore` and rows far longer than the window: equals the plain model
+    with the prefix in its cache and masks made here."""
     window, length = 5, 20
     backbone = build(with_window(family, window), kind)
     plain = build_model(with_window(family, window), "eager")
@@ -464,7 +464,7 @@ def test_windows_are_kept_while_text_is_generated(family: str, kind: str) -> Non
     assert generate(backbone, prompts, prefixes, max_new_tokens=tokens) == expected
 
 
-# Families as they are, and with windows that virtual tokens in front fall out of.
+# Families as they are, and with windows that do not reach the leading virtual tokens.
 PLACES: dict[str, Callable[[], PreTrainedConfig]] = {
     **FAMILIES,
     **{f"{name}, window": partial(with_window, name, 4) for name in WINDOWED},
@@ -477,7 +477,7 @@ PLACES: dict[str, Callable[[], PreTrainedConfig]] = {
 def test_virtual_tokens_in_front_compile_to_keys_and_values(
     family: str, kind: str, side: str
 ) -> None:
-    """Two users in a batch, 6 and 2 virtual tokens: as if their embeddings stood in front."""
+    """Two users in a batch, with 6 and 2 virtual tokens: equals their embeddings in front."""
     backbone, plain = build(PLACES[family](), kind), build_model(PLACES[family](), kind)
     prompts = [PromptTuning(num_virtual_tokens=6), PromptTuning(num_virtual_tokens=2)]
     prefixes = [random_prefix(backbone, method, n) for n, method in enumerate(prompts)]
@@ -527,7 +527,7 @@ def test_virtual_tokens_among_real_ones_are_embeddings_there(
     ids=["prompt", "ptuning"],
 )
 def test_an_encoders_virtual_tokens_stay_embeddings(family: str, kind: str, method: Method) -> None:
-    """The encoder's virtual tokens see the real ones, so nothing can be computed beforehand."""
+    """The encoder's virtual tokens see the real ones, so they cannot be precomputed."""
     backbone, plain = build(PAIRS[family](), kind), build_model(PAIRS[family](), kind)
     prefix = random_prefix(backbone, method, 1)
     ready = make_ready(prefix, backbone)
@@ -535,7 +535,9 @@ def test_an_encoders_virtual_tokens_stay_embeddings(family: str, kind: str, meth
     virtual = prefix.tensors[EMBEDDINGS]
     source, answer = ready.arrangement.prompt(random_ids(8, 1)), [2, *random_ids(5, 2)]
     assert sum(token < 0 for token in source) == len(virtual)
-    other = ready.arrangement.prompt(random_ids(14, 3))  # a longer neighbour: padding must not show
+    other = ready.arrangement.prompt(
+        random_ids(14, 3)
+    )  # a longer neighbour: padding must have no effect
     with torch.no_grad():
         ours = answer_logits(backbone, [source, other], [answer, answer], [prefix, prefix])
         expected = plain(
@@ -552,7 +554,7 @@ def answer_logits(
     answers: Sequence[Sequence[int]],
     prefixes: Sequence[Prefix | None],
 ) -> Tensor:
-    """Logits `[R, S, V]` of answers of one length, sources padded on the right."""
+    """Logits `[R, S, V]` of answers of equal length; sources are padded on the right."""
     longest = max(len(row) for row in sources)
     ids, mask = (torch.zeros((len(sources), longest), dtype=torch.long) for _ in range(2))
     for r, row in enumerate(sources):
@@ -563,9 +565,9 @@ def answer_logits(
 
 @with_kinds([*PAIRS])
 def test_a_decoders_prefix_is_what_past_key_values_are(family: str, kind: str) -> None:
-    """Behind a cache of P keys an answer begins at position P, whether positions are learned
-    (BART), rotary (T5Gemma, within windows) or distances (T5): rows of different P in one batch,
-    beside one whose prefix is not the decoder's and one without."""
+    """After a cache of P keys an answer begins at position P, whether positions are learned (BART),
+    rotary (T5Gemma, within windows) or distances (T5). The batch has rows of different P, one
+    whose prefix is not the decoder's and one without a prefix."""
     backbone, plain = build(PAIRS[family](), kind), build_model(PAIRS[family](), kind)
     settings: dict[str, Any] = {"stacks": ("decoder",), "sliding_window": "respect"}
     prefixes = [
@@ -613,7 +615,7 @@ def test_left_padding_changes_nothing_with_relative_positions(family: str, kind:
 
 
 def test_padding_after_a_long_prefix_stays_within_the_positions() -> None:
-    """BART has 128: what pads the short answer behind 120 virtual tokens would stand at 240."""
+    """BART has 128 positions. Padding a short answer after 120 virtual tokens would reach 240."""
     backbone = build(PAIRS["bart"]())
     long = random_prefix(backbone, PrefixTuning(num_virtual_tokens=120, stacks=("decoder",)), 1)
     sources, answers = [random_ids(6, 1), random_ids(6, 2)], [random_ids(5, 3), random_ids(120, 4)]
@@ -638,8 +640,8 @@ def test_padding_after_a_long_prefix_stays_within_the_positions() -> None:
 def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
     family: str, combine: Any
 ) -> None:
-    """Its members' logits combined as for an answer, whatever the microbatches; a vote, which has
-    no likelihood, is judged likewise. Two users of one kind, rows of several lengths."""
+    """The members' logits are combined as for an answer, whatever the microbatches. A vote has no
+    likelihood and is judged in the same way. Two users of one method, rows of several lengths."""
     backbone = build(ALL[family]())
     method = PromptTuning(num_virtual_tokens=P, ensemble=3, combine=combine)
     prefixes = [random_prefix(backbone, method, seed) for seed in (1, 2)]
@@ -679,7 +681,7 @@ def test_an_ensembles_loss_is_that_of_the_mean_with_which_it_answers(
 
 CAUSAL_USERS: dict[str, Method | None] = {"base": None, **select_served()}
 PAIR_USERS: dict[str, Method | None] = {"base": None, **select_served(pairs=True)}
-# Anything that a batch may hold: windows too, which the texts outgrow.
+# All that a batch may contain, including windows shorter than the texts.
 SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
     **PLACES,
     **SHARING,
@@ -689,7 +691,7 @@ SERVED: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 def prefixes_of_every_kind(backbone: Backbone) -> list[Prefix | None]:
-    """A prefix of each kind that the backbone takes, and none."""
+    """A prefix of each kind that the backbone supports, and None."""
     chosen = CAUSAL_USERS if backbone.facts.decoder_start_id is None else PAIR_USERS
     return [
         None if method is None else random_prefix(backbone, method, n)
@@ -699,7 +701,7 @@ def prefixes_of_every_kind(backbone: Backbone) -> list[Prefix | None]:
 
 @pytest.mark.parametrize("family", [*FAMILIES, *CHUNKED])
 def test_a_checkpointed_backbone_generates_what_a_plain_one_does(family: str) -> None:
-    """Checkpointed layers would drop the cache in silence, and a step forget what came before."""
+    """Checkpointed layers would silently drop the cache, so that a step ignores earlier tokens."""
     config = (FAMILIES | CHUNKED)[family]
     plain, checkpointed = build(config()), build(config(), gradient_checkpointing=True)
     prefixes = prefixes_of_every_kind(plain)
@@ -727,13 +729,13 @@ def test_all_methods_in_one_batch_answer_as_each_alone(family: str) -> None:
         for prompt, prefix in zip(prompts, prefixes, strict=True)
     ]
     assert together == alone
-    assert len(set(together)) > 2, "the prefixes make a difference"
+    assert len(set(together)) > 2, "the prefixes change answers"
 
 
 @pytest.mark.slow
 @with_kinds([*SERVED])
 def test_all_methods_in_one_batch_have_each_ones_logits(family: str, kind: str) -> None:
-    """What text can hide: logits of three steps, every member of an ensemble for itself."""
+    """Differences that texts can hide: logits of three steps, for each member of an ensemble."""
     backbone = build(SERVED[family](), kind)
     ready = [
         None if one is None else make_ready(one, backbone)
@@ -760,8 +762,8 @@ def test_all_methods_in_one_batch_have_each_ones_logits(family: str, kind: str) 
 @pytest.mark.slow
 @with_kinds([*SERVED])
 def test_generation_computes_the_logits_of_training(family: str, kind: str) -> None:
-    """Logits of an answer's three tokens, one step after another, are those of one pass over the
-    row that a trainer collates."""
+    """The logits of an answer's three tokens, computed step by step, equal those of one pass over
+    the training row."""
     backbone = build(SERVED[family](), kind)
     start = backbone.facts.decoder_start_id
     steps = _causal_steps if start is None else _answer_steps
@@ -810,8 +812,8 @@ def bert(kind: str) -> Any:
 
 
 def bert_by_hand(ids: Tensor, kv_LPHD: Tensor) -> Tensor:
-    """Hidden states `[1, T, E]` of one row: softmax(q [Pk; k]^T / sqrt(D)) [Pv; v] in every
-    layer (Li and Liang 2021), with nothing of ours."""
+    """Hidden states `[1, T, E]` of one row, without our code: softmax(q [Pk; k]^T / sqrt(D))
+    [Pv; v] in every layer (Li and Liang 2021)."""
     model = bert("eager")
     for layer, block in enumerate(model.encoder.layer):
         own = block.attention.self

@@ -1,4 +1,4 @@
-"""The gate: promoted only where the user's own validation rows say so."""
+"""The gate: a candidate is promoted only if it is better on the user's validation rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = (20, 30, 10, 25, 40, 15, 20, 30)
 
 
 def losses(nll: float, tokens: tuple[int, ...] = TOKENS, noise: float = 0.0) -> SplitLosses:
-    """Rows of `tokens` at `nll` nats per token; every second row is `noise` worse or better."""
+    """Rows of `tokens` with `nll` nats per token, alternately `noise` worse and better."""
     nats = tuple((nll + noise * (-1) ** row) * count for row, count in enumerate(tokens))
     return SplitLosses(nats=nats, tokens=tokens)
 
@@ -103,7 +103,7 @@ def test_the_confidence_is_the_worse_of_the_two_comparisons() -> None:
 
 
 def test_long_rows_count_by_their_tokens() -> None:
-    # Better on three short rows, worse on the long one: worse by token.
+    # Better on three short rows, worse on the long one: worse per token.
     base = SplitLosses(nats=(10.0, 10.0, 10.0, 400.0), tokens=(2, 2, 2, 100))
     candidate = SplitLosses(nats=(4.0, 4.0, 4.0, 420.0), tokens=(2, 2, 2, 100))
     assert gate(base, candidate, confidence=0.0).decision == "rejected"
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_rejected_and_named(bad: float, who: str) -
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_champion_without_a_finite_loss_is_no_rival(bad: float) -> None:
-    """It would stay for ever."""
+    """Otherwise it would stay champion for ever."""
     champion = replace(losses(1.0), nats=(bad, *losses(1.0).nats[1:]))
     assert gate(losses(4.9), losses(4.2), champion) == gate(losses(4.9), losses(4.2))
 
@@ -170,7 +170,7 @@ def test_a_report_says_the_gate_its_validation_losses_and_counts_and_no_test_los
     assert (given.base, given.candidate, given.champion) == (losses(4.9), losses(4.2), None)
     assert given.counts == counts
     report.user_key = "v"
-    assert GateInput.of(report).seed != given.seed, "each user's resamples are their own"
+    assert GateInput.of(report).seed != given.seed, "each user has separate resamples"
 
 
 def test_losses_of_other_rows_are_an_error() -> None:

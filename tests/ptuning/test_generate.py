@@ -1,4 +1,4 @@
-"""Many users in one batch: each row is what it would be alone, with its own prefix or none."""
+"""Many users in one batch: each row is as if alone, with its user's prefix or none."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(family: str, kind: str)
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mistral"])
 def test_greedy_steps_equal_whole_passes_over_the_growing_text(family: str) -> None:
-    """The cache, the window and the positions after the first step are right."""
+    """Checks the cache, the window and the positions after the first step."""
     config = FAMILIES[family]()
     if getattr(config, "sliding_window", None):
         config.sliding_window = 6
@@ -141,13 +141,13 @@ def test_sampled_rows_depend_on_seed_and_place_and_on_no_neighbour() -> None:
 
     first = sample(PROMPTS, prefixes)
     assert sample(PROMPTS, prefixes) == first
-    torch.manual_seed(99)  # not the process's own random state either
+    torch.manual_seed(99)  # nor on the process's random state
     others = ["the", PROMPTS[1], "fox fox fox", "you"]
     assert sample(others, [None, *prefixes[1:2], None, None])[1] == first[1]
     assert sample(PROMPTS[:2], prefixes[:2]) == first[:2]
     assert sample(PROMPTS, prefixes, seed=1) != first
     same = sample([PROMPTS[0]] * 4, [prefixes[0]] * 4)
-    assert len(set(same)) > 1, "rows of one prompt must not draw the same numbers"
+    assert len(set(same)) > 1, "rows with the same prompt must draw different numbers"
 
 
 def test_a_low_temperature_is_nearly_greedy() -> None:
@@ -174,7 +174,7 @@ def test_generation_stops_at_the_end_token_of_each_row_alone(
     assert stopped[0] == ""
     for ours, whole in zip(stopped, free, strict=True):
         assert whole.startswith(ours)
-    assert any(stopped), "the others go on"
+    assert any(stopped), "the others continue"
 
 
 def test_at_most_max_new_tokens_are_generated() -> None:
@@ -267,7 +267,7 @@ def test_the_templates_end_and_the_models_own_ends_both_stop(backbone: Backbone)
 
 
 def one_member(prefix: Prefix, member: int) -> Prefix:
-    """An ensemble's member as a prefix of its own."""
+    """An ensemble's member as a separate prefix."""
     method = prefix.method.model_copy(update={"ensemble": 1})  # type: ignore[attr-defined]
     return make_prefix([prefix.members[member]], replace(prefix.meta, method=method))
 
@@ -275,7 +275,7 @@ def one_member(prefix: Prefix, member: int) -> Prefix:
 def answer_greedily(
     backbone: Backbone, prompt: str, prefix: Prefix, stops: set[int]
 ) -> tuple[str, float]:
-    """The greedy answer of at most 8 tokens, and its mean log-probability, from whole passes."""
+    """The greedy answer of at most 8 tokens and its mean log-probability, without a cache."""
     (member,) = make_ready(prefix, backbone).members
     ids = backbone.template.encode_prompt(prompt)
     answer: list[int] = []
@@ -294,7 +294,7 @@ def answer_greedily(
 
 @pytest.mark.parametrize("winner", ["the commonest", "the likeliest"])
 def test_an_ensemble_votes_on_whole_answers(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each member answers as if alone, some for longer than others; beside other rows."""
+    """Each member answers as if alone, some longer than others, beside other rows."""
     backbone = build(FAMILIES["llama"]())
     method = PromptTuning(num_virtual_tokens=3, ensemble=4, combine="vote")
     prefix = random_prefix(backbone, method, 5)
@@ -330,7 +330,7 @@ def test_a_vote_is_won_by_votes_then_likelihood_then_order() -> None:
 
 @pytest.mark.parametrize("combine", ["mean", "vote"])
 def test_a_prefix_that_overflows_in_the_model_gives_no_answer(combine: Any) -> None:
-    """Finite in its file; its keys and values are not."""
+    """Its values are finite in the file, but its keys and values in the model are not."""
     backbone = build(FAMILIES["gpt2"]())
     prefix = random_prefix(
         backbone, PromptTuning(num_virtual_tokens=2, ensemble=3, combine=combine), 1

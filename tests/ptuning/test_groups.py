@@ -1,5 +1,6 @@
-"""Layers of two shapes in one stack, keys as wide as values in neither: whatever keeps, trains,
-saves and reads a prefix speaks of groups. No model has such a stack yet that a prefix can enter."""
+"""Prefixes for a stack with layers of two shapes, in which keys and values differ in width.
+
+No supported model has such a stack yet. The tests cover training, saving, loading and serving."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from serve.engine.slots import SlotCache
 
 P = 3
 CPU = torch.device("cpu")
-# From the top: local and global attention take turns, three layers to one.
+# From the top: three layers of local attention for each layer of global attention.
 LOCAL = GroupFacts(layers=(4, 2, 1), heads=2, key_width=6, value_width=4)
 GLOBAL = GroupFacts(layers=(3, 0), heads=1, key_width=8, value_width=12)
 FACTS = Facts(
@@ -39,7 +40,7 @@ WIDTHS = [(2, 6, 4), (1, 8, 12), (2, 6, 4), (2, 6, 4), (1, 8, 12)]  # H, Dk, Dv,
 
 
 class PlainKeysAndValues(KeysAndValuesTuning):
-    """Keys and values as the base of such methods has them."""
+    """Keys and values that are trained directly, with the base class only."""
 
     type: Literal["plainly"] = "plainly"
 
@@ -59,7 +60,7 @@ methods = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 
 
 def init_activations(seed: int = 1) -> dict[str, Tensor]:
-    """Activations of P words in every layer."""
+    """Activations of P init words in every layer."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.randn(shape, generator=generator) for name, shape in FACTS.kv_shapes(P).items()
@@ -71,7 +72,7 @@ def start_of(method: Method) -> dict[str, Tensor] | None:
 
 
 def backbone(tokenizer: Any) -> Any:
-    """What a prefix asks of a backbone, but for a model."""
+    """The parts of a backbone that a prefix needs, without a model."""
     return SimpleNamespace(
         facts=FACTS,
         name="two shapes",
@@ -101,7 +102,7 @@ def test_a_method_makes_what_its_shapes_say(method: Method) -> None:
         ((heads, P, keys), (heads, P, values))
         for heads, keys, values in WIDTHS[-depth_of(method) :]
     ]
-    if method.start_ids == "words":  # each layer begins as the words were in it
+    if method.start_ids == "words":  # each layer starts as the words' activations in it
         of_words = split_groups(init_activations(), FACTS, 0)[DECODER][-depth_of(method) :]
         for (keys, values), (wanted_keys, wanted_values) in zip(layers, of_words, strict=True):
             assert torch.equal(keys[0], wanted_keys)
@@ -110,11 +111,13 @@ def test_a_method_makes_what_its_shapes_say(method: Method) -> None:
 
 @methods
 def test_every_group_learns_and_each_slot_alone(method: Method) -> None:
-    """A loss of all layers' keys and values of one user moves that user's, in every layer."""
+    """A loss on one user's keys and values changes that user's parameters, in every layer."""
     initial = [method.initial(FACTS, start_of(method), seed) for seed in range(2)]
     slots = Slots(method, FACTS, initial, CPU)
     before, leaves = copies(slots), slots.leaves()
-    for _ in range(2):  # an MLP's last layer starts at zero: what is before it moves second
+    for _ in range(
+        2
+    ):  # an MLP's last layer starts at zero: earlier ones move from the second update
         rows = leaves.of_rows(torch.tensor([1, 1]), torch.float32).layers[DECODER]
         both = [part for pair in rows for part in pair]
         torch.stack([(part.square() + part).sum() for part in both]).sum().backward()

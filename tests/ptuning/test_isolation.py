@@ -1,5 +1,5 @@
-"""Nothing of a batch reaches a row but its own tokens: models that couple rows are refused or
-capped where they are loaded, whatever the mechanism."""
+"""A row depends on no other row of its batch. Models that couple rows, by whatever mechanism, are
+refused or limited in length when they are loaded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _SIZES: dict[str, Any] = {
 
 
 def rope(kind: str) -> dict[str, Any]:
-    """Settings of a rope type, with an original length where the type has one."""
+    """Settings of a rope type, with an original length if the type has one."""
     settings: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     if kind in ("yarn", "longrope", "llama3"):
         settings["original_max_position_embeddings"] = ORIGINAL
@@ -81,7 +81,7 @@ def phi3_longrope() -> PreTrainedConfig:
 
 @pytest.mark.parametrize("kind", ["default", *ROPE_INIT_FUNCTIONS])
 def test_every_rope_type_keeps_rows_apart_at_all_positions_that_are_left_to_it(kind: str) -> None:
-    """Of each as Transformers has it today: a type that it adds is tried too."""
+    """All rope types of the installed Transformers, including types that it adds later."""
     config = with_rope(kind)
     if kind == "default":
         config = LlamaConfig(**_SIZES)
@@ -103,7 +103,7 @@ def compute_logits(backbone: Backbone, rows: list[list[int]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("config", [phi3_longrope, lambda: with_rope("dynamic")])
 def test_beyond_the_cap_a_rope_couples_rows_in_the_plain_model(config: Any) -> None:
-    """What the cap is for: past it these models answer a row by its neighbours."""
+    """The reason for the cap: beyond it a row's logits depend on its neighbours."""
     model = build_model(config(), "eager")
     ids = torch.tensor([random_ids(6, 1), random_ids(6, 2)])
     longer = torch.tensor([[*random_ids(6, 1), *[0] * 294], random_ids(300, 3)])
@@ -130,8 +130,8 @@ def test_a_long_neighbour_changes_neither_answer_nor_loss_of_a_longrope_model() 
 
 
 def test_training_beside_a_user_of_long_rows_is_training_alone_in_a_longrope_model() -> None:
-    """Bob's rows that pass the original length are left out with a reason, and his others stay
-    within it."""
+    """Bob's rows beyond the original length are left out with a reason. His other rows are
+    shorter."""
     backbone = build(phi3_longrope())
     method = PrefixTuning(num_virtual_tokens=4, init="random")
     config = TrainConfig(epochs=2, batch_size=4, learning_rate=2e-2, patience=None)
@@ -146,7 +146,7 @@ def test_training_beside_a_user_of_long_rows_is_training_alone_in_a_longrope_mod
 
 
 class BatchStatistics(LlamaForCausalLM):
-    """Normalises over the batch, in evaluation too."""
+    """Normalises over the batch, also in evaluation."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -165,7 +165,7 @@ class Planted(LlamaForCausalLM):
 
 
 class Remembering(LlamaForCausalLM):
-    """Adds a little of the batch before."""
+    """Adds a little of the previous batch."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -233,7 +233,7 @@ def test_a_verdict_is_reached_once_and_kept_by_configuration(
     monkeypatch.setattr(probe_module, "_known", {})  # another process
     assert check_isolation(longrope) == Isolation(positions=ORIGINAL)
     assert len(probed) == 2
-    for file in (tmp_path / "isolation").iterdir():  # cut short: probed anew
+    for file in (tmp_path / "isolation").iterdir():  # truncated: probed again
         file.write_text("{")
     monkeypatch.setattr(probe_module, "_known", {})
     assert check_isolation(longrope) == Isolation(positions=ORIGINAL)
@@ -285,7 +285,7 @@ def test_a_checksum_sees_any_change_and_reads_large_tensors_in_pieces(
 
 
 class LargestOutput(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation makes, views apart."""
+    """Records the bytes of the largest tensor that an operation creates, except views."""
 
     nbytes = 0
 
@@ -299,7 +299,7 @@ class LargestOutput(TorchDispatchMode):
 
 
 def test_the_vocabulary_is_what_the_input_embedding_has_rows_for() -> None:
-    """Not what the configuration says: a table may be padded, and an id beyond it fails."""
+    """Not the configuration's vocab_size: the table may be padded, and an id beyond it fails."""
     model = build_model(LlamaConfig(**_SIZES), implementation("eager"))
     model.set_input_embeddings(nn.Embedding(VOCAB + 12, 32))
     backbone = Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64)

@@ -1,4 +1,4 @@
-"""Which files are a model's weights, what its identity depends on, and what is refused."""
+"""A model's weight files, what its fingerprint depends on, and what is refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
 
 
 def shard(directory: Path) -> None:
-    """The same weights in two files and an index."""
+    """Split the weights into two files and an index."""
     weights = load_file(directory / "model.safetensors")
     names = sorted(weights)
     files = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)}
@@ -53,7 +53,7 @@ def shard(directory: Path) -> None:
 
 
 def test_weights_that_are_not_loaded_count_for_nothing(directory: Path) -> None:
-    """Repositories of Mistral hold a consolidated.safetensors beside the shards."""
+    """Mistral's repositories contain a consolidated.safetensors beside the shards."""
     source, config, before = (
         locate_model(str(directory)),
         read_config(locate_model(str(directory))),
@@ -124,7 +124,7 @@ def test_a_download_takes_the_named_weights_only(
 def test_cosmetic_edits_of_the_configuration_keep_the_fingerprint(
     directory: Path, changes: dict[str, Any]
 ) -> None:
-    """Every stored prefix of every user names it."""
+    """Every stored prefix of every user contains it."""
     before = fingerprint(directory)
     edit_config(directory, **changes)
     assert fingerprint(directory) == before
@@ -173,8 +173,8 @@ def test_an_old_file_is_hashed_once(
 
 
 def test_the_settings_of_a_known_model_never_change_by_themselves() -> None:
-    """Where a new release of Transformers changed this, find out what it computes differently
-    before you write new values: every stored prefix of such a model would be refused."""
+    """If a new release of Transformers changes this, find out what it computes differently before
+    you write new values: every stored prefix of such a model would be refused."""
     config = LlamaConfig(
         hidden_size=576,
         num_hidden_layers=30,
@@ -202,7 +202,7 @@ def test_sdpa_is_not_chosen_for_models_that_cannot_do_it() -> None:
 def test_a_gpu_computes_in_bfloat16_where_it_can(
     has_it: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A probe would time the launch: an H100 was given float32."""
+    """Measuring would time only the kernel launch. It chose float32 on an H100."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_it)
     assert choose_dtype("auto", torch.device("cuda")) == dtype
 

@@ -1,5 +1,7 @@
-"""Forward and backward on device `meta`, which has no values: a tensor of the host mixed in, or a
-value read back, raises. What passes here waits for no GPU."""
+"""Forward and backward passes on device `meta`, which has no values.
+
+A CPU tensor among the operands, or reading a value, raises an error. So the same code never waits
+for a GPU."""
 
 from __future__ import annotations
 

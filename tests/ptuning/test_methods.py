@@ -1,4 +1,4 @@
-"""What a method is made of, and what it refuses."""
+"""Methods: their encoders, layouts and settings, and what they refuse."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def pair() -> Backbone:
 
 
 def assert_explained(error: PTuningError, *words: str) -> None:
-    """The error says what was seen and expected, and names these words."""
+    """Check that the error says what was seen, what was expected and what to change, and contains
+    these words."""
     assert error.seen is not None
     assert error.expected is not None
     assert error.fix is not None
@@ -88,13 +89,13 @@ def assert_explained(error: PTuningError, *words: str) -> None:
         assert word in str(error), (word, str(error))
 
 
-# Encoders of U users at once are torch's own modules
+# Encoders of U users at once equal torch's modules
 
 U, COUNT, WIDTH, HIDDEN = 3, 5, 6, 4
 
 
 def stack_weights(of_one: Callable[[torch.Generator], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The weights of U users, each from their own seed, with a leading U."""
+    """The weights of U users, each from a separate seed, with a leading U."""
     users = [of_one(torch.Generator().manual_seed(seed)) for seed in range(U)]
     return {name: torch.stack([user[name] for user in users]) for name in users[0]}
 
@@ -109,8 +110,8 @@ def assert_same_as_torch(
     modules: Sequence[nn.Module],
     places: dict[str, str],
 ) -> None:
-    """Values, and gradients of every weight and input, are those of each user's module;
-    `places` names, for each of our weights, torch's (matrices are its transposes)."""
+    """Check that values, and gradients of all weights and inputs, equal those of each user's
+    module. `places` maps our weights to torch's names; our matrices are transposed."""
     with torch.no_grad():
         for user, module in enumerate(modules):
             own = dict(module.named_parameters())
@@ -193,7 +194,7 @@ def test_an_encoder_added_to_words_begins_at_the_words(causal: Backbone, encoder
     assert torch.equal(method.compile(trained, fixed, causal.facts)[EMBEDDINGS][0], words)
 
 
-# Where virtual tokens stand
+# Positions of virtual tokens
 
 texts = st.sampled_from(["hello", " so ", "well, ", "\n\n", "Ünïcode ", "a b c", "0"])
 side = st.lists(st.integers(1, 4) | texts, max_size=4)
@@ -201,7 +202,8 @@ side = st.lists(st.integers(1, 4) | texts, max_size=4)
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[Layout, list[int | str], list[int | str]]:
-    """A parsed template, and its parts before and after the prompt; it has a virtual token."""
+    """A parsed template with at least one virtual token, and its parts before and after the
+    prompt."""
     before, after = draw(side), draw(side)
     if not any(isinstance(part, int) for part in before + after):
         after.append(draw(st.integers(1, 4)))
@@ -232,7 +234,7 @@ def test_a_template_is_read_as_it_is_written(
     virtual = [token for token in (*bound.before, *bound.after) if token < 0]
     assert virtual == list(range(-1, -1 - sum(counts), -1)), "numbered in reading order"
     for ids, parts in ((bound.before, before), (bound.after, after)):
-        # Neighbouring pieces of text are one text.
+        # Adjacent pieces of text are one text.
         text = "".join("\0" if isinstance(part, int) else part for part in parts)
         words = [token for piece in text.split("\0") for token in TEMPLATE.ids(piece)]
         assert [token for token in ids if token >= 0] == words
@@ -320,7 +322,7 @@ def test_a_template_with_too_many_virtual_tokens_is_refused(template: str) -> No
     PTuning(template="{p:600}{prompt}{p:400}")
 
 
-# What settings refuse
+# Settings that are refused
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ def test_a_template_with_too_many_virtual_tokens_is_refused(template: str) -> No
         (PTuning, {"encoder": "gru"}, "encoder"),
         (PTuning, {"encoder_hidden_size": 0}, "encoder_hidden_size"),
         (PTuning, {"encoder_num_layers": 9}, "encoder_num_layers"),
-        (PTuning, {"num_virtual_tokens": 3}, "num_virtual_tokens"),  # the template says it
+        (PTuning, {"num_virtual_tokens": 3}, "num_virtual_tokens"),  # the template determines it
     ],
 )
 def test_settings_out_of_range_say_what_was_seen_and_what_to_change(
@@ -370,11 +372,11 @@ def test_settings_that_are_no_mapping_are_refused() -> None:
         assert_explained(caught.value)
 
 
-# What a backbone refuses
+# Methods that a backbone refuses
 
 
 def refusal(backbone: Backbone, method: Method) -> MethodError:
-    """What both trainers and `tune` raise before anything is trained; they agree."""
+    """The error that both trainers and `tune` raise before training; it is the same."""
     config, user = TrainConfig(epochs=1), user_rows("alice", 2, 0, init_ids=200)
     examples = [Example(prompt=f"say {n}", completion="so") for n in range(12)]
     calls: list[Callable[[], Any]] = [
@@ -448,7 +450,7 @@ def test_an_infix_on_an_encoder_decoder_model_is_refused(pair: Backbone, layers:
 
 
 class WithoutEmbeddings(transformers.LlamaForCausalLM):
-    """A model whose forward takes ids and nothing in their place."""
+    """A model whose forward takes ids only, no embeddings."""
 
     def forward(
         self,
@@ -504,7 +506,7 @@ def test_a_prefix_of_embeddings_is_refused_where_a_model_takes_none(
 def test_a_model_that_takes_no_embeddings_takes_keys_and_values(
     causal: Backbone, refusing: Backbone, init: Any
 ) -> None:
-    """From words too: their activations are read with the ids themselves."""
+    """From words too: their activations are captured with ids."""
     method, user = PrefixTuning(num_virtual_tokens=3, init=init), user_rows("alice", 3, 1, 3)
     results = [
         train_user(backbone, method, TrainConfig(epochs=2), user) for backbone in (causal, refusing)
@@ -630,7 +632,8 @@ def test_values_that_are_not_finite_are_refused(
 def test_a_models_configuration_alone_says_enough_to_check_a_method(
     family: str, tmp_path: Path
 ) -> None:
-    """Before a cluster is started: the outline has the real model's stacks, layers, positions."""
+    """The check runs before a cluster starts. The outline has the model's stacks, layers and
+    positions."""
     config = {**FAMILIES, **SEQ2SEQ, **EAGER_ONLY}[family]()
     config.save_pretrained(tmp_path)
     seen, real = outline(str(tmp_path)), build(config).facts
@@ -696,7 +699,7 @@ def test_an_encoder_without_anything_to_read_is_refused() -> None:
 
 
 class _BareTokenizer:
-    """A tokenizer that puts nothing around a text."""
+    """A tokenizer that adds no tokens to a text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -708,11 +711,11 @@ class _BareTokenizer:
         return self._tokenizer(text, add_special_tokens=False)
 
 
-# A method of one's own
+# A custom method
 
 
 class HiddenFromPrompt(KeysAndValuesTuning):
-    """Keys and values that the prompt does not attend to: a rule that no setting says."""
+    """Keys and values that the prompt does not attend to: a rule that is not a setting."""
 
     type: Literal["whispering"] = "whispering"
 
@@ -724,8 +727,8 @@ class HiddenFromPrompt(KeysAndValuesTuning):
 def test_a_methods_own_rule_of_visibility_holds_wherever_its_prefix_goes(
     causal: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What training saw is what the saved prefix scores."""
-    monkeypatch.delitem(METHODS, "whispering", raising=False)  # takes it out again afterwards
+    """The saved prefix is scored with the visibility that it was trained with."""
+    monkeypatch.delitem(METHODS, "whispering", raising=False)  # so that it is removed afterwards
     method = catalogue.register(HiddenFromPrompt)(num_virtual_tokens=4)
     examples = [Example(prompt=f"what is {n}", completion=f"it is {n} so") for n in range(12)]
     settings = TrainConfig(epochs=1, batch_size=4)
@@ -740,7 +743,7 @@ def test_a_methods_own_rule_of_visibility_holds_wherever_its_prefix_goes(
     assert nll(causal, valid, loaded) == pytest.approx(line["valid"], abs=1e-5)
     (member,) = make_ready(loaded, causal).members
     assert member.visibility == Visibility(infix=True)
-    # With another rule the same values are another function.
+    # With another rule, the same values compute something else.
     plain = PrefixMeta.of(causal, PrefixTuning(num_virtual_tokens=4), user_key="u")
     assert abs(nll(causal, valid, make_prefix(loaded.members, plain)) - line["valid"]) > 1e-3
     with pytest.raises(WrongMethod, match="PEFT cannot hold"):
@@ -759,7 +762,7 @@ def test_a_name_belongs_to_one_method() -> None:
 
 
 class Twice(KeysAndValuesTuning):
-    """One trained tensor as keys and as values, and one that nothing is made of."""
+    """One trained tensor as both keys and values, and one that is not used."""
 
     type: Literal["twice"] = "twice"
 

@@ -1,6 +1,6 @@
-"""Real pretrained weights of two families: SmolLM2 (Llama) and, where installed, Gemma 3.
+"""Pretrained weights of two families: SmolLM2 (Llama) and, if installed, Gemma 3.
 
-Every method is heard by the model, learns from a few rows, and answers beside others as alone.
+Every method affects the model, learns from a few rows, and answers in a batch as it does alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_every_method_learns_and_answers_on_real_weights(backbone: ptuning.Backb
     prefixes = []
     for n, (name, method) in enumerate(METHODS.items()):
         answer = f"{('green', 'blue', 'red', 'black')[n]} as ever"
-        # Twelve steps are few for keys and values at their default.
+        # Twelve steps are few for keys and values at their default learning rate.
         rate = 0.03 if method.type == "prefix" else None
         train = ptuning.TrainConfig(epochs=6, batch_size=2, patience=None, learning_rate=rate)
         result = ptuning.tune(

@@ -1,4 +1,4 @@
-"""The registry's contract, the same for the fake, SQLite, PostgreSQL and a real MLflow server."""
+"""The registry's contract, for the fake, SQLite, PostgreSQL and a real MLflow server."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from ptuning.store import Store
 
 
 def new_scope() -> Scope:
-    """A store that nobody else uses, on the suite's backbone."""
+    """The scope of a new store, with the suite's backbone."""
     return Scope(f"ns-{uuid.uuid4().hex[:20]}", FINGERPRINT, f"store-{uuid.uuid4().hex}")
 
 
-# What every registry does.
+# What every registry must do.
 
 
 def test_every_backend_is_a_registry(registry: Registry) -> None:
@@ -258,7 +258,7 @@ def test_errors_survive_pickling() -> None:
     assert (type(again), str(again)) == (RegistryError, str(caught.value))
 
 
-# Whose names they are.
+# Owners of names.
 
 
 def test_two_stores_on_one_registry_never_see_each_others_users(open_scope: Open) -> None:
@@ -364,7 +364,9 @@ def test_a_version_that_no_longer_passes_says_so_and_keeps_serving(registry: Reg
     user = new_user()
     registry.register(new_pack(planned_at=1), [promoted(user, **MILD)])
     [version] = registry.register(new_pack(planned_at=2), [entry(user, **STRICT)])
-    assert registry.champion(user) == version  # the gate decides who is promoted, not who stays
+    assert (
+        registry.champion(user) == version
+    )  # the gate decides who is promoted, not who stays champion
     assert (version.decision, version.gate_digest) == ("rejected", "strict")
 
 
@@ -468,7 +470,7 @@ def test_names_tell_their_owner_and_never_collide() -> None:
     assert SCOPE.model_name(user, "default") == f"contract.{FINGERPRINT[:8]}.{user}"
     assert SCOPE.model_name(user, "mail") == f"contract.{FINGERPRINT[:8]}.{user}.mail"
     assert len(Scope("n" * 32, FINGERPRINT, "s").model_name(user, "p" * 64)) <= 200
-    # A namespace may look like part of another's names; with dots between, no two are equal.
+    # A namespace may look like part of another's names. Dots separate them, so no two are equal.
     names = {
         Scope(namespace, fingerprint, "s").model_name(user, prefix)
         for namespace in ("a", "a-b", "store", "default")

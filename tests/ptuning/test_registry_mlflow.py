@@ -1,4 +1,4 @@
-"""What only MLflow can get wrong: kills between its calls, races, outages, its own readers."""
+"""Failures specific to MLflow: kills between its calls, races, outages, reading with MLflow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Killed(Exception):
 
 
 class Dying:
-    """A client that raises instead of its `last`-th call; several may share one countdown."""
+    """A client that raises instead of making its last call. Several may share a countdown."""
 
     def __init__(self, client: Any, left: list[int]) -> None:
         self._client, self._left = client, left
@@ -104,7 +104,7 @@ def test_a_pack_killed_before_any_call_is_completed_by_registering_it_again(
 
 @contextmanager
 def killed_at(registry: Any, step: int) -> Iterator[None]:
-    """The process dies before the `step`-th call of the block to the model registry."""
+    """In the block, the process dies before the `step`-th call to the model registry."""
     models = registry.connection.models
     registry.connection.models = Dying(models, [step])
     try:
@@ -305,7 +305,7 @@ def test_many_packs_at_once_on_postgresql_give_every_user_one_version(postgresql
             champion = current[one.user_key].champion
             assert champion is not None
             assert champion.digest == one.digest
-    # Packs that raced for one user may have left a digest twice, which readers take for one.
+    # Packs that raced for one user may register a digest twice. Readers treat both as one.
     for user in shared:
         assert {v.tags["digest"] for v in versions_of(registries[0], user)} == {
             digest_of(user, "first")
@@ -316,7 +316,7 @@ def test_many_packs_at_once_on_postgresql_give_every_user_one_version(postgresql
 def test_an_alias_that_another_writer_set_first_is_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """MLflow looks whether it is there and then inserts it; PostgreSQL lets one of two do so."""
+    """MLflow looks an alias up and then inserts it. PostgreSQL lets one of two writers do so."""
     registry: Any = open_at(f"sqlite:///{tmp_path}/mlflow.db")
     user = new_user()
     [old] = registry.register(new_pack(), [promoted(user, "old")])
@@ -339,7 +339,7 @@ def test_an_alias_that_another_writer_set_first_is_moved(
     assert met[:2] == ["champion", "champion"]
 
 
-# MLflow's own way to a prefix file.
+# Downloading a prefix file with MLflow.
 
 FETCH = """
 import sys, mlflow
@@ -349,7 +349,7 @@ print(mlflow.artifacts.download_artifacts(f"models:/{sys.argv[2]}@champion", dst
 
 
 def fetch(uri: str, registry: Any, user: str, store: Path | None, into: Path) -> Any:
-    """What a person's MLflow gets for a user's champion, in a process that knows only MLflow."""
+    """Download a user's champion in a process that uses only MLflow."""
     into.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PTUNING_STORE"}
     if store is not None:
@@ -384,7 +384,7 @@ def test_mlflow_finds_a_champion_in_the_readers_own_store_wherever_it_was_moved(
 
 @pytest.fixture
 def artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """`artifacts(source)` is what MLflow asks for a version of this source."""
+    """`artifacts(source)` is the artifact repository that MLflow uses for this source."""
     monkeypatch.setenv("PTUNING_STORE", str(tmp_path / "store"))
     from ptuning.registry.mlflow.artifacts import PrefixArtifacts
 
@@ -412,7 +412,7 @@ def test_what_is_not_a_whole_prefix_of_that_digest_is_never_handed_out(
     assert not (tmp_path / "out").exists()
 
 
-# Registries that cannot be asked.
+# Registries that cannot be reached.
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The store: whole files or none, and one winner where several write at once."""
+"""The store: whole files or none, and one winner among concurrent writers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_first_writer_of_a_record_wins(store: Store) -> None:
 
 
 def test_of_many_that_write_a_record_at_once_one_wins_and_says_so(tmp_path: Path) -> None:
-    """What is read is what the winner wrote, never a mixture, and losers know that they lost."""
+    """Readers get what the winner wrote, never a mixture, and losers know that they lost."""
     store, threads, rounds = Store(tmp_path), 8, 12
     won: list[list[int]] = [[] for _ in range(rounds)]
     barrier = threading.Barrier(threads, timeout=60)
@@ -118,7 +118,7 @@ def test_of_many_that_write_a_record_at_once_one_wins_and_says_so(tmp_path: Path
     for n, winners in enumerate(won):
         assert len(winners) == 1
         assert store.read_json(f"done/{n}.json")["writer"] == winners[0]
-    assert len(files_below(tmp_path)) == rounds, "attempts were left behind"
+    assert len(files_below(tmp_path)) == rounds, "temporary files were left behind"
 
 
 def test_a_reader_beside_a_writer_sees_whole_files_only(tmp_path: Path) -> None:

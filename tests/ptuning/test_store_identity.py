@@ -1,4 +1,4 @@
-"""A store says whose it is: one namespace, one salt, whoever makes it."""
+"""A store's identity: one namespace and one salt, whoever creates the store."""
 
 from __future__ import annotations
 

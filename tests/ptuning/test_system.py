@@ -1,4 +1,4 @@
-"""The process's surroundings: what is set, written, hidden and kept off the import path."""
+"""Environment variables, atomic files, redaction, and the import path."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_of_processes_that_race_for_a_name_exactly_one_writes(tmp_path: Path) ->
 
 
 def test_the_module_command_leaves_the_working_directory_off_the_path(tmp_path: Path) -> None:
-    """Strangers with the names of libraries lie where the person works."""
+    """The working directory may contain files with the names of libraries."""
     for name in ("click.py", "rich.py", "torch.py", "json.py", "yaml.py", "pydantic.py", "ray.py"):
         (tmp_path / name).write_text("raise SystemExit('a stranger was imported')\n")
     done = subprocess.run(
@@ -131,7 +131,7 @@ def test_the_module_command_leaves_the_working_directory_off_the_path(tmp_path: 
 
 
 def test_every_variable_of_ours_that_the_code_reads_is_known() -> None:
-    """`ptuning run` refuses any other as a mistyped setting."""
+    """`ptuning run` refuses any other PTUNING_ variable as a mistyped setting."""
     root = Path(__file__).resolve().parents[2]
     named = {
         name

@@ -1,4 +1,4 @@
-"""The packed trainer is the plain one, user by user, whoever the neighbours are."""
+"""The packed trainer equals the plain one for each user, whoever the neighbours are."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def backbone() -> Backbone:
 
 METHODS: dict[str, Any] = {name: entry.method for name, entry in select_for_causal_models().items()}
 FAST = [entry.method for entry in select_for_causal_models().values() if entry.fast]
-# Some of each kind in the fast tier, all of them in the whole.
+# A selection without the slow tests, all methods with them.
 methods = pytest.mark.parametrize(
     "method",
     [
@@ -84,7 +84,7 @@ methods = pytest.mark.parametrize(
 
 
 def users() -> list[UserRows]:
-    """Ragged: many rows, one row, no validation rows, more batches than the others."""
+    """Users with many rows, one row, no validation rows, and more batches than the others."""
     return [
         user_rows("alice", train=7, valid=3, init_ids=P),
         user_rows("bob", train=1, valid=1, init_ids=P),
@@ -152,7 +152,7 @@ def test_a_pack_gives_what_each_user_alone_gives_in_the_plain_trainer(
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_packed_equals_plain_on_other_families(family: str, kind: str) -> None:
     backbone, method = build(FAMILIES[family](), kind), METHODS["direct-words"]
-    # Adam divides by the size of a gradient, so rounding is what is left where it is tiny.
+    # Adam divides by the size of a gradient: a tiny gradient is mostly rounding.
     settings = config(epochs=2, learning_rate=1e-2)
     results = train_packed(backbone, method, settings, users()[:3])
     for user in users()[:3]:
@@ -217,8 +217,8 @@ def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(me
                 assert all(values.dtype == torch.float32 for values in tensors.values())
         for line, wanted in zip(ours.history, plain.history, strict=True):
             assert line["train"] == pytest.approx(wanted["train"], abs=0.02)
-        # Adam moves by at most the learning rate a step, whatever rounding made of a gradient; the
-        # few values whose gradient rounding turned around hardly move the mean.
+        # Adam moves a value by at most the learning rate per step, whatever the rounding. The few
+        # values whose gradient changes sign by rounding hardly affect the mean.
         limit = 0.05 * method.default_learning_rate
         for own, other in zip(ours.members, plain.members, strict=True):
             for name, values in other.items():
@@ -227,7 +227,7 @@ def test_a_bfloat16_backbone_trains_fp32_prefixes_close_to_the_plain_trainers(me
 
 
 def test_members_of_an_ensemble_are_separate_trainings(backbone: Backbone) -> None:
-    """Each is what a user with its seed gets, and no two are alike."""
+    """Each equals the training of a user with its seed, and no two are equal."""
     alice, method = users()[0], METHODS["prompt-ensemble"]
     members = train_packed(backbone, method, config(), [alice])["alice"].members
     assert members is not None
@@ -250,7 +250,7 @@ def test_dropout_acts_in_training_only(backbone: Backbone) -> None:
     assert dropped.kv is not None
     assert whole.kv is not None
     assert (as_layers(dropped.kv) - as_layers(whole.kv)).abs().max() > 1e-3
-    # The first epoch's validation of a prefix that has hardly moved: no value is dropped.
+    # Validation after the first epoch, of a prefix that has hardly moved: nothing is dropped.
     still = config(epochs=1, learning_rate=1e-12)
     ours, plain = (
         train_packed(backbone, m, still, [alice])["alice"].history[0] for m in (with_it, without)
@@ -263,7 +263,7 @@ def test_dropout_acts_in_training_only(backbone: Backbone) -> None:
 def test_training_lowers_the_loss_on_a_task_that_can_be_learned(
     backbone: Backbone, method: PrefixTuning
 ) -> None:
-    """Every completion of a user is the same token of that user's."""
+    """All completions of a user are the same token."""
 
     def rows(answer: int) -> tuple[Encoded, ...]:
         prompts = [random_ids(5, seed) for seed in range(6)]
@@ -292,7 +292,7 @@ def test_training_lowers_the_loss_on_a_task_that_can_be_learned(
 
 
 def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: Backbone) -> None:
-    """Validation contradicts training for one user: it stops early, its neighbours go on."""
+    """One user's validation contradicts the training: that user stops early, others do not."""
 
     def rows(answer: int, count: int) -> tuple[Encoded, ...]:
         return tuple(
@@ -312,11 +312,11 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
     assert len(results["contrary"].history) < len(results["steady"].history)
     for user in (contrary, steady, *users()[:2]):
         assert_same(results[user.user_key], train_user(backbone, method, settings, user))
-    # What is kept is the best epoch's prefix, not the last one's.
+    # The best epoch's prefix is kept, not the last one's.
     valid = [line["valid"] or math.inf for line in results["contrary"].history]
     best = valid.index(min(valid))
     assert best < len(valid) - 1
-    # A constant rate makes shorter trainings beginnings of longer ones.
+    # With a constant rate, a shorter training is the beginning of a longer one.
     shorter = config(
         epochs=best + 1, learning_rate=0.2, batch_size=2, schedule="constant", patience=None
     )
@@ -332,7 +332,7 @@ def test_the_best_epoch_is_kept_and_users_stop_at_epochs_of_their_own(backbone: 
 def test_an_epoch_is_chosen_only_where_there_are_validation_tokens_enough(
     backbone: Backbone, trainer: str
 ) -> None:
-    """With fewer than train.min_valid_tokens it is as without any: all epochs, the last is kept."""
+    """With fewer than train.min_valid_tokens, all epochs are trained and the last one is kept."""
 
     def rows(answer: int, count: int) -> tuple[Encoded, ...]:
         return tuple(
@@ -367,7 +367,7 @@ def test_an_epoch_is_chosen_only_where_there_are_validation_tokens_enough(
 def test_a_packs_gradient_is_that_of_each_users_mean_loss(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    """AdamW forgets a constant factor of a gradient, so the trained prefixes do not show it."""
+    """AdamW ignores a constant factor of the gradient, so trained prefixes would not show it."""
     method, pack = METHODS["direct-words"], users()
     steps: list[dict[str, Tensor]] = []
     starts: list[dict[str, Tensor]] = []
@@ -423,7 +423,7 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
     monkeypatch.setattr(PrefixTuning, "initial", poisoned)
     results = train_packed(backbone, method, config(), pack)
     sick = results["bob"]
-    if math.isfinite(bad):  # huge values, and still a finite loss, from which nothing is learned
+    if math.isfinite(bad):  # huge values with a finite loss from which nothing is learned
         assert sick.error is None
         assert sick.resets == 0
         assert all(math.isfinite(line["valid"] or math.nan) for line in sick.history)
@@ -431,10 +431,10 @@ def test_a_user_whose_loss_is_not_finite_fails_alone(
         assert sick.kv is None
         assert sick.error is not None
         assert "not finite" in sick.error
-        assert (sick.steps, sick.resets) == (0, 1), "a failed user is trained no further"
+        assert (sick.steps, sick.resets) == (0, 1), "a failed user is not trained further"
     for key in ("alice", "carol"):
         assert_same(results[key], healthy[key])
-    # With the same rows beside it (no user dropped yet) a neighbour is equal bit for bit.
+    # With the same rows in the batch (no user dropped yet), a neighbour is equal bit for bit.
     again = train_packed(backbone, method, config(epochs=1), pack)
     for key in ("alice", "carol"):
         ours, wanted = again[key].kv, one_epoch[key].kv
@@ -461,7 +461,7 @@ def test_a_user_whose_loss_diverges_restarts_once_at_a_lower_rate_then_fails_alo
     if times == 1:
         assert sick.error is None
         assert sick.members is not None
-        # As if it had begun at a tenth of the rate; other members of an ensemble go on.
+        # As if started at a tenth of the rate. Other members of an ensemble continue.
         for member, ours in enumerate(sick.members):
             expected = (gentle if member == 0 else same_rate["dave"]).members
             assert expected is not None
@@ -501,7 +501,7 @@ def test_the_plain_trainer_restarts_once_too(
 def test_a_continued_training_equals_one_that_never_stopped(
     backbone: Backbone, method: Any, tmp_path: Path
 ) -> None:
-    """Through the resume file, beside neighbours that begin; exact under a constant rate."""
+    """Through the resume file, beside neighbours that start. Exact with a constant rate."""
     pack = users()
     settings = {"schedule": "constant", "keep_resume": True}
     whole = train_packed(backbone, method, config(epochs=4, **settings), pack)
@@ -525,7 +525,7 @@ def test_a_continued_training_equals_one_that_never_stopped(
 def test_a_continued_training_that_diverges_restarts_from_its_saved_state(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    """Once, at a lower rate, as a training that begins; its neighbour notices nothing."""
+    """Once, at a lower rate, like a new training. Its neighbour is not affected."""
     method, pack = METHODS["mlp-words"], users()[2:4]
 
     def settings(epochs: int, rate: float) -> TrainConfig:
@@ -558,7 +558,7 @@ def test_a_continued_training_that_diverges_restarts_from_its_saved_state(
 
 
 def test_many_long_labels_need_not_fit_the_models_positions() -> None:
-    """A virtual token that starts as the mean of a label's tokens, however many they are."""
+    """A virtual token starts as the mean of a label's tokens, however many there are."""
     backbone = build(FAMILIES["gpt2"]())  # 128 learned positions
     labels = [random_ids(40, n) for n in range(P)]
     user = replace(
@@ -582,7 +582,7 @@ def test_many_long_labels_need_not_fit_the_models_positions() -> None:
 
 @methods
 def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: Any) -> None:
-    """With an encoder too: the prefix is what its output, zero at first, is added to."""
+    """With an encoder too: its output, zero at first, is added to the prefix."""
     alice = users()[0]
     first = train_packed(backbone, method, config(), [alice])["alice"]
     assert first.members is not None
@@ -595,7 +595,7 @@ def test_a_training_can_start_from_a_trained_prefix(backbone: Backbone, method: 
             torch.testing.assert_close(ours[name], values, atol=1e-5, rtol=0)
     further = train_packed(backbone, method, config(), [warm])["alice"]
     assert_same(further, train_user(backbone, method, config(), warm))
-    # Beside a neighbour that begins from words or at random, whoever is first.
+    # Beside a neighbour that starts from words or at random, in either order.
     bob = users()[1]
     alone = train_packed(backbone, method, config(), [bob])["bob"]
     for pack in ([warm, bob], [bob, warm]):
@@ -647,7 +647,7 @@ def test_a_resume_file_with_odd_numbers_is_refused(kept: Resume, field: str, val
 def test_an_incomplete_training_state_is_refused(
     backbone: Backbone, kept: Resume, group: str, how: str
 ) -> None:
-    """Before it meets a neighbour's in one tensor."""
+    """Before it is put into one tensor with a neighbour's."""
     state = kept.states[0]
     tensors = dict(getattr(state, group))
     name, values = tensors.popitem()
@@ -663,7 +663,7 @@ def test_an_incomplete_training_state_is_refused(
 
 
 def test_continuing_is_exact_where_a_batch_has_no_labels(backbone: Backbone) -> None:
-    """Such a batch is a step of the schedule, but no update of AdamW."""
+    """Such a batch is a step of the schedule but not an update of AdamW."""
     method, user = METHODS["direct-words"], users()[0]
     silent = Encoded(user.train[0].input_ids, [IGNORE] * len(user.train[0].labels))
     user = replace(user, train=(silent, *user.train[1:]))
@@ -687,7 +687,7 @@ def test_a_user_without_train_rows_fails_alone(backbone: Backbone) -> None:
 
 
 def test_the_end_of_a_users_training_is_reported_once_and_at_once(backbone: Backbone) -> None:
-    """An ensemble's members end together with the last of them; who cannot train has ended too."""
+    """An ensemble ends with its last member. A user who cannot be trained ends at once."""
     few, many = (
         user_rows(user, rows, valid=1, init_ids=P) for user, rows in (("few", 2), ("many", 9))
     )
@@ -738,7 +738,7 @@ def test_a_changed_weight_is_noticed_wherever_it_is() -> None:
             backbone.verify_unchanged(before)
         flat[-1] = old
         backbone.verify_unchanged(before)
-        if len(flat) > 1 and flat[0] != flat[-1]:  # a swap keeps every plain sum
+        if len(flat) > 1 and flat[0] != flat[-1]:  # swapping values keeps every plain sum
             flat[[0, -1]] = flat[[-1, 0]]
             assert backbone.checksum() != before
             flat[[0, -1]] = flat[[-1, 0]]
@@ -758,7 +758,7 @@ def test_a_seed_decides_the_initial_prefix_and_the_order_of_rows(backbone: Backb
 
 
 def test_a_prefix_starts_as_the_activations_of_its_init_words(backbone: Backbone) -> None:
-    """With an MLP too: its last layer starts at zero and is added to the words."""
+    """With an MLP too: its output starts at zero and is added to the activations."""
     alice = users()[0]
     with torch.no_grad():
         words, _ = backbone.capture(torch.tensor([alice.init_ids]))
@@ -778,7 +778,7 @@ def test_a_prefix_starts_as_the_activations_of_its_init_words(backbone: Backbone
 def test_a_slot_is_updated_as_by_torchs_adamw_and_only_when_it_is_named(
     backbone: Backbone, method: PrefixTuning
 ) -> None:
-    """Each slot has a step count, a rate and a norm of its own, whoever else is updated."""
+    """Each slot has a separate step count, rate and norm, whoever else is updated."""
     settings = TrainConfig(
         weight_decay=0.05, max_grad_norm=0.5, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3
     )
@@ -863,7 +863,7 @@ def test_microbatches_hold_every_row_once_within_the_budget(
     flat = [lengths[row] for group in groups for row in group]
     assert flat == sorted(flat, reverse=True)
     assert groups == microbatches(lengths, budget)
-    for one, two in pairwise(groups):  # no group could have taken one more
+    for one, two in pairwise(groups):  # no group has room for one more
         assert (len(one) + 1) * lengths[one[0]] > budget
         assert lengths[two[0]] <= lengths[one[-1]]
 
@@ -914,7 +914,7 @@ def test_the_learning_rate_rises_to_its_peak_and_never_leaves_its_range(
 
 @given(total=st.integers(1, 60), warmup=st.floats(0, 0.99))
 def test_the_linear_schedule_is_that_of_transformers(total: int, warmup: float) -> None:
-    """But for the warm-up, which is a step ahead: theirs begins with a step at a rate of zero."""
+    """Except that warm-up is one step ahead: theirs begins with a step at a rate of zero."""
     rising = int(warmup * total)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     schedule = get_linear_schedule_with_warmup(optimizer, rising, total)
@@ -938,12 +938,12 @@ def test_the_linear_schedule_is_that_of_transformers(total: int, warmup: float) 
 def test_the_best_epoch_is_the_first_lowest_and_patience_is_counted_from_it(
     losses: list[float | None], patience: int | None
 ) -> None:
-    """Lowest but for differences that rounding makes."""
+    """The lowest, apart from differences within rounding."""
     stopper, seen = BestEpoch(patience), []
     best, best_at = math.inf, -1
     for epoch, loss in enumerate(losses):
         is_best, stop = stopper.see(loss)
-        if loss is None:  # kept: nothing speaks against it
+        if loss is None:  # kept: there is no loss to compare
             assert (is_best, stop) == (True, False)
             continue
         seen.append(loss)
@@ -957,7 +957,7 @@ def test_the_best_epoch_is_the_first_lowest_and_patience_is_counted_from_it(
 
 
 def test_rounding_does_not_choose_an_epoch() -> None:
-    """A pack and a user alone differ in the last bits of a loss, and must keep the same epoch."""
+    """Losses in a pack and alone differ in the last bits, and must choose the same epoch."""
     noise = 5e-7
     for last in (5.0 - noise, 5.0 + noise):
         stopper = BestEpoch(None)

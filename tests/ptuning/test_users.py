@@ -1,4 +1,4 @@
-"""A user's examples made ready: the words that a prefix starts from, and what may start one."""
+"""Preparing a user: the init ids of a prefix, warm starts, and training digests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_member_starts_from_the_labels_and_draws_the_rest_for_itself() -> 
     for member in members:
         assert set(member[:2]) == labels
         assert all(len(drawn) == 1 for drawn in member[2:])
-    assert len({tuple(member[2:]) for member in members}) == 3, "each draws its own"
+    assert len({tuple(member[2:]) for member in members}) == 3, "each member draws separately"
 
 
 def test_members_that_start_from_labels_alone_are_not_the_same_prompt() -> None:
@@ -75,7 +75,7 @@ def test_members_that_start_from_labels_alone_are_not_the_same_prompt() -> None:
 def test_drawn_tokens_are_no_special_ones_and_depend_on_the_user_alone() -> None:
     method = PromptTuning(num_virtual_tokens=50, init="vocab")
     first, _ = init_ids_of(method, rows(["yes"]))
-    assert first == init_ids_of(method, rows(["no"]))[0], "rows do not matter"
+    assert first == init_ids_of(method, rows(["no"]))[0], "rows have no effect"
     assert not set(first) & set(TEMPLATE.tokenizer.all_special_ids)
     other = encode_user(TEMPLATE, Recipe(method, TrainConfig()), "v", rows(["yes"]))
     assert other.init_ids != first
@@ -95,7 +95,7 @@ def test_words_come_from_the_rows_then_the_configuration_then_the_answers() -> N
 
 
 def test_init_words_without_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's own fail that user; everybody's are refused before anything is trained."""
+    """Those of a user's rows fail that user. Those of the settings are refused before training."""
     ids = Template.ids
     monkeypatch.setattr(Template, "ids", lambda self, text: [] if text == "~" else ids(self, text))
     settings = TrainConfig(epochs=1)
@@ -171,9 +171,9 @@ def test_the_dtype_of_an_identity_is_the_backbones_resolved_one() -> None:
     assert BackboneIdentity.of(BACKBONE).dtype == "float32"
 
 
-# Validation losses of the epochs, and the mean size of the first member's values, by RULES.
+# Validation losses by epoch, and the mean absolute value of the first member, by RULES.
 GOLDEN: dict[str, dict[str, list[float]]] = {
-    "2": {  # "1": an epoch was better by any difference
+    "2": {  # in "1", any difference made an epoch better
         "prefix": [5.937209, 5.862651, 5.836216, 0.602815],
         "prompt": [5.403866, 5.262221, 5.222363, 0.0924],
         "ptuning": [5.606543, 5.428187, 5.388116, 0.153606],
@@ -183,7 +183,7 @@ GOLDEN: dict[str, dict[str, list[float]]] = {
 
 @pytest.mark.parametrize("name", ["prefix", "prompt", "ptuning"])
 def test_the_same_rows_and_settings_train_to_the_values_that_the_rules_say(name: str) -> None:
-    """Who has an unchanged training digest keeps their prefix: other rules must have another."""
+    """A user with an unchanged training digest keeps the prefix: new rules need a new digest."""
     method: Method = {
         "prefix": PrefixTuning(num_virtual_tokens=3, dropout=0.1),
         "prompt": PromptTuning(num_virtual_tokens=3, init="labels"),
@@ -199,7 +199,7 @@ def test_the_same_rows_and_settings_train_to_the_values_that_the_rules_say(name:
     count = sum(value.numel() for value in values)
     found = [*(float(line["valid"] or 0) for line in result.history), sizes / count]
     assert found == pytest.approx(GOLDEN[RULES][name], rel=1e-3), (
-        "raise RULES (ptuning/identity.py) if you meant it, and put the new values here"
+        "if this change is intended, raise RULES (ptuning/identity.py) and add the new values here"
     )
 
 
@@ -213,7 +213,7 @@ def test_the_training_digest_knows_the_methods_own_rate(monkeypatch: pytest.Monk
 
 
 def test_tune_starts_from_a_prefix_or_continues_and_the_digest_says_so() -> None:
-    """Beside a neighbour who begins at random; equal digests mean equal prefixes."""
+    """Beside a neighbour who starts at random. Equal digests mean equal prefixes."""
     method = PTuning(template="{p:3}{prompt}", encoder="mlp", encoder_hidden_size=8, init="random")
     users = {name: [row(f"say {name}", name, n) for n in range(8)] for name in ("ann", "bob")}
 
@@ -239,13 +239,13 @@ def test_tune_starts_from_a_prefix_or_continues_and_the_digest_says_so() -> None
     for name, one in begun.items():
         assert one.prefix is not None
         assert one.prefix.meta.training_digest not in digests, name
-    # Going on keeps what it began as: as four epochs at once, and not as four from random.
+    # A continued training keeps its start: it equals four epochs at once, not four from random.
     further = tuned(4, users, resume={name: one.resume for name, one in begun.items()})
     whole = tuned(4, users, start={"ann": prefixes["ann"]})
     for name in users:
         assert equal_trainings(further[name], whole[name]), name
     assert not equal_trainings(tuned(4, users)["ann"], whole["ann"])
-    # Whoever is not served alone fails alone.
+    # A user whose start or resume state is unusable fails alone.
     assert begun["ann"].resume is not None
     assert prefixes["bob"] is not None
     for wrong, reason in (
@@ -329,7 +329,7 @@ def test_options_that_would_be_ignored_are_refused() -> None:
 
 
 def test_a_prefix_that_its_dtype_cannot_hold_is_no_prefix() -> None:
-    """Losses are finite: it is the file that would not be."""
+    """The losses are finite, but the file's values would not be."""
     users = {"ann": [row(f"say {n}", "so", n) for n in range(9)]}
     result = tune(
         BACKBONE,

@@ -1,4 +1,4 @@
-"""Two ranks share one backbone by DeepSpeed ZeRO-3 and train what one that holds it whole does."""
+"""Two ranks that share a backbone by DeepSpeed ZeRO-3 train the same as one whole backbone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HERE = Path(__file__).parent
 def test_every_method_trains_on_a_sharded_backbone_as_on_a_whole_one(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """The ranks' work is unequal: who has none left computes beside its peer, backward too."""
+    """The ranks have unequal work. A rank without work still computes forward and backward."""
     models = {"causal": [tiny_model_dir], "pair": [tmp_path / "bart", tmp_path / "t5"]}
     for directory in models["pair"]:
         build_model(SEQ2SEQ[directory.name](), "eager").save_pretrained(directory)
@@ -81,7 +81,8 @@ def run_gang(arguments: list[str]) -> None:
 
 
 def compare(backbone: Backbone, kind: str, rank: int, sharded: dict[str, Tensor]) -> None:
-    """What a rank trained and scored against one that holds the model whole; takes it out."""
+    """Compare what a rank trained and scored with a whole backbone, and remove it from
+    `sharded`."""
     methods, champions = KINDS[kind]
     for name, method in methods.items():
         machine = train_pack(backbone, method, CONFIG, share(rank))

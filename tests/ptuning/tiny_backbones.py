@@ -1,4 +1,4 @@
-"""Tiny random backbones of many families, and what tests feed them."""
+"""Tiny random backbones of many families, and inputs for them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COMMON: dict[str, Any] = {
 
 
 def _more(**settings: Any) -> dict[str, Any]:
-    """Settings that a configuration takes without naming them."""
+    """Settings that a configuration accepts as keyword arguments."""
     return settings
 
 
@@ -100,8 +100,8 @@ _T5: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 0,
 }
-# Encoder-decoder families. BART's stacks differ in depth, and its output is untied from its
-# input: a tied one repeats the token it begins with, and that one ends the text.
+# Encoder-decoder families. BART's stacks differ in depth. Its output is untied from its input: if
+# tied, a random model repeats its first token, which is the end token.
 SEQ2SEQ: dict[str, Callable[[], PreTrainedConfig]] = {
     "t5": lambda: transformers.T5Config(**_T5),
     "t5_gated": lambda: transformers.T5Config(
@@ -130,7 +130,7 @@ _T5GEMMA: dict[str, Any] = {
     "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-# Rotary positions and windows in both stacks; its soft cap has no SDPA.
+# Rotary positions and windows in both stacks. Its soft cap has no SDPA.
 EAGER_ONLY: dict[str, Callable[[], PreTrainedConfig]] = {
     "t5gemma": lambda: transformers.T5GemmaConfig(
         encoder=dict(_T5GEMMA),
@@ -141,7 +141,7 @@ EAGER_ONLY: dict[str, Callable[[], PreTrainedConfig]] = {
         **_SPECIAL,
     ),
 }
-# Families whose layers can have a sliding window: the key turns it on, some only in some layers.
+# Families with sliding windows, in all or some layers. The key switches them on.
 WINDOWED: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {},
@@ -149,7 +149,7 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "gemma3": {},
     "qwen3": {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},
 }
-# Layers that attend to the keys and values of another.
+# Layers that use the keys and values of another layer.
 SHARING: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3n": lambda: transformers.Gemma3nTextConfig(
         **{**_GQA, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
@@ -162,7 +162,7 @@ SHARING: dict[str, Callable[[], PreTrainedConfig]] = {
         sliding_window=6,
     ),
 }
-# Attention in chunks, shorter than most tests' texts: tokens lose what is in front of them.
+# Attention in chunks that are shorter than most tests' texts.
 CHUNKED: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama4": lambda: transformers.Llama4TextConfig(
         **_GQA,
@@ -173,7 +173,7 @@ CHUNKED: dict[str, Callable[[], PreTrainedConfig]] = {
         layer_types=["chunked_attention", "full_attention"],
     ),
 }
-# Models that cannot take a prefix, and why.
+# Models that cannot take a prefix, with the reason.
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "falcon": lambda: transformers.FalconConfig(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
@@ -189,7 +189,7 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
         num_attention_heads=4,
         intermediate_size=48,
     ),
-    # Layers that do not attend, and remember a text in another way.
+    # Layers without attention, with another kind of state.
     "lfm2": lambda: transformers.Lfm2Config(
         **_GQA, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
     ),
@@ -209,7 +209,7 @@ REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "recurrentgemma": lambda: transformers.RecurrentGemmaConfig(
         **_GQA, lru_width=32, attention_window_size=6, block_types=["recurrent", "attention"]
     ),
-    # Experts that drop tokens because of others in the batch, another user's.
+    # Experts that drop tokens depending on other rows of the batch.
     "switch": lambda: transformers.SwitchTransformersConfig(**_T5, num_experts=2),
 }
 
@@ -230,7 +230,9 @@ def build_model(config: PreTrainedConfig, attention: str, seed: int = 0) -> Any:
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_config(config, attn_implementation=attention)
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():  # the usual 0.02 makes a model that hears nothing
+        for (
+            parameter
+        ) in model.parameters():  # with the usual 0.02 a tiny model hardly reacts to its input
             if parameter.ndim > 1:
                 values = torch.randn(parameter.shape, generator=generator)
                 parameter.data.copy_(values * 0.7 / parameter.shape[-1] ** 0.5)
@@ -238,27 +240,27 @@ def build_model(config: PreTrainedConfig, attention: str, seed: int = 0) -> Any:
 
 
 def build(config: PreTrainedConfig, kind: str = "eager", **options: Any) -> Backbone:
-    """A backbone of a random model with our attention, which holds every call to it that each
-    layer took its prefix."""
+    """A backbone of a random model with our attention, which checks at every call that each layer
+    took its prefix."""
     options.setdefault("debug", True)
     model = build_model(config, implementation(kind))
     return Backbone(model, make_tokenizer(), name="tiny", fingerprint="0" * 64, **options)
 
 
 def random_kv(backbone: Backbone, length: int, seed: int, users: int = 1) -> Tensor:
-    """Keys and values `[U, L, 2, H, P, D]` of some weight in the attention."""
+    """Keys and values `[U, L, 2, H, P, D]`, large enough to matter in the attention."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn((users, *kv_shape(backbone, length)), generator=generator)
 
 
 def kv_shape(backbone: Backbone, length: int, stack: str = DECODER) -> tuple[int, ...]:
-    """`(L, 2, H, P, D)` of a stack whose layers are alike."""
+    """`(L, 2, H, P, D)` of a stack whose layers have one shape."""
     layers, *rest = backbone.facts.kv_shapes(length, [stack])[keys_name(stack, 0)]
     return (layers, 2, *rest)
 
 
 def as_groups(kv_L2HPD: Tensor, stack: str = DECODER) -> dict[str, Tensor]:
-    """Keys and values `[…, L, 2, H, P, D]` as a prefix's tensors."""
+    """Convert keys and values `[…, L, 2, H, P, D]` to a prefix's tensors."""
     return {
         keys_name(stack, 0): kv_L2HPD[..., 0, :, :, :],
         values_name(stack, 0): kv_L2HPD[..., 1, :, :, :],
@@ -277,7 +279,7 @@ def row_prefix(backbone: Backbone, kv_UL2HPD: Tensor, slots: Sequence[int]) -> R
 
 
 def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
-    """A prefix of the method, far enough from zero to be heard."""
+    """A random prefix of the method, large enough to change the output."""
     generator = torch.Generator().manual_seed(seed)
     members = [
         {
@@ -291,13 +293,13 @@ def random_prefix(backbone: Backbone, method: Method, seed: int) -> Prefix:
 
 
 def prefix_rows(backbone: Backbone, prefixes: Sequence[Prefix | None]) -> RowPrefix | None:
-    """What a batch of rows, each with its own prefix or none, puts into the model."""
+    """The model's input for rows that each have a prefix or none."""
     ready = [None if prefix is None else make_ready(prefix, backbone) for prefix in prefixes]
     return rows_of(backbone, [None if one is None else one.members[0] for one in ready])
 
 
 def random_ids(length: int, seed: int) -> list[int]:
-    """Token ids that are no special tokens."""
+    """Random token ids without special tokens."""
     source = random.Random(seed)
     return [source.randrange(3, VOCAB) for _ in range(length)]
 
@@ -308,7 +310,7 @@ def logits_of(
     prefix: RowPrefix | None,
     side: str = "right",
 ) -> list[Tensor]:
-    """Logits `[T, V]` of each row's own tokens, the rows padded together on one side."""
+    """Logits `[T, V]` of each row's tokens, with the rows padded on one side."""
     longest = max(len(row) for row in rows)
     ids = torch.zeros((len(rows), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -335,7 +337,7 @@ def call(
     prompts: Tensor | None = None,
     select: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Logits where `select` names them, or everywhere, of one call without a cache."""
+    """Logits of one call without a cache, at the positions `select` or at all."""
     plan = backbone._plan(mask, prefix, prompts, answers)
     return backbone._run(plan, prefix, ids, mask, answers=answers, select=select)
 
@@ -354,7 +356,7 @@ def batch_logits(backbone: Backbone, batch: Batch, prefix: RowPrefix | None) -> 
 
 
 def random_row(length: int, supervised: int, seed: int) -> Encoded:
-    """One row of random tokens of which the last are supervised."""
+    """A row of random tokens; the last `supervised` ones have labels."""
     ids = random_ids(length, seed)
     return Encoded(ids, [IGNORE] * (length - supervised) + ids[length - supervised :])
 

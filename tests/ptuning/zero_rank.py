@@ -1,5 +1,5 @@
-"""One rank of a sharded gang: trains its users with every method on each model, writes what it
-trained."""
+"""One rank of a sharded gang. It trains its users with every method on each model and writes the
+results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def share(rank: int) -> list[UserRows]:
     return users[rank]
 
 
-# What is trained, and another rank's champion that is scored meanwhile.
+# The method that is trained, and that of the champion another rank scores meanwhile.
 CHAMPIONS: dict[str, tuple[Method, Method]] = {
     "shallower": (METHODS["prefix"], METHODS["top layer, infix"]),
     "deeper": (METHODS["top layer, infix"], METHODS["prefix"]),
@@ -52,7 +52,7 @@ CHAMPIONS: dict[str, tuple[Method, Method]] = {
 }
 
 
-# Of encoder-decoder models: three stacks, and positions that the rank tells the decoder.
+# For encoder-decoder models: three stacks, and positions that the rank passes to the decoder.
 PAIR_METHODS: dict[str, Method] = {
     "prefix": PrefixTuning(num_virtual_tokens=P),
     "top layer": PrefixTuning(num_virtual_tokens=P, layers=1, stacks=("decoder", "cross")),
@@ -69,7 +69,7 @@ KINDS = {"causal": (METHODS, CHAMPIONS), "pair": (PAIR_METHODS, PAIR_CHAMPIONS)}
 
 
 def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
-    """Nats of each row under a champion, scored several times over."""
+    """The nats of each row under a champion, scored several times."""
     prefix = random_prefix(backbone, method, seed=1)
     arrangement = prefix.arrangement(backbone.template)
     rows = [arrangement.row(row) for row in share(0)[0].train]
@@ -82,7 +82,7 @@ def champion_nats(backbone: Backbone, method: Method) -> Machine[list[float]]:
 
 
 def main() -> None:
-    """Arguments: where to write, then for each model its kind and its directory."""
+    """Command-line arguments: the output path, then the kind and the directory of each model."""
     target, *models = sys.argv[1:]
     faulthandler.dump_traceback_later(280, exit=True)  # before the test gives up
     torch.set_num_threads(1)
