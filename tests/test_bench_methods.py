@@ -1,4 +1,4 @@
-"""The quality benchmark's pure parts: rows, scores, cells, the results file and its table."""
+"""The pure parts of the quality benchmark: rows, metrics, cells, the results file, its tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FACTS = Facts(
 
 
 class FakeBench:
-    """Measures nothing; remembers what it was asked."""
+    """Measures nothing, and records the cells that it was given."""
 
     def __init__(self, killed_at: int | None = None) -> None:
         self.measured: list[str] = []
@@ -144,8 +144,8 @@ def test_a_seed_draws_train_rows_and_nothing_else() -> None:
 def test_a_cells_figures_equal_the_librarys(
     name: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Losses and answers of a real cell, on a tiny model, against the library called user by
-    user: no row, split or prefix of another user got in."""
+    """The losses and answers of a cell on a tiny model equal those of the library, called user by
+    user. No row, split or prefix of another user is mixed in."""
     monkeypatch.setattr(methods, "BACKBONE", str(tiny_model_dir))
     bench = methods.Bench(tmp_path, "float32", 1)
     bench._pools["lama"] = tasks.make_lama_pool(lama_table())
@@ -267,10 +267,10 @@ def test_a_task_has_its_own_rate_where_a_sweep_found_one() -> None:
         **dict.fromkeys(("prefix", "prefix-p1", "prefix-p20"), 1e-2),
         "prefix-random": 2e-2,
     }
-    assert rate("prefix-top", "lama") == rate("prefix-top", "e2e") == 3e-2  # swept for itself
+    assert rate("prefix-top", "lama") == rate("prefix-top", "e2e") == 3e-2  # swept separately
     assert rate("prefix", "e2e") == 3e-2
     assert rate("prefix", "lama", learning_rate=0.5) == 0.5
-    assert rate("prefix-mlp", "lama") == 3e-4  # as the method has it
+    assert rate("prefix-mlp", "lama") == 3e-4  # the method's default
     for _, name in methods.TUNED_RATES:
         assert methods.BY_NAME[name].swept == "prefix"
 

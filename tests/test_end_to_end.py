@@ -1,4 +1,4 @@
-"""The whole path as a user walks it: `ptuning run`, `ptuning serve`, the official OpenAI client."""
+"""The whole path of a user: `ptuning run`, `ptuning serve`, the official OpenAI client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ USERS = ("ann", "bob", "cy")
 
 
 def _run(data: Path, store: Path, model: Path, log: Path, *more: str) -> dict[str, Any]:
-    # A low bar: the point here is the way of a prefix, not its worth.
+    # A low threshold: this tests the path of a prefix, not its quality.
     low = ("gate.min_gain=-10", "data.min_examples=8", *more)
     process = start(command(data, store, model, *low), log)
     try:

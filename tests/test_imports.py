@@ -1,7 +1,7 @@
-"""Dependencies point one way, and the library works where the cluster's packages are not.
+"""Dependencies point one way, and the library works without the cluster's packages.
 
-Every import statement is read from the source (inside functions too, and under
-TYPE_CHECKING), so that nothing needs to be installed or run to hold the rule.
+All import statements are read from the source, including those inside functions and under
+TYPE_CHECKING. So the check needs no package installed and runs no code.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ptuning", "pipelines", "serve")
-FACADES = ("ptuning",)  # its names are imported when first used, from every part
-# Third-party packages that may be imported in a few modules only.
+FACADES = ("ptuning",)  # a facade: it imports each public name on first use
+# Third-party packages that only a few modules may import.
 CONFINED = {
     "deepspeed": ("ptuning.train.zero",),
     "mlflow": ("ptuning.registry.mlflow",),
     "ray": ("pipelines", "serve"),
     "peft": (),
 }
-# Each module of ptuning has the tier of its longest prefix here; imports never point upwards.
+# Each module of ptuning has the tier of its longest prefix here. Imports never point upwards.
 TIERS = {
     "ptuning.types": 0,
     "ptuning.errors": 0,
@@ -56,12 +56,12 @@ TIERS = {
 
 @dataclass(frozen=True)
 class Import:
-    """One imported name: which module asks for which, and where."""
+    """One imported name: the importing module, the target and the line."""
 
     source: str
     target: str
     line: int
-    typing_only: bool = False  # under `if TYPE_CHECKING`: a reader's dependency, not Python's
+    typing_only: bool = False  # under `if TYPE_CHECKING`: not imported at run time
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line} imports {self.target}"
@@ -130,7 +130,7 @@ def all_imports() -> tuple[Import, ...]:
 
 
 def module_of(target: str) -> str | None:
-    """Our module that an imported name is, or lies in."""
+    """The module of ours that an imported name is or belongs to."""
     while target not in modules():
         target, dot, _ = target.rpartition(".")
         if not dot:
@@ -259,7 +259,7 @@ def test_imports_inside_the_library_never_point_to_a_higher_tier() -> None:
 
 
 def test_no_module_shares_its_name_with_what_it_defines() -> None:
-    """`from package import name` must say which of the two it is."""
+    """`from package import name` must be unambiguous."""
     shared = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for top in ("ptuning", "pipelines", "serve", "infra")
@@ -367,7 +367,7 @@ def test_training_and_generating_work_without_ray_mlflow_deepspeed_and_peft(
 
 
 def test_configuration_loads_without_transformers() -> None:
-    """`ptuning run --help` and a mistake in a setting should not take its seconds."""
+    """Importing Transformers takes seconds, which help and errors in settings must not wait for."""
     script = "import sys, pipelines.config; sys.exit('transformers' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(

@@ -49,7 +49,7 @@ class Killed(Exception):
 
 
 class Dying:
-    """A client that raises instead of making its last call. Several may share a countdown."""
+    """A client that raises Killed once `left` calls were made. Several may share the countdown."""
 
     def __init__(self, client: Any, left: list[int]) -> None:
         self._client, self._left = client, left

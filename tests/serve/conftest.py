@@ -1,4 +1,4 @@
-"""Fixtures of the service's tests; what they are made of is in `serving.py`."""
+"""Fixtures for the service's tests; their building blocks are in `serving.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve.http.auth import Keys
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from threads, which on a busy machine cost a lot."""
+    """One thread: tiny models gain nothing from more, which cost much on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def backbone(model_dir: Path) -> Backbone:
 
 @pytest.fixture
 def make_request(backbone: Backbone) -> MakeRequest:
-    """A request about a text, and who listens to it."""
+    """Make a request with a text as prompt, and its listener."""
     count = iter(range(10**6))
 
     def make(
@@ -62,7 +62,7 @@ def make_request(backbone: Backbone) -> MakeRequest:
 
 @pytest.fixture
 def play(backbone: Backbone, tmp_path: Path) -> Play:
-    """Run a story against a fresh service with these settings."""
+    """Run a story (a coroutine) against a new service with these settings."""
 
     @asynccontextmanager
     async def opened(keys: Keys | None, settings: dict[str, Any]) -> AsyncIterator[World]:

@@ -1,4 +1,4 @@
-"""Runs the service as the command line does, in a process of its own: JSON in, signals out."""
+"""Run the service as the command line does, in a separate process, with settings as JSON."""
 
 from __future__ import annotations
 

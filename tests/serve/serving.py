@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level tokenizer, prefixes for it, and a plain oracle."""
+"""A tiny random Llama with a byte-level tokenizer, prefixes for it, and an oracle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHAT = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the turns of a chat template."""
+    """A tokenizer with one token per byte, and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -52,7 +52,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_llama(directory: Path, *, seed: int = 0, positions: int = 512) -> Path:
-    """2 layers, 4 heads of 8, 2 key-value heads; weights wide enough to have opinions."""
+    """Save a model with 2 layers, 4 heads of 8 and 2 key-value heads. Its weights are large enough
+    for clear differences between tokens."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIALS) + 256,
@@ -73,14 +74,14 @@ def save_llama(directory: Path, *, seed: int = 0, positions: int = 512) -> Path:
 
 
 def random_kv(backbone: Backbone, length: int, seed: int) -> torch.Tensor:
-    """`[L, 2, H, P, D]`, far enough from zero to change what the model says."""
+    """Random `[L, 2, H, P, D]`, large enough to change the model's answers."""
     generator = torch.Generator().manual_seed(seed)
     layers, *rest = backbone.facts.kv_shapes(length)[keys_name(DECODER, 0)]
     return 2 * torch.randn((layers, 2, *rest), generator=generator).to(backbone.dtype)
 
 
 def member_of(backbone: Backbone, kv_L2HPD: torch.Tensor) -> Member:
-    """Keys and values `[L, 2, H, P, D]` as what a row brings to the engine."""
+    """Keys and values `[L, 2, H, P, D]` in the form of the engine's rows."""
     return Member(split_groups(as_groups(kv_L2HPD), backbone.facts, 0))
 
 
@@ -91,7 +92,7 @@ def make_held_prefix(backbone: Backbone, length: int, seed: int) -> HeldPrefix:
 
 
 def kv_of(prefix: HeldPrefix | None) -> torch.Tensor | None:
-    """`[L, 2, H, P, D]` of a prefix that consists of keys and values."""
+    """The `[L, 2, H, P, D]` of a prefix made of keys and values."""
     if prefix is None:
         return None
     return torch.stack([torch.stack(pair) for pair in prefix.ready.members[0].layers[DECODER]])
@@ -106,7 +107,7 @@ def prefix_file(
     name: str = "default",
     key: str | None = None,
 ) -> Prefix:
-    """A user's prefix as a training run would leave it; `key`: the user's, in a salted store."""
+    """A user's prefix as a run would save it. `key` is the user's key in a salted store."""
     meta = PrefixMeta.of(
         backbone,
         PrefixTuning(num_virtual_tokens=length),
@@ -121,7 +122,7 @@ def prefix_file(
 def oracle(
     backbone: Backbone, prompt: Sequence[int], kv: torch.Tensor | None, max_tokens: int
 ) -> list[int]:
-    """Greedy tokens of one row alone, the whole row computed anew for each: no cache at all."""
+    """The greedy tokens of one row alone, without a cache: each step computes the whole row."""
     ids, out = list(prompt), []
     for _ in range(max_tokens):
         row = torch.tensor([ids])
@@ -142,7 +143,7 @@ def oracle(
 
 @dataclass
 class Listener:
-    """A listener of one request: collects its events until the last."""
+    """Collects the events of one request until the last."""
 
     events: queue.SimpleQueue[Event]
 
@@ -177,7 +178,7 @@ class Files:
     def __init__(self, directory: Path) -> None:
         self.store = Store(directory)
         self._versions: Counter[str] = Counter()
-        self.generation = 0  # the last one that was published here
+        self.generation = 0  # the last one published here
 
     def path(self, prefix: Prefix, user: str | None = None) -> Path:
         return Path(self.store.path(prefix_path(user or prefix.meta.user_key, prefix.digest)))
@@ -185,7 +186,7 @@ class Files:
     def promote(
         self, prefix: Prefix, *, as_user: str | None = None, as_name: str | None = None
     ) -> ChampionRef:
-        """Write and publish; `as_user` and `as_name` lie about whose it is."""
+        """Write and publish a prefix; with `as_user` or `as_name`, under a false user or name."""
         user = as_user or prefix.meta.user_key
         prefix.save(self.path(prefix, user))
         self._versions[user] += 1
@@ -207,7 +208,7 @@ def expected_text(backbone: Backbone, request: Request) -> str:
 
 
 class Gate:
-    """Holds the engine before its next decoding step, so that a test decides who is there."""
+    """Holds the engine before its next decoding step, so that a test decides which requests run."""
 
     def __init__(self, engine: Engine) -> None:
         self._decode = engine.runner.decode

@@ -1,4 +1,4 @@
-"""The HTTP side with a real engine in this process, without Ray."""
+"""The HTTP API with a real engine in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def test_a_full_queue_is_a_429_and_a_late_answer_a_504(play: Play) -> None:
 
     async def late(world: World) -> None:
         check_error(await world.post(max_tokens=100), 504, "timeout", None)
-        while world.service.engine.rows_in_use:  # the test's own deadline bounds this
+        while world.service.engine.rows_in_use:  # the test's timeout bounds this
             await asyncio.sleep(0.01)
 
     play(full, max_rows=1, max_queue=1)
@@ -343,7 +343,7 @@ def test_a_dead_engine_answers_503_at_once_and_is_not_ready(play: Play) -> None:
         assert (await world.client.get("/readyz")).status_code == 503
         assert (await world.client.get("/healthz")).status_code == 200
         with pytest.raises(ServeError):
-            world.service.report("local")  # what Ray Serve asks before it replaces a replica
+            world.service.report("local")  # Ray Serve's health check, before it replaces a replica
 
     play(story)
 

@@ -1,4 +1,4 @@
-"""Who may listen where, and who may ask as whom."""
+"""On which addresses the service may listen, and which users a key may name."""
 
 from __future__ import annotations
 

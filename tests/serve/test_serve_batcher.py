@@ -1,4 +1,4 @@
-"""Which requests run, in which slots: no model, no clock."""
+"""The batcher, without model and clock: which requests run in which slots."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_a_request_of_several_rows_is_admitted_whole_and_leaves_whole() -> None:
     batcher = Batcher(4, 4, 100)
     for name, rows in {"a": 1, "b": 2, "c": 2, "d": 1}.items():
         batcher.submit(name, 1, rows)
-    assert batcher.admit() == ("a", "b", "b")  # c needs two slots, and nobody overtakes it
+    assert batcher.admit() == ("a", "b", "b")  # c needs two slots, and no request overtakes it
     assert batcher.admit() == ()
     assert batcher.release("a") == (Move(source=2, target=0),)
     assert batcher.rows == ("b", "b")
-    assert batcher.slots == {"b": [1, 0]}, "its second row went where a was"
+    assert batcher.slots == {"b": [1, 0]}, "its second row moved into a's slot"
     assert batcher.admit() == ("c", "c")
     assert batcher.slots == {"b": [1, 0], "c": [2, 3]}
     assert batcher.release("b") == (Move(source=3, target=1), Move(source=2, target=0))
@@ -55,7 +55,7 @@ def test_newcomers_of_one_step_stay_within_the_padded_token_budget() -> None:
     batcher = Batcher(8, 8, prefill_tokens=40)
     for name, tokens in {"a": 10, "b": 20, "c": 5}.items():
         batcher.submit(name, tokens)
-    assert batcher.admit() == ("a", "b")  # a third row of 20 would be 60
+    assert batcher.admit() == ("a", "b")  # with a third row of 20 it would be 60
     assert batcher.admit() == ("c",)
 
 
@@ -70,7 +70,7 @@ def test_a_prompt_longer_than_the_budget_is_admitted_alone() -> None:
 def test_a_request_beyond_rows_and_queue_is_refused() -> None:
     batcher = Batcher(max_rows=1, max_queue=1, prefill_tokens=10)
     batcher.submit("a", 1)
-    batcher.submit("b", 1)  # a has not been admitted yet, but has a row to go to
+    batcher.submit("b", 1)  # a is not admitted yet, but a row is free for it
     with pytest.raises(QueueFull):
         batcher.submit("c", 1)
     batcher.admit()
@@ -96,14 +96,14 @@ def test_only_waiting_requests_can_be_withdrawn() -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whatever happens in whatever order, the books agree with a naive model of the slots."""
+    """After any events in any order, the batcher agrees with a naive model of the slots."""
 
     ROWS, QUEUE, TOKENS = 3, 4, 30
 
     def __init__(self) -> None:
         super().__init__()
         self.batcher = Batcher(self.ROWS, self.QUEUE, self.TOKENS)
-        self.slots: dict[int, tuple[str, int]] = {}  # the row that a cache would hold
+        self.slots: dict[int, tuple[str, int]] = {}  # the row that the cache would contain
         self.queue: list[tuple[str, int, int]] = []
         self.count = 0
 

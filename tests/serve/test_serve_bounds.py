@@ -1,4 +1,4 @@
-"""Nobody waits for somebody else's large, slow or nameless request."""
+"""No user waits for another's large, slow or unauthenticated request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_eighty_thousand_messages_are_refused_before_they_cost_anybody_time(
         assert short.status_code == 200
         waited = time.monotonic() - began
         check_error(await large, 400, code, "messages")
-        assert waited < PROMPT_SECONDS, "one request kept another waiting"
+        assert waited < PROMPT_SECONDS, "one request delayed another"
         assert time.monotonic() - began < 2 * PROMPT_SECONDS
 
     play(story, max_messages=most)
@@ -66,7 +66,7 @@ def test_messages_and_parts_are_counted_apart_from_their_characters(play: Play) 
 
 
 class SlowTemplate(Template):
-    """Keeps a thread busy with the prompt `slow` until it is told to stop."""
+    """Keeps a thread busy with the prompt `slow` until the test ends it."""
 
     may_go = threading.Event()
 
@@ -116,7 +116,7 @@ def test_encoders_share_no_tokenizer_and_encode_as_the_template_does() -> None:
 
 
 class Body:
-    """A body that comes in pieces, and whether anybody read it."""
+    """A body that arrives in pieces and records whether it was read."""
 
     def __init__(self, *pieces: bytes, pause_s: float = 0.0) -> None:
         self.pieces, self.pause_s, self.read = pieces, pause_s, False

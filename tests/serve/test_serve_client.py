@@ -1,4 +1,4 @@
-"""OpenAI's client in its usual loop, and every field that its documentation names."""
+"""OpenAI's client in its usual loop, and all fields that its documentation lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from serve.http.messages import ChatBody, CompletionBody, Turn, parse
 USER: Any = {"role": "user", "content": "hi"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
-# A value of each field that asks for something else than the answer without it.
+# For each field, a value that asks for a different answer.
 DEMANDING: dict[str, Any] = {
     "n": 2,
     "frequency_penalty": 0.5,
@@ -77,7 +77,7 @@ DEMANDING: dict[str, Any] = {
     "include_reasoning": True,
     "thinking": {"type": "enabled"},
 }
-# What the loops of well-known clients send without asking for anything.
+# Fields that well-known clients send with neutral values.
 NEUTRAL: dict[str, Any] = {
     "response_format": {"type": "text"},
     "tool_choice": "none",
@@ -196,7 +196,7 @@ def test_the_official_clients_loop_goes_on_with_the_services_own_answers(play: P
         assert message.content is not None
         plain = [USER, {"role": "assistant", "content": message.content}, USER]
         wanted = await ask(plain)
-        # As an object, and as each of the ways to write one down.
+        # As an object, and in each way of serialising it.
         for turn in (message, message.model_dump(), message.to_dict(), message.dict()):
             assert await ask([USER, turn, USER]) == wanted
 
@@ -335,7 +335,7 @@ def test_every_answer_names_its_request(play: Play) -> None:
 
 def test_a_callers_token_that_the_model_has_no_row_for_is_that_request_alone(play: Play) -> None:
     async def story(world: World) -> None:
-        # The tokenizer got a token, and the model no row for it.
+        # The tokenizer has a token for which the model has no embedding.
         template = copy.deepcopy(world.backbone.template)
         template.tokenizer.add_tokens(["<new>"])
         assert template.ids("<new>") == [world.backbone.facts.vocab_size]

@@ -1,4 +1,4 @@
-"""Continuous batching of users with different prefixes, against each row alone."""
+"""Continuous batching of users with different prefixes equals each row alone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_rows_of_many_users_in_one_batch_equal_each_row_alone(
     try:
         gate = Gate(engine)
         for number, (request, _) in enumerate(made):
-            engine.submit(request)  # they join while others are being decoded
+            engine.submit(request)  # they join while others are decoded
             if number >= 3:
                 gate.steps.release(2)
         gate.open()
@@ -68,7 +68,7 @@ def test_rows_of_many_users_in_one_batch_equal_each_row_alone(
     finally:
         engine.close()
     assert [text_of(events) for events in heard] == wanted
-    assert len(set(wanted)) == len(wanted), "the prefixes and prompts make a difference"
+    assert len(set(wanted)) == len(wanted), "the prefixes and prompts change answers"
     for (request, _), events in zip(made, heard, strict=True):
         info = request.prefix.info if request.prefix else None
         assert started_of(events).prefix == info
@@ -111,7 +111,7 @@ def test_a_freed_slot_shows_nothing_to_the_next_request(
         for layer in engine.runner.cache.slots:
             assert not layer.keys.any()
             assert not layer.values.any()
-            # Even if a slot were not cleared: poison what the next row does not overwrite.
+            # Poison the values that the next row does not overwrite: they must not be visible.
             layer.keys.fill_(1e4)
             layer.values.fill_(-1e4)
         engine.submit(request)
@@ -192,7 +192,7 @@ def test_newcomers_that_fail_leave_running_rows_alone(
 ) -> None:
     good, heard = make_request("good", make_held_prefix(backbone, 3, 1), max_tokens=20)
     wanted = expected_text(backbone, good)
-    # A prefix of another shape: what the cache of prefixes never lets through.
+    # A prefix of another shape, which the prefix cache would refuse.
     member = member_of(backbone, random_kv(backbone, 3, 1)[..., :3])
     wrong = HeldPrefix(info=make_held_prefix(backbone, 3, 1).info, ready=ReadyPrefix((member,)))
     bad, listener = make_request("bad", wrong)

@@ -1,4 +1,4 @@
-"""Every request hears one last event, whatever happens to its client, its step or the engine."""
+"""Every request ends in exactly one last event, whatever happens to client, step or engine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ptuning.model.backbone import Backbone
 from serve.engine.engine import CANCELLED, DIED, SHUTTING_DOWN, Engine, Request
 from serve.events import Event, Failed, Finished
 
-PROMPT_SECONDS = 10.0  # far below serve.request_timeout_s (300), which nobody should need
+PROMPT_SECONDS = 10.0  # far below serve.request_timeout_s (300 s), which must not be needed
 
 
 def last_event(heard: Listener) -> Event:
-    """The last event, and nothing after it."""
+    """The last event. Fails if another follows."""
     last = heard.wait(PROMPT_SECONDS)[-1]
     time.sleep(0.05)
     with pytest.raises(queue.Empty):
@@ -42,7 +42,7 @@ def test_a_slot_that_cannot_be_cleared_or_moved_ends_the_engine_and_everybody_is
 ) -> None:
     engine = make_engine(backbone, max_rows=2)
     gate = Gate(engine)
-    # Of two rows the first to end is the one in the middle (move) or the last (leave).
+    # The row that ends first is in the middle (move) or the last one (leave).
     short, long = (3, 50) if operation == "move" else (50, 3)
     running = [make_request(f"r{n}", None, max_tokens=m) for n, m in enumerate((short, long))]
     waiting = [make_request(f"w{n}", make_held_prefix(backbone, 3, n)) for n in range(2)]
@@ -55,7 +55,9 @@ def test_a_slot_that_cannot_be_cleared_or_moved_ends_the_engine_and_everybody_is
     setattr(engine.runner, operation, lost)
     gate.open()
     ended = running[0 if operation == "move" else 1][1]
-    assert isinstance(last_event(ended), Finished), "its answer was whole before the slot was lost"
+    assert isinstance(last_event(ended), Finished), (
+        "its answer was complete before the slot was lost"
+    )
     others = [heard for _, heard in (*running, *waiting) if heard is not ended]
     assert [last_event(heard) for heard in others] == [Failed(problem=DIED)] * 3
     assert DIED.status == 503
@@ -151,7 +153,7 @@ def test_a_request_whose_listener_is_gone_frees_its_row(
         engine.submit(Request(**{**vars(request), "emit": emit}))
         other, heard = make_request("other", None, max_tokens=3)
         engine.submit(other)
-        gate.steps.release(5)  # of the 400 that the first would take
+        gate.steps.release(5)  # of the 400 that the first one would take
         assert isinstance(last_event(heard), Finished)
         assert engine.rows_in_use == 0
     finally:

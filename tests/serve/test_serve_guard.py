@@ -1,4 +1,4 @@
-"""Web pages stay away from a service that trusts every caller on its machine."""
+"""A service that trusts all callers on its machine refuses foreign web pages."""
 
 from __future__ import annotations
 

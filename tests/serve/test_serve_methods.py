@@ -1,4 +1,4 @@
-"""Every method's prefix is served as the library applies it, many methods in one batch."""
+"""Prefixes of all methods, mixed in one batch, are served as the library applies them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def serve_answers(
     tokens: int,
     **engine: int,
 ) -> list[str]:
-    """The engine's greedy answers, everything submitted at once."""
+    """The engine's greedy answers, with all requests submitted at once."""
     events = collect_events(backbone, prompts, prefixes, [tokens] * len(prompts), **engine)
     return [text_of(own) for own in events]
 
@@ -87,7 +87,7 @@ def collect_events(
 def ask_alone(
     backbone: Backbone, methods: dict[str, Method]
 ) -> tuple[list[str], list[Prefix | None], list[str]]:
-    """Prompts, a prefix of each method (and none), and what each prompt alone is answered."""
+    """Prompts, a prefix of each method (and None), and the answer to each prompt alone."""
     prefixes: list[Prefix | None] = [
         random_prefix(backbone, method, seed) for seed, method in enumerate(methods.values())
     ]
@@ -100,7 +100,7 @@ def ask_alone(
     assert generate(backbone, prompts, prefixes, max_new_tokens=8) == alone
     base = generate(backbone, prompts, [None] * len(prompts), max_new_tokens=8)
     changed = sum(answer != plain for answer, plain in zip(alone, base, strict=True))
-    assert changed >= len(alone) // 3, "the prefixes make a difference"
+    assert changed >= len(alone) // 3, "the prefixes change answers"
     return prompts, prefixes, alone
 
 
@@ -114,11 +114,11 @@ def test_all_methods_in_one_batch_answer_as_each_alone(family: str, kind: str) -
     )
     assert (
         serve_answers(backbone, prompts, prefixes, 8, max_rows=5) == alone
-    )  # in and out all the time
+    )  # rows join and leave all the time
 
 
 def test_a_vote_is_sent_when_it_is_decided_and_its_members_stay_apart() -> None:
-    """Its rows lie in mixed order once a neighbour has left; whole answers, so one Delta."""
+    """Its rows change order once a neighbour has left. A vote is sent as one Delta."""
     backbone = build(FAMILIES["llama"]())
     method = PromptTuning(num_virtual_tokens=4, ensemble=3, combine="vote")
     voting = random_prefix(backbone, method, 3)
@@ -139,7 +139,7 @@ def test_a_vote_is_sent_when_it_is_decided_and_its_members_stay_apart() -> None:
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_an_encoder_decoder_model_answers_many_users_at_once(family: str) -> None:
     config: Any = SEQ2SEQ[family]()
-    config.decoder_start_token_id = 5  # from its end token a random model says nothing more
+    config.decoder_start_token_id = 5  # a random model generates nothing after its end token
     backbone = build(config, "eager")
     prompts, prefixes, alone = ask_alone(backbone, catalogue_served(pairs=True))
     assert serve_answers(backbone, prompts, prefixes, 8, max_rows=3) == alone

@@ -1,4 +1,4 @@
-"""What /metrics says, and that nothing can be counted under a name that is not shown."""
+"""The content of /metrics, and that only declared names can be counted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import serve
 from ptuning.types import user_key
 from serve.metrics import ENGINE_FAMILIES, FAMILIES, HTTP_FAMILIES, Metrics, render
 
-# Written out: a name that is misspelt in the declaration, or gone, is a broken dashboard.
+# Written out here, since a changed or removed name breaks dashboards.
 COUNTERS = {
     "ptuning_requests_total",
     "ptuning_stream_errors_total",

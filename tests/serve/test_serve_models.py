@@ -1,4 +1,4 @@
-"""Other models in the engine, and the engine against the library's plain generation."""
+"""Other models in the engine, and the engine against the library's generation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from serve.events import PrefixInfo
 
 
 def save_sliding(kind: str, directory: Path) -> Path:
-    """Layers with a window of 8 tokens: all of them (Mistral) or every second (Gemma 3)."""
+    """Save a model whose layers have a window of 8 tokens: all (Mistral) or every second one
+    (Gemma 3)."""
     save_llama(directory)  # for its tokenizer
     sizes: dict[str, Any] = {
         "vocab_size": 260,
@@ -103,7 +104,7 @@ def test_a_model_that_answers_otherwise_with_slots_is_refused(
 def answer_with_engine(
     backbone: Backbone, prompts: Sequence[str], prefixes: Sequence[Prefix | None], tokens: int
 ) -> list[str]:
-    """Greedy answers of the engine, all rows at once and fewer slots than rows."""
+    """The engine's greedy answers, with all rows submitted at once and fewer slots than rows."""
     engine = make_engine(backbone)
     listeners = []
     try:

@@ -1,4 +1,4 @@
-"""From a user to the prefix that answers: the published list, files, and what is refused."""
+"""From a user to the prefix that answers: published list, files, cache, refusals."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_new_champion_answers_once_the_list_is_read_again(world: World) -> Non
 
 
 def test_a_run_on_another_backbone_never_touches_the_live_service(world: World) -> None:
-    """It turned every promoted user's answer into an error."""
+    """Such a run used to turn every promoted user's answer into an error."""
     mine = world.promote("alice")
     other = replace(mine.meta, backbone_fingerprint="f" * 64, user_key=ALICE)
     for user in (ALICE, BOB):
@@ -168,12 +168,12 @@ def test_a_moved_store_answers_with_the_same_champions(
 def test_another_users_file_is_refused(world: World) -> None:
     alices, bobs = (prefix_file(world.backbone, user) for user in ("alice", "bob"))
     world.publish(alices)
-    world.files.path(alices).write_bytes(bobs.to_bytes())  # swapped on disk: the digest says so
+    world.files.path(alices).write_bytes(bobs.to_bytes())  # swapped on disk: the digest differs
     error = expect_refusal(world.cache.get(ALICE, "default"))
     assert error.fields["status"] == 500
     assert error.fields["code"] == "prefix_unusable"
 
-    world.publish(bobs, as_user=ALICE)  # the list errs, the file knows
+    world.publish(bobs, as_user=ALICE)  # the list is wrong, but the file names its user
     error = expect_refusal(world.cache.get(ALICE, "default"))
     assert error.fields["code"] == "prefix_unusable"
     assert "another user" in error.message

@@ -1,4 +1,4 @@
-"""How the service starts, stays on loopback, says what happens and notices its own death."""
+"""How the service starts, stays on loopback, logs, and notices that it is dead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_running_service_is_given_up_when_it_is_gone_or_silent_for_too_long() 
     from serve.app import find_death
 
     assert find_death("RUNNING", 0, 300) is None
-    # A replica that is replaced, for as long as a start may take.
+    # A replica that is being replaced may take as long as a start.
     assert find_death("UNHEALTHY", 299, 300) is None
     assert find_death("UNHEALTHY", 301, 300) == "the service has not answered for 301 s"
     assert find_death("DEPLOYING", 301, 300)

@@ -1,4 +1,4 @@
-"""The next token of one row."""
+"""Sampling the next token of one row."""
 
 from __future__ import annotations
 

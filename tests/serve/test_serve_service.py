@@ -65,7 +65,7 @@ class Served:
         return prefix
 
     def publish(self, prefix: Prefix) -> None:
-        """And wait until both replicas answer from it; one that a test killed never will."""
+        """Publish, and wait until both replicas answer with it. One killed by a test never will."""
         self.files.promote(prefix)
         store, fingerprint = self.files.store, self.backbone.fingerprint
         folder = f"champions/{fingerprint[:8]}/acks"
@@ -77,7 +77,7 @@ class Served:
         wait_until(both, 60)
 
     def metric(self, name: str) -> float:
-        """A family's sum over all replicas and labels."""
+        """The sum of a metric over all replicas and labels."""
         lines = httpx.get(f"{self.address}/metrics", timeout=30).text.splitlines()
         found = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
@@ -87,14 +87,14 @@ class Served:
 
 
 def start(settings: dict[str, Any], output: Path) -> subprocess.Popen[str]:
-    open_identity(Store(settings["store"]))  # as the first run in a store does
+    open_identity(Store(settings["store"]))  # as the first run in a store does it
     with output.open("w") as sink:
         return subprocess.Popen(
             [sys.executable, str(LAUNCH), json.dumps(settings)],
             stdout=sink,
             stderr=subprocess.STDOUT,
             text=True,
-            # A Ray of its own, whatever other tests have started.
+            # A separate Ray, whatever other tests have started.
             env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         )
 
@@ -279,7 +279,7 @@ def test_a_client_that_leaves_frees_its_row(served: Served, stream: bool) -> Non
 
 
 def send(address: str, data: bytes, timeout_s: float = 30) -> tuple[bytes, float]:
-    """The first bytes of the answer to something on a socket of its own, and after how long."""
+    """Send data on a new socket; return the first bytes of the answer and the seconds it took."""
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
         connection.sendall(data)
@@ -333,7 +333,7 @@ def test_a_killed_replica_is_replaced_and_nobody_gets_a_wrong_answer(served: Ser
             assert response.headers["x-prefix-digest"] == prefix.digest
         else:
             assert response.json()["error"]["code"] == "replica_unavailable"
-        # One of two replicas down is not the service down.
+        # The service is up while one of two replicas is down.
         assert httpx.get(f"{served.address}/healthz", timeout=30).status_code == 200
         ready = httpx.get(f"{served.address}/readyz", timeout=30)
         assert ready.status_code == 200

@@ -1,4 +1,4 @@
-"""A stream's frames, field by field, as OpenAI's clients read them."""
+"""The frames of a stream, field by field, as OpenAI's clients read them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_official_clients_stream_adds_up_to_its_whole_answer(play: Play) -> 
         }
         cut = (await client.chat.completions.create(**asked)).choices[0].message.content
         assert cut
-        asked["stop"] = cut[3:5]  # the client's helper takes no answer that was too long
+        asked["stop"] = cut[3:5]  # the client's helper refuses an answer that was cut at its limit
         whole = await client.chat.completions.create(**asked)
         assert whole.choices[0].finish_reason == "stop"
         async with client.chat.completions.stream(

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece."""
+"""Streaming tokens as pieces of text."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_text_ends_before_the_first_stop_string_and_never_shows_a_part_of_it(
 ) -> None:
     pieces, stream = stream_text(text, tuple(stops))
     shown = ""
-    for end in range(len(text) + 1):  # a stop counts as soon as its last character is there
+    for end in range(len(text) + 1):  # a stop string counts as soon as it is complete
         found = [text[:end].find(stop) for stop in stops if stop in text[:end]]
         if found:
             assert stream.stopped

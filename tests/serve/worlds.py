@@ -1,4 +1,4 @@
-"""A whole service in this process, without Ray, and how its answers are read."""
+"""A whole service in this process, without Ray, and helpers to read its answers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Local(Service):
 
 
 class World:
-    """One service: its store and client."""
+    """A service with its store and client."""
 
     def __init__(self, backbone: Backbone, directory: Path, keys: Keys | None, **settings: Any):
         self.backbone = backbone
@@ -49,14 +49,14 @@ class World:
         )
 
     def promote(self, prefix: Prefix, **lies: str) -> ChampionRef:
-        """Publish a prefix, and let the service look."""
+        """Publish a prefix, and make the service refresh its list."""
         ref = self.files.promote(prefix, **lies)
         self.service.poller.poll()
         return ref
 
     def openai(self) -> openai.AsyncOpenAI:
-        """The official client, unmodified, of this service."""
-        # httpx2 is what the official client speaks through.
+        """The official client, unmodified, connected to this service."""
+        # The official client uses httpx2.
         transport = httpx2.ASGITransport(app=self.app)
         return openai.AsyncOpenAI(
             base_url=f"{ADDRESS}/v1",
