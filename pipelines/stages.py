@@ -14,7 +14,6 @@ from pipelines.candidates.publish import deploy
 from pipelines.candidates.register import (
     Lineage,
     hold_overtaken,
-    pack_metrics,
     register_pack,
     retire_users,
 )
@@ -24,6 +23,7 @@ from pipelines.gangs import cluster
 from pipelines.gangs.places import all_places, check_room
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
+from pipelines.report.metrics import pack_metrics
 from pipelines.rows.stored import read_index
 from ptuning.champions import ChampionRef
 from ptuning.errors import RunError

@@ -156,7 +156,8 @@ class Counts(TypedDict):
 @dataclass(kw_only=True)
 class UserReport:
     """A run's report on one user. `losses[name][split]` has the names base, champion, candidate
-    and other (see `ScoredUser`); `counts[split]` is the data used in training and scoring."""
+    and other (see `ScoredUser`); `counts[split]` is the data used in training and scoring.
+    `measured` has the metrics that the worker measured, by name."""
 
     user_key: str
     status: Status
@@ -170,6 +171,7 @@ class UserReport:
     losses: dict[str, dict[str, SplitLosses]] = field(default_factory=dict)
     counts: dict[Split, Counts] = field(default_factory=dict)
     gate: Gate | None = None
+    measured: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
 

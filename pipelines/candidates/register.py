@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from pipelines.plan import PlannedUser
-from pipelines.report.metrics import LOSS_NAMES, PACK_METRICS, USER_METRICS, check_names
+from pipelines.report.metrics import user_metrics
 from ptuning.registry.base import PackRecord, Registration, Registry
 from ptuning.types import Decision, Gate, UserReport
 
@@ -122,33 +121,3 @@ def retire_users(
             registry.remove_alias(key, prefix_name, "candidate")
         retired.append(key)
     return retired
-
-
-def user_metrics(report: UserReport) -> dict[str, float]:
-    """A version's metrics for a reviewer: nats per completion token, steps, tokens."""
-    metrics: dict[str, float] = {"steps": report.steps, "tokens": report.tokens}
-    for name, splits in report.losses.items():
-        for split, losses in splits.items():
-            if (nll := losses.nll) is not None and nll == nll:
-                metrics[f"nll_{name}_{split}"] = nll
-    for split in ("valid", "test"):  # the gate decides on valid; publications should quote test
-        base, candidate = (metrics.get(f"nll_{name}_{split}") for name in ("base", "candidate"))
-        if base is not None and candidate is not None:
-            metrics[f"gain_over_base_{split}"] = base - candidate
-    return check_names(metrics, USER_METRICS)
-
-
-def pack_metrics(reports: Sequence[UserReport]) -> dict[str, float]:
-    """A pack's medians, for the MLflow run."""
-    trained = [report for report in reports if report.status == "trained"]
-    metrics: dict[str, float] = {
-        "users_trained": len(trained),
-        "users_promoted": sum(report.decision == "promoted" for report in reports),
-        "users_failed": sum(report.status == "failed" for report in reports),
-    }
-    for name in LOSS_NAMES:
-        losses = [user_metrics(report).get(f"nll_{name}_valid") for report in trained]
-        known = [loss for loss in losses if loss is not None]
-        if known:
-            metrics[f"nll_{name}_valid_median"] = median(known)
-    return check_names(metrics, PACK_METRICS)

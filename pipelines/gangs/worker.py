@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.plan import Pack, PlannedUser
+from pipelines.report.metrics import worker_metrics
 from pipelines.rows.stored import read_users
 from ptuning.errors import ArtifactError, PTuningError
 from ptuning.identity import Recipe
@@ -157,6 +158,7 @@ def _read_resume(job: PackJob, planned: PlannedUser, report: UserReport) -> Resu
 def _fill_report(report: UserReport, result: PackResult, planned: PlannedUser) -> None:
     report.history, report.steps, report.tokens = result.history, result.steps, result.tokens
     report.counts, report.losses = result.counts, result.losses
+    report.measured = worker_metrics(result)
     notes = {
         "resets": result.resets,
         "start_ignored": result.start_ignored,

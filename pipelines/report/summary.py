@@ -12,7 +12,6 @@ that an error message quotes is removed before display.
 
 from __future__ import annotations
 
-import math
 import shlex
 import statistics
 from collections import Counter
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.report.metrics import LOSS_NAMES, SCORED
+from pipelines.report.metrics import LOSS_NAMES, SCORED, WORKER_METRICS, nll
 from ptuning.errors import RunError
 from ptuning.system.redaction import hide_passwords, hide_user
 from ptuning.types import SPLITS, UserReport, user_key
@@ -205,16 +204,6 @@ def trained_users(facts: RunFacts) -> Iterator[UserReport]:
     return (report for _, report in facts.users if report.status == "trained")
 
 
-def nll(report: UserReport, name: str, split: str) -> float | None:
-    """Nats per completion token of base, champion, candidate or other; None if not measured.
-
-    A loss that is not finite is None too, since JSON cannot express it.
-    """
-    losses = report.losses.get(name, {}).get(split)
-    value = losses.nll if losses is not None else None
-    return value if value is not None and math.isfinite(value) else None
-
-
 # ---------------------------------------------------------------- the users table
 
 USERS_SCHEMA = pa.schema(
@@ -228,6 +217,7 @@ USERS_SCHEMA = pa.schema(
         *(pa.field(f"nll_{name}_{split}", pa.float64()) for split in SCORED for name in LOSS_NAMES),
         pa.field("steps", pa.int64(), nullable=False),
         pa.field("tokens", pa.int64(), nullable=False),
+        *(pa.field(name, pa.float64()) for name in WORKER_METRICS),
         pa.field("reason", pa.string()),
     ]
 )
@@ -250,6 +240,7 @@ def _user_row(user_id: str | None, report: UserReport, facts: RunFacts) -> dict[
         "steps": report.steps,
         "tokens": report.tokens,
         "reason": reason_of(report),
+        **{name: report.measured.get(name) for name in WORKER_METRICS},
         **{f"rows_{split}": counts.get(split) for split in SPLITS},
         **{
             f"nll_{name}_{split}": nll(report, name, split)

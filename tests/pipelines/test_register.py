@@ -13,22 +13,29 @@ from pipelines.candidates.publish import deploy
 from pipelines.candidates.register import (
     Lineage,
     hold_overtaken,
-    pack_metrics,
     register_pack,
     retire_users,
-    user_metrics,
 )
 from pipelines.candidates.rejudge import find_losses, records_of
 from pipelines.done_record import DoneRecord
 from pipelines.plan import Pack, PlannedUser
-from pipelines.report.metrics import LOSS_NAMES, PACK_METRICS, USER_METRICS
+from pipelines.report.metrics import (
+    LOSS_NAMES,
+    PACK_METRICS,
+    USER_METRICS,
+    WORKER_METRICS,
+    pack_metrics,
+    user_metrics,
+    worker_metrics,
+)
 from pipelines.run_folder import RunFolder
 from ptuning.champions import ChampionList, ChampionRef, acknowledge, publish
 from ptuning.errors import ConfigError, RunError
+from ptuning.pack import PackResult
 from ptuning.registry import MemoryRegistry, RegistryConfig, registry_uri
 from ptuning.registry.base import PackRecord
 from ptuning.store import Store
-from ptuning.types import SplitLosses, UserReport, user_key
+from ptuning.types import EpochLoss, SplitLosses, UserReport, user_key
 
 KEY = user_key("ann")
 
@@ -133,18 +140,22 @@ def test_an_older_run_that_is_resumed_retires_nobody_whom_a_newer_one_trained(
 
 def test_every_declared_metric_is_reported() -> None:
     """The user has losses of every judge, so a declared metric that nothing sets is missed."""
-    report = replace(_report(OURS), steps=3, tokens=40, decision="promoted")
+    result = PackResult(user_key=KEY, history=[EpochLoss(epoch=1, train=2.0, valid=1.0)])
+    measured = worker_metrics(result)
+    assert measured == {"epochs": 1}
+    report = replace(_report(OURS), steps=3, tokens=40, decision="promoted", measured=measured)
     loss = SplitLosses(nats=(1.0,), tokens=(1,))
     report.losses |= {who: {"valid": loss, "test": loss} for who in LOSS_NAMES}
-    assert user_metrics(report).keys() == USER_METRICS.keys()
+    assert user_metrics(report).keys() == USER_METRICS.keys() | WORKER_METRICS.keys()
+    assert not USER_METRICS.keys() & WORKER_METRICS.keys()
     assert pack_metrics([report]).keys() == PACK_METRICS.keys()
 
 
-def test_a_metric_that_no_report_knows_is_refused() -> None:
+def test_a_loss_that_no_report_knows_is_refused() -> None:
     report = _report(OURS)
     assert user_metrics(report) == {"steps": 0, "tokens": 0}
     report.losses["bsae"] = {"valid": SplitLosses(nats=(1.0,), tokens=(1,))}
-    with pytest.raises(RunError, match="nll_bsae_valid"):
+    with pytest.raises(RunError, match="bsae"):
         user_metrics(report)
 
 

@@ -105,6 +105,7 @@ def test_a_report_comes_back_from_its_record_with_every_field() -> None:
         losses={"base": {"valid": loss}},
         counts={"train": Counts(rows=1, tokens=2)},
         gate=Gate(decision="promoted", reason="better"),
+        measured={"epochs": 2.0},
         details={"resets": 1},
     )
     plain = UserReport(user_key="", status="failed")
