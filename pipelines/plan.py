@@ -6,8 +6,8 @@ digests. Whether prefix files are intact is checked elsewhere, for a sample of u
 million users would read 0.7 TB a night, to find what a service reports anyway when it first reads
 such a file.
 
-Users of one bucket stay together, so that a pack reads one or two bucket files. Packs are balanced
-by supervised tokens, which measure the work.
+Packs are ranges of user keys, as are the files of rows, so that a pack reads one or two files. They
+are balanced by supervised tokens, which measure the work.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ OnShrink = Literal["base", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRow:
-    """One user in the partition's index: the location and number of the rows, and their digest."""
+    """One user in the partition's index: the number of the rows, and their digest."""
 
     user_id: str
     user_key: str
-    bucket: int
     tokens: int  # supervised
     data_digest: str
     too_few: bool
@@ -42,7 +41,6 @@ class IndexRow:
         return cls(
             user_id=values["user_id"],
             user_key=values["user_key"],
-            bucket=values["bucket"],
             tokens=values["supervised_tokens"],
             data_digest=values["data_digest"],
             too_few=values["too_few"],
@@ -63,7 +61,6 @@ class PlannedUser:
     """
 
     user_key: str
-    bucket: int
     tokens: int
     data_digest: str
     training_digest: str
@@ -202,7 +199,6 @@ def _planned(row: IndexRow, now: Current | None, rules: Rules) -> PlannedUser:
     candidate = now.candidate if now else None
     return PlannedUser(
         user_key=row.user_key,
-        bucket=row.bucket,
         tokens=row.tokens,
         data_digest=row.data_digest,
         training_digest=rules.identity(row.user_key, row.data_digest),
@@ -248,13 +244,13 @@ def _notes(rules: Rules, lost: Collection[str]) -> tuple[str, ...]:
 
 
 def make_packs(users: Sequence[PlannedUser], pack_users: int, workers: int) -> tuple[Pack, ...]:
-    """Split users, in the order of their buckets, into packs of at most `pack_users`.
+    """Split users, in the order of their keys, into packs of at most `pack_users`.
 
     If there are enough users, every worker gets at least one pack.
     """
     if not users:
         return ()
-    ordered = sorted(users, key=lambda user: (user.bucket, user.user_key))
+    ordered = sorted(users, key=lambda user: user.user_key)
     count = max(-(-len(ordered) // pack_users), min(workers, len(ordered)))
     per_pack = sum(user.tokens for user in ordered) / count
     packs: list[list[PlannedUser]] = [[]]

@@ -20,13 +20,19 @@ from pipelines.plan import IndexRow, Plan
 from pipelines.report.page import html_report
 from pipelines.report.progress import RunProgress
 from pipelines.report.summary import RunFacts, make_summary, users_table
+from pipelines.rows.manifest import Delivery
 from pipelines.rows.partition import make_partition
 from ptuning.registry import registry_uri
 from ptuning.store import Store
 from ptuning.store_identity import open_identity
 from ptuning.types import UserReport
 
-SNAPSHOT = "the input was taken as a complete snapshot: rows and users missing from it are gone"
+_DELIVERIES: dict[Delivery, str] = {
+    "append": "the input was added to what was delivered before ({earlier:,} other files); nothing "
+    "is gone because it is missing from it (data.delivery=append)",
+    "snapshot": "the input was taken as a complete snapshot: rows and users missing from it are "
+    "gone (data.delivery=snapshot)",
+}
 
 
 def execute(
@@ -36,6 +42,7 @@ def execute(
     watch = Stopwatch()
     with watch.time("start"):
         check_inputs(sources, store, config)
+        store.sweep()
         identity = open_identity(store, namespace=config.registry.namespace)
         backbone = cluster.identify_backbone(config)
         registry = reach_registry(config, store, identity, backbone.fingerprint)
@@ -54,6 +61,8 @@ def execute(
             with watch.time("plan"):
                 rows = stages.read_rows(run)
                 plan = stages.plan_run(run, registry, rows)
+            with watch.time("partition"):
+                stages.gather(run, plan, rows, _rows_of(progress))
             with watch.time("tune"), _stage(progress, "tune", _users(plan.packs)):
                 stages.train(run, plan, progress.update, progress.note)
             with watch.time("evaluate"):
@@ -152,8 +161,11 @@ def _notices(run: Run, plan: Plan, late: Sequence[str]) -> tuple[str, ...]:
     kept = f"{plan.kept:,} users keep a prefix of rows that are gone (data.on_shrink=keep)"
     of_rows = [str(notice.text) for notice in run.part.notices]
     behind = f"replicas that do not serve the new list yet: {', '.join(late)}"
+    delivery = _DELIVERIES[run.config.data.delivery].format(earlier=run.part.earlier_files)
+    shrunk = f"{run.part.shrunk:,} users have fewer rows than in the partition before"
     return (
-        SNAPSHOT,
+        delivery,
+        *([shrunk] if run.part.shrunk else []),
         *of_rows,
         *plan.notes,
         *([kept] if plan.kept else []),

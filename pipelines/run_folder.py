@@ -3,6 +3,7 @@
 config.yaml    the resolved configuration, and the header that identifies the run
 plan/          users.parquet, then plan.json: what to do with each user
 done/          one record per pack, written once, which commits the pack or says how it was split
+rows/          the rows of the users who train, by user key, until the run has ended
 split/         one marker per pack that may have been split, so that these are found by listing
 users/         part-0.parquet: the users table, the only file of a run with user ids
 report.html    the report page
@@ -40,7 +41,6 @@ _PLAN_SCHEMA = pa.schema(
         ("user_key", pa.string()),
         ("action", pa.string()),  # train, judge, or the status of one who is skipped
         ("pack", pa.int32()),  # number of the pack, in the plan's order
-        ("bucket", pa.int32()),
         ("tokens", pa.int64()),
         *(
             (name, pa.string())
@@ -203,7 +203,12 @@ class RunFolder:
         name = self._name("summary.json")
         return dict(self.store.read_json(name)) if self.store.exists(name) else None
 
-    # Ray Train's state, which nothing reads once the gang has ended.
+    # What nothing reads once training has ended: the rows of its users, and Ray Train's state.
+
+    @property
+    def rows(self) -> str:
+        """The folder of the rows of the users who train, relative to the store's root."""
+        return self._name("rows")
 
     @property
     def scratch(self) -> str:
@@ -211,6 +216,7 @@ class RunFolder:
 
     def remove_scratch(self) -> None:
         self.store.remove(self._name("ray"))
+        self.store.remove(self._name("rows"))
 
     # The driver's lock.
 

@@ -24,7 +24,10 @@ from pipelines.gangs.places import all_places, check_room
 from pipelines.opening import Run
 from pipelines.plan import IndexRow, Pack, Plan, Rules, plan_users
 from pipelines.report.metrics import pack_metrics
-from pipelines.rows.stored import read_index
+from pipelines.rows.gather import is_gathered
+from pipelines.rows.partition import gather_users
+from pipelines.rows.ray_tasks import Progress as RowProgress
+from pipelines.rows.stored import iterate_users
 from ptuning.champions import ChampionRef
 from ptuning.errors import RunError
 from ptuning.identity import BackboneIdentity, digest_training
@@ -37,9 +40,9 @@ _CHUNK = 1000  # users per query to the registry
 
 def read_rows(run: Run) -> list[IndexRow]:
     """The partition's users, by id."""
-    return [
-        IndexRow.of(values) for values in read_index(run.store, run.part.partition_id).to_pylist()
-    ]
+    tables = iterate_users(run.store, run.part)
+    rows = [IndexRow.of(values) for table in tables for values in table.to_pylist()]
+    return sorted(rows, key=lambda row: row.user_id)
 
 
 def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
@@ -107,6 +110,18 @@ def _with_current(
             yield row, current.get(row.user_key)
 
 
+def gather(run: Run, plan: Plan, rows: Sequence[IndexRow], progress: RowProgress) -> None:
+    """Bring the rows of the users who train together, unless all of them are done."""
+    settled = run.folder.settled_packs()
+    todo = any(pack.pack_id not in settled for pack in run.folder.unfold(plan.packs))
+    if not todo or is_gathered(run.store, run.folder.rows):
+        return
+    counts = {row.user_key: sum(row.rows.values()) for row in rows}
+    keys = sorted(user.user_key for pack in plan.packs for user in pack.users)
+    users = [(key, counts[key]) for key in keys]
+    gather_users(run.store, run.part, users, run.folder.rows, progress)
+
+
 def train(run: Run, plan: Plan, progress: Progress, note: Callable[[str], None]) -> None:
     """Train every pack of the plan that has no record yet. `note` is called with a line whenever
     a training worker died."""
@@ -118,7 +133,6 @@ def train(run: Run, plan: Plan, progress: Progress, note: Callable[[str], None])
     task = GangTask(
         store=run.store.root,
         run_id=run.run_id,
-        partition_id=run.part.partition_id,
         recipe=run.recipe,
         backbone=run.config.backbone,
         template=run.config.data.template,

@@ -35,12 +35,12 @@ class ConditionalWrites(Protocol):
     def replace_if_unchanged(self, path: str, data: bytes, etag: str) -> bool: ...
 
 
-def conditional_writes(fs: Any, root: str) -> ConditionalWrites:
-    """The conditional writes of an fsspec file system. Raises ConfigError if it has none that are
-    safe."""
+def conditional_writes(fs: Any, root: str, attempts: str) -> ConditionalWrites:
+    """The conditional writes of an fsspec file system; on a local disk, unfinished files lie in the
+    folder `attempts`. Raises ConfigError if it has none that are safe."""
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     if "file" in protocols:
-        return LocalWrites()
+        return LocalWrites(attempts)
     if "s3" in protocols:
         return S3Writes(fs)
     raise ConfigError(
@@ -54,8 +54,11 @@ def conditional_writes(fs: Any, root: str) -> ConditionalWrites:
 class LocalWrites:
     """Conditional writes on a local disk."""
 
+    def __init__(self, attempts: str) -> None:
+        self._attempts = attempts
+
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        return write_new(path, data)
+        return write_new(path, data, self._attempts)
 
     def read(self, path: str) -> tuple[bytes, str] | None:
         try:
@@ -70,7 +73,7 @@ class LocalWrites:
             current = self.read(path)
             if current is None or current[1] != etag:
                 return False
-            write_atomic(path, data)
+            write_atomic(path, data, self._attempts)
             return True
 
 

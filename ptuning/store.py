@@ -1,6 +1,6 @@
 """The store: one directory or object-store prefix with partitions, prefixes and runs.
 
-Writes are atomic: a local file is written under a temporary name and renamed, and an object
+Writes are atomic: a local file is written in the folder `attempts` and renamed, and an object
 store's put is atomic by itself. Races between processes are decided by conditional writes
 (conditional.py).
 """
@@ -19,7 +19,7 @@ import fsspec
 
 from ptuning.conditional import ConditionalWrites, conditional_writes
 from ptuning.errors import ConfigError, RunError
-from ptuning.system.files import write_atomic
+from ptuning.system.files import sweep_attempts, write_atomic
 
 
 class Store:
@@ -71,7 +71,7 @@ class Store:
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically: neither a reader nor a crash leaves half of it."""
         if self.is_local:
-            write_atomic(self._inner(name), data)
+            write_atomic(self._inner(name), data, self._attempts)
         else:
             self.fs.pipe_file(self._inner(name), data)
 
@@ -96,7 +96,17 @@ class Store:
 
     @cached_property
     def _conditional(self) -> ConditionalWrites:
-        return conditional_writes(self.fs, self.root)
+        return conditional_writes(self.fs, self.root, self._attempts)
+
+    @property
+    def _attempts(self) -> str:
+        """Where files of a local store lie until they are complete."""
+        return self._inner("attempts")
+
+    def sweep(self) -> None:
+        """Remove the unfinished files that killed processes left in a local store."""
+        if self.is_local:
+            sweep_attempts(self._attempts)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with its contents; does nothing if there is none."""

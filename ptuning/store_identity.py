@@ -49,7 +49,7 @@ _SALT_BYTES = 32
 _MIN_SALT_BYTES = 16
 _STORE_ID = re.compile("[0-9a-f]{32}")
 # If one of these exists, store.json must have existed before it.
-_CONTENTS = ("prefixes", "champions", "partitions", "runs", "mlflow.db")
+_CONTENTS = ("inputs", "prefixes", "champions", "partitions", "runs", "mlflow.db")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ class GangTask:
 
     store: str
     run_id: str
-    partition_id: str
     recipe: Recipe
     backbone: BackboneConfig  # dtype and attention resolved
     template: TemplateKind
@@ -59,7 +58,8 @@ def run_worker(task: GangTask, desk: Any, gang: str, place: Place) -> None:
         return  # before the backbone is loaded for nothing
     try:
         backbone, driver = _load(task)
-        job = PackJob(Store(task.store), task.partition_id, task.recipe)
+        folder = RunFolder(Store(task.store), task.run_id)
+        job = PackJob(folder.store, folder.rows, task.recipe)
         packs = _train_packs(backbone, job, task, desk, holder, first)
         driver.run(_count_tokens(packs, desk))
     finally:

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipelines.plan import Pack, PlannedUser
 from pipelines.report.metrics import worker_metrics
-from pipelines.rows.stored import read_users
+from pipelines.rows.gather import read_users
 from ptuning.errors import ArtifactError, PTuningError
 from ptuning.identity import Recipe
 from ptuning.model.backbone import Backbone
@@ -24,10 +23,11 @@ from ptuning.types import Example, UserReport
 
 @dataclass(frozen=True)
 class PackJob:
-    """What a worker needs besides the pack: the store, the partition, and how to train."""
+    """What a worker needs besides the pack: the store, the folder of the run's rows, and how to
+    train."""
 
     store: Store
-    partition_id: str
+    rows: str
     recipe: Recipe
 
 
@@ -77,30 +77,19 @@ def _read_pack(
 ) -> list[PackUser]:
     """Read every user's data from the store, matched by key. A user who cannot be read fails
     without affecting the others."""
-    by_bucket: dict[int, list[PlannedUser]] = defaultdict(list)
-    for user in planned:
-        by_bucket[user.bucket].append(user)
+    try:
+        rows = read_users(job.store, job.rows, [user.user_key for user in planned])
+    except (PTuningError, OSError):
+        rows = None  # then users are read one by one, so that only the bad ones fail
     users = []
-    for bucket, group in sorted(by_bucket.items()):
+    for user in planned:
+        report, key = reports[user.user_key], user.user_key
         try:
-            bucket_rows = _read_rows(job, bucket, [user.user_key for user in group])
-        except (PTuningError, OSError):
-            bucket_rows = None  # then users are read one by one, so that only the bad ones fail
-        for user in group:
-            report, key = reports[user.user_key], user.user_key
-            try:
-                rows = _read_rows(job, bucket, [key]) if bucket_rows is None else bucket_rows
-                if key not in rows:
-                    raise PTuningError("the user's rows are not in their bucket", seen=bucket)
-                users.append(_read_user(backbone, job, user, rows[key], report))
-            except (PTuningError, OSError) as error:
-                _fail(report, error)
+            found = read_users(job.store, job.rows, [key]) if rows is None else rows
+            users.append(_read_user(backbone, job, user, found[key], report))
+        except (PTuningError, OSError) as error:
+            _fail(report, error)
     return users
-
-
-def _read_rows(job: PackJob, bucket: int, keys: Sequence[str]) -> dict[str, list[Example]]:
-    """The users' rows by key; raises if one of them cannot be read."""
-    return read_users(job.store, job.partition_id, bucket, keys)
 
 
 def _read_user(

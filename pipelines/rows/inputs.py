@@ -1,8 +1,9 @@
-"""Find input files, list those that are not read, and split the others into pieces.
+"""Find input files, list those that are not read, and cut the others into chunks.
 
-Parquet is split at row groups and JSONL at line ends, so many tasks can read a large file. CSV (a
-quoted field may contain line ends), JSON arrays and compressed text are streamed by one task. Does
-not use Ray.
+Parquet is cut at row groups and JSONL at line ends, so many tasks can read a large file. CSV (a
+quoted field may contain line ends), JSON arrays and compressed text are one chunk, streamed by one
+task. Cuts depend on what is before them only: a file that has grown has the same chunks, but for
+the last. Does not use Ray.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any
 from urllib.parse import unquote
@@ -18,9 +20,9 @@ from urllib.parse import unquote
 import fsspec
 import pyarrow.parquet as pq
 
-from pipelines.rows.readers import Piece
 from pipelines.rows.streams import (
     EXPECTED,
+    Chunk,
     InputFile,
     guess_format,
     open_binary,
@@ -29,7 +31,9 @@ from pipelines.rows.streams import (
 )
 from ptuning.errors import DataError
 
+CHUNK_BYTES = 64 << 20
 _BLOCK = 4 << 20
+_FRESH_SECONDS = 2.0  # file systems keep times in steps of up to 2 s
 # `column=value`: the folder names of partitioned data in Spark, Hive, pandas and Ray.
 _FOLDER = re.compile(r"([A-Za-z_][\w .-]*)=([^?&]*)")
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
@@ -37,11 +41,11 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A file's content digest (SHA-256, hex) and its pieces."""
+    """A file's chunks, and the digest of its contents (SHA-256, hex)."""
 
     file: InputFile
     digest: str
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ def _expand(source: str) -> Listing:
     local = "file" in fs.protocol
     try:
         if fs.isfile(path):  # checked before globs, since a name may contain brackets
-            file = _input_file(_url(fs, path), int(fs.size(path)))
+            file = _input_file(_url(fs, path), fs.info(path))
             if file is None:
                 raise DataError(
                     "the file's format is not supported", seen=source, expected=EXPECTED
@@ -95,7 +99,7 @@ def _expand(source: str) -> Listing:
         # Network file systems raise their client's exceptions.
         raise DataError("the input cannot be listed", seen=f"{source}: {error}") from error
     urls = {_url(fs, name): info for name, info in infos.items() if info["type"] == "file"}
-    files = {url: _input_file(url, int(info["size"])) for url, info in urls.items()}
+    files = {url: _input_file(url, info) for url, info in urls.items()}
     known = tuple(file for file in files.values() if file is not None)
     if not known:
         raise DataError(
@@ -121,12 +125,14 @@ def _url(fs: Any, path: str) -> str:
     return path if "file" in fs.protocol else str(fs.unstrip_protocol(path))
 
 
-def _input_file(url: str, size: int) -> InputFile | None:
+def _input_file(url: str, info: Mapping[str, Any]) -> InputFile | None:
     known = guess_format(url)
     if known is None:
         return None
     kind, compression = known
-    return InputFile(url, kind, size, compression, folders=_folders(url))
+    stamp = _remote_stamp(info) if "://" in url else _stamp_of(url)
+    size = int(info["size"])
+    return InputFile(url, kind, size, compression, folders=_folders(url), stamp=stamp)
 
 
 def _folders(url: str) -> tuple[tuple[str, str], ...]:
@@ -140,54 +146,98 @@ def _is_hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
-def inspect(file: InputFile, piece_bytes: int) -> Inspected:
-    """Read a file once, for its digest and pieces. Raises DataError if it cannot be read."""
+def inspect(file: InputFile, chunk_bytes: int = CHUNK_BYTES) -> Inspected:
+    """Read a file once, for its digest and chunks. Raises DataError if it cannot be read."""
     with reading(file), open_binary(file.url) as stream:
         file = recognise(file, stream)
-        lines = file.kind == "jsonl" and file.is_plain
-        digest, size, cuts = _scan(stream, piece_bytes if lines else None)
+        file = replace(file, stamp="" if _is_fresh(file) else file.stamp)
+        if file.kind == "jsonl" and file.is_plain:
+            chunks = tuple(_cut_lines(stream, chunk_bytes))
+            joined = "".join(chunk.digest for chunk in chunks)
+            size = sum(chunk.size for chunk in chunks)
+            return Inspected(replace(file, size=size), _sha256(joined), chunks)
+        digest, size = _scan(stream)
         file = replace(file, size=size)
         if file.kind == "parquet":
             stream.seek(0)
-            return Inspected(file, digest, _row_groups(file, stream, piece_bytes))
-    ends = [start for start, _ in cuts[1:]] + [file.size]
-    pieces = [
-        Piece(file, start, end, first + 1, end - start)
-        for (start, first), end in zip(cuts, ends, strict=True)
-        if end > start
-    ]
-    return Inspected(file, digest, tuple(pieces))
+            return Inspected(file, digest, _cut_row_groups(stream, digest, chunk_bytes))
+    whole = (Chunk(0, size, 1, size, digest),) if size else ()
+    return Inspected(file, digest, whole)
 
 
-def _scan(stream: IO[bytes], piece_bytes: int | None) -> tuple[str, int, list[tuple[int, int]]]:
-    """Content digest, size and, if `piece_bytes` is set, the start of each piece as (offset, number
-    of lines before it)."""
-    digest, position, lines = hashlib.sha256(), 0, 0
-    cuts = [(0, 0)]
+def check_unchanged(file: InputFile) -> None:
+    """Raise DataError if a file is not as it was when it was inspected."""
+    if file.stamp and _stamp_of(file.url) not in ("", file.stamp):
+        raise DataError(
+            "an input file changed while it was read",
+            seen=file.url,
+            fix="run again when it is complete",
+        )
+
+
+def _stamp_of(url: str) -> str:
+    """See `InputFile.stamp`."""
+    if "://" not in url:
+        try:
+            found = os.stat(url)
+        except OSError:
+            return ""  # reading it will say why
+        return f"{found.st_size}-{found.st_mtime_ns}"
+    fs, path = fsspec.core.url_to_fs(url)
+    return _remote_stamp(fs.info(path))
+
+
+def _remote_stamp(info: Mapping[str, Any]) -> str:
+    """The etag, if the file system gives one."""
+    return str(info.get("ETag") or info.get("etag") or "").strip('"')
+
+
+def _is_fresh(file: InputFile) -> bool:
+    """Whether a local file changed so recently that another change may have the same time."""
+    return not file.is_remote and time.time() - os.stat(file.url).st_mtime < _FRESH_SECONDS
+
+
+def _scan(stream: IO[bytes]) -> tuple[str, int]:
+    """Digest and size of the contents."""
+    digest, size = hashlib.sha256(), 0
     while block := stream.read(_BLOCK):
         digest.update(block)
+        size += len(block)
+    return digest.hexdigest(), size
+
+
+def _cut_lines(stream: IO[bytes], chunk_bytes: int) -> Iterator[Chunk]:
+    """Chunks of whole lines: each ends with the first line that makes it `chunk_bytes` long."""
+    digest, start, first, position, lines = hashlib.sha256(), 0, 1, 0, 0
+    while block := stream.read(_BLOCK):
         at = 0
-        while piece_bytes is not None:
-            end = block.find(b"\n", max(cuts[-1][0] + piece_bytes - position, at))
-            if end < 0:
-                break
+        while (end := block.find(b"\n", max(start + chunk_bytes - 1 - position, at))) >= 0:
+            digest.update(memoryview(block)[at : end + 1])
             lines += block.count(b"\n", at, end + 1)
             at = end + 1
-            cuts.append((position + at, lines))
-        if piece_bytes is not None:
-            lines += block.count(b"\n", at)
+            size = position + at - start
+            yield Chunk(start, start + size, first, size, digest.hexdigest())
+            digest, start, first = hashlib.sha256(), position + at, lines + 1
+        digest.update(memoryview(block)[at:])
+        lines += block.count(b"\n", at)
         position += len(block)
-    return digest.hexdigest(), position, cuts
+    if position > start:
+        yield Chunk(start, position, first, position - start, digest.hexdigest())
 
 
-def _row_groups(file: InputFile, stream: IO[bytes], piece_bytes: int) -> tuple[Piece, ...]:
+def _cut_row_groups(stream: IO[bytes], digest: str, chunk_bytes: int) -> tuple[Chunk, ...]:
     metadata = pq.read_metadata(stream)
-    pieces: list[Piece] = []
+    chunks: list[Chunk] = []
     start, size, first, rows = 0, 0, 1, 0
     for group in range(metadata.num_row_groups):
         size += metadata.row_group(group).total_byte_size
         rows += metadata.row_group(group).num_rows
-        if size >= piece_bytes or group == metadata.num_row_groups - 1:
-            pieces.append(Piece(file, start, group + 1, first, size))
+        if size >= chunk_bytes or group == metadata.num_row_groups - 1:
+            of_groups = _sha256(f"{digest} {start} {group + 1}")
+            chunks.append(Chunk(start, group + 1, first, size, of_groups))
             start, size, first = group + 1, 0, rows + 1
-    return tuple(pieces)
+    return tuple(chunks)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

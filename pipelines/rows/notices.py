@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal[
     "unread_file",
+    "copied_file",
     "lost_file",
     "lost_user",
     "unknown_column",
@@ -29,6 +30,7 @@ MOST_SUBJECTS = 20  # of one kind; one more notice counts the others
 
 _TEXTS: dict[Kind, str] = {
     "unread_file": "{subject} was not read: its name has none of the known endings",
+    "copied_file": "{subject} has the same contents as another file and was counted once",
     "lost_file": "{subject} was not used: all of its rows ({count}) are quarantined",
     "lost_user": "user {subject} (user key) has no rows left: all ({count}) are quarantined",
     "unknown_column": "column {subject!r} was not read ({count} rows have it)",
@@ -42,6 +44,7 @@ _TEXTS: dict[Kind, str] = {
 }
 _OTHERS: dict[Kind, str] = {
     "unread_file": "{more} more files were not read",
+    "copied_file": "{more} more files are copies and were counted once",
     "lost_file": "{more} more files were not used ({count} rows)",
     "lost_user": "{more} more users have no rows left ({count} rows)",
 }
@@ -50,7 +53,7 @@ _OTHERS: dict[Kind, str] = {
 @dataclass(frozen=True, kw_only=True)
 class Notice:
     """One notice. `subject` is a file, column, user key or name, or "" if the notice sums up the
-    rest of its kind; `count` counts rows (for `unread_file`, files)."""
+    rest of its kind; `count` counts rows (for `unread_file` and `copied_file`, files)."""
 
     kind: Kind
     subject: str
@@ -87,11 +90,13 @@ def _notice(kind: Kind, subject: str, count: int) -> Notice:
     return Notice(kind=kind, subject=subject, count=count, text=text)
 
 
-def bad_files(rows: Iterable[tuple[str, str]], most: int = MOST_SUBJECTS) -> tuple[BadFile, ...]:
-    """The files with the most quarantined rows, given (file, reason) of each such row."""
+def bad_files(
+    counts: Mapping[tuple[str, str], int], most: int = MOST_SUBJECTS
+) -> tuple[BadFile, ...]:
+    """The files with the most quarantined rows, given (file, reason) -> rows."""
     files: dict[str, Counter[str]] = {}
-    for file, reason in rows:
-        files.setdefault(file, Counter())[reason] += 1
+    for (file, reason), rows in counts.items():
+        files.setdefault(file, Counter())[reason] += rows
     order = sorted(files, key=lambda file: (-files[file].total(), file))[:most]
     return tuple(
         BadFile(file=file, rows=files[file].total(), reasons=tuple(files[file].most_common(3)))

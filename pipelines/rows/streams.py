@@ -52,7 +52,9 @@ _RECORD = b"\x1e"  # begins each value of a JSON text sequence (RFC 7464)
 class InputFile:
     """One file: absolute path or URI, format, and size in bytes.
 
-    `folders` are the columns in the names of its folders (`split=test`).
+    `folders` are the columns in the names of its folders (`split=test`). `stamp` changes when the
+    contents do: the etag in an object store, size and time of change on a disk. It is "" where
+    neither is known.
     """
 
     url: str
@@ -61,6 +63,7 @@ class InputFile:
     compression: Compression = ""
     encoding: str = "utf-8"
     folders: tuple[tuple[str, str], ...] = ()
+    stamp: str = ""
 
     @property
     def name(self) -> str:
@@ -74,6 +77,21 @@ class InputFile:
     def is_plain(self) -> bool:
         """Whether it is uncompressed UTF-8, so that reading can start at any line."""
         return not self.compression and self.encoding == "utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a file: a range of bytes of JSONL, or of row groups of Parquet; else all of it.
+
+    `first_row` is the number of its first line or row, counted from 1. `size` is in bytes. `digest`
+    (SHA-256, hex) identifies the contents.
+    """
+
+    start: int
+    end: int
+    first_row: int
+    size: int
+    digest: str
 
 
 def guess_format(name: str) -> tuple[Kind, Compression] | None:

@@ -8,7 +8,6 @@ selection and digest, however they are spread over files.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -35,19 +34,17 @@ from ptuning.types import SPLITS, Config, Example, Message, Split
 _SLACK = 16  # tokens that text and template may take more when tokenised together
 
 
-# Fields of DataConfig that concern users who left; they are not part of a partition's identity.
-NOT_OF_ROWS = ("on_shrink", "max_shrink")
-
-
 class DataConfig(Config):
     """Which rows are used, and how they are partitioned on disk."""
 
     SECTION: ClassVar[str] = "data"
 
     columns: ColumnNames = ColumnNames()
-    delivery: Literal["snapshot"] = Field(
-        default="snapshot",
-        description="snapshot: the input is complete; rows and users missing from it are gone",
+    delivery: Literal["append", "snapshot"] = Field(
+        default="append",
+        description="append: the input adds to what was delivered to this store before, and a file "
+        "that has changed replaces its own earlier rows; snapshot: the input is complete, and what "
+        "is missing from it is gone",
     )
     template: TemplateKind = Field(
         default="auto",
@@ -88,12 +85,6 @@ class DataConfig(Config):
         le=1.0,
         description="the run stops, before it changes anything, if a larger share of the users "
         "would lose their prefix",
-    )
-    buckets: int | None = Field(
-        default=None,
-        ge=1,
-        le=99_999,
-        description="partitions of users on disk; none: one per 32 MiB of input text, at least 8",
     )
 
 
@@ -289,10 +280,9 @@ def time_order(examples: Sequence[Example]) -> list[int]:
     return result
 
 
-def _tie_break(example: Example) -> tuple[str, str]:
-    """The content's hash, then the split: assigning splits does not reorder rows."""
-    content = _canonical([_plain(replace(example, split=None))])
-    return hashlib.sha256(content).hexdigest(), example.split or ""
+def _tie_break(example: Example) -> tuple[bytes, str]:
+    """The content's digest, then the split: assigning splits does not reorder rows."""
+    return row_digest(example), example.split or ""
 
 
 def assign_splits(examples: Sequence[Example]) -> list[Split]:
@@ -368,10 +358,55 @@ def _usable(examples: Sequence[Example]) -> tuple[int, int]:
     return splits.count("train"), splits.count("valid")
 
 
+ROW_DIGEST_BYTES = 16
+SPLIT_BYTES: Mapping[Split | None, bytes] = MappingProxyType(
+    {None: b"-", "test": b"s", "train": b"t", "valid": b"v"}
+)
+
+
+def row_digest(example: Example) -> bytes:
+    """SHA-256 of a row's contents but for its split, cut to 16 bytes."""
+    return digest_fields(
+        example.timestamp,
+        example.prompt,
+        example.completion,
+        example.init_words,
+        example.messages or (),
+    )
+
+
+def digest_fields(
+    timestamp: int | None,
+    prompt: str | None,
+    completion: str | None,
+    init_words: str | None = None,
+    messages: Sequence[Message] = (),
+) -> bytes:
+    """`row_digest` of a row with these fields.
+
+    The texts follow a head that names the fields and gives their lengths, so that no two rows have
+    the same encoding. Fields that are not set are left out: adding a field changes no digest.
+    """
+    head = "" if timestamp is None else f"t{timestamp}"
+    texts = []
+    for tag, text in (("p", prompt), ("c", completion), ("w", init_words)):
+        if text is not None:
+            texts.append(text.encode("utf-8"))
+            head += f"{tag}{len(texts[-1])}"
+    for turn in messages:
+        role, content = turn.role.encode("utf-8"), turn.content.encode("utf-8")
+        texts += (role, content)
+        head += f"m{len(role)},{len(content)}"
+    data = b"".join((head.encode("ascii"), b":", *texts))
+    return hashlib.sha256(data).digest()[:ROW_DIGEST_BYTES]
+
+
 def data_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 (hex) of one user's rows with their splits, independent of the given order."""
+    """SHA-256 (hex) of one user's rows with their splits, independent of the given order: of each
+    row's digest and split, oldest row first."""
+    ordered = (examples[position] for position in time_order(examples))
     return hashlib.sha256(
-        _canonical([_plain(examples[position]) for position in time_order(examples)])
+        b"".join(row_digest(example) + SPLIT_BYTES[example.split] for example in ordered)
     ).hexdigest()
 
 
@@ -440,23 +475,3 @@ class Fit:
                 overhead = error.message
             self._overheads[roles] = overhead
         return self._overheads[roles]
-
-
-def _plain(example: Example) -> dict[str, object]:
-    """The row's fields that are set. Unset fields are omitted, so that adding a field to Example
-    changes no digest."""
-    fields: dict[str, object] = {
-        "prompt": example.prompt,
-        "completion": example.completion,
-        "timestamp": example.timestamp,
-        "split": example.split,
-        "init_words": example.init_words,
-    }
-    if example.messages is not None:
-        fields["messages"] = [[turn.role, turn.content] for turn in example.messages]
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _canonical(value: object) -> bytes:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 import uuid
 from pathlib import Path
 
+_STALE_SECONDS = 24 * 3600
 
-def write_atomic(target: str | os.PathLike[str], data: bytes) -> Path:
+
+def write_atomic(
+    target: str | os.PathLike[str], data: bytes, attempts: str | os.PathLike[str] | None = None
+) -> Path:
     """Write or replace a file atomically, and create its directory if necessary.
 
     The data is synced before the file is renamed, so even after a power cut a reader finds either
-    the old file or the new one.
+    the old file or the new one. Until then it lies in the folder `attempts`, on the same file
+    system, or beside the target.
     """
     path = Path(target)
-    attempt = _write_attempt(path, data)
+    attempt = _write_attempt(path, data, attempts)
     try:
         os.replace(attempt, path)
     except BaseException:
@@ -24,13 +31,15 @@ def write_atomic(target: str | os.PathLike[str], data: bytes) -> Path:
     return path
 
 
-def write_new(target: str | os.PathLike[str], data: bytes) -> bool:
+def write_new(
+    target: str | os.PathLike[str], data: bytes, attempts: str | os.PathLike[str] | None = None
+) -> bool:
     """Write a file unless it exists; returns whether this call wrote it.
 
-    If several processes race, exactly one writes.
+    If several processes race, exactly one writes. `attempts` is as in `write_atomic`.
     """
     path = Path(target)
-    attempt = _write_attempt(path, data)
+    attempt = _write_attempt(path, data, attempts)
     try:
         os.link(attempt, path)
     except FileExistsError:
@@ -40,10 +49,34 @@ def write_new(target: str | os.PathLike[str], data: bytes) -> bool:
     return True
 
 
-def _write_attempt(path: Path, data: bytes) -> Path:
-    """Write the data to a new file beside `path`, with a unique name."""
+def sweep_attempts(attempts: str | os.PathLike[str]) -> None:
+    """Remove what dead processes left in a folder of attempts. What living processes of this host
+    write is not touched, nor what another host wrote less than a day ago."""
+    for attempt in Path(attempts).glob("*.tmp"):
+        if not _is_alive(attempt.name):
+            attempt.unlink(missing_ok=True)
+
+
+def _is_alive(attempt: str) -> bool:
+    began, pid, _, host = attempt.removesuffix(".tmp").split("-", 3)
+    if host != socket.gethostname():
+        return time.time() - int(began) < _STALE_SECONDS
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _write_attempt(path: Path, data: bytes, attempts: str | os.PathLike[str] | None) -> Path:
+    """Write the data to a new file whose name tells its writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    attempt = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    folder = path.parent if attempts is None else Path(attempts)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = f"{int(time.time())}-{os.getpid()}-{uuid.uuid4().hex}-{socket.gethostname()}"
+    attempt = folder / f"{writer}.tmp"
     try:
         with attempt.open("xb") as file:
             file.write(data)

@@ -6,9 +6,7 @@ from pipelines.plan import Pack, PlannedUser, make_pack
 
 
 def user_of(key: str, tokens: int = 1) -> PlannedUser:
-    return PlannedUser(
-        user_key=key, bucket=0, tokens=tokens, data_digest="d", training_digest=f"t{key}"
-    )
+    return PlannedUser(user_key=key, tokens=tokens, data_digest="d", training_digest=f"t{key}")
 
 
 def pack_of(*keys: str, tokens: int = 1) -> Pack:

@@ -7,18 +7,30 @@ import hmac
 import json
 import os
 import sys
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from ray import cloudpickle
 
-from pipelines.rows.buckets import BAD, NOTE, examples_of, read_blocks
+from pipelines.rows.choose import SPLIT_OF
+from pipelines.rows.gather import read_users
 from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.stored import Partition, read_index, read_users
+from pipelines.rows.partition import Sizes, gather_users
+from pipelines.rows.shards import (
+    SHARD_SCHEMA,
+    ChunkJob,
+    chunk_name,
+    examples_of,
+    make_shards,
+    open_parquet,
+)
+from pipelines.rows.stored import Partition, read_index
 from ptuning.data.columns import ColumnNames
 from ptuning.data.examples import DataConfig, arrange
 from ptuning.store import Store
@@ -38,7 +50,8 @@ class Keys:
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import it
 KEYS = Keys(b"salt")
-SMALL = DataConfig(buckets=5)
+CONFIG = DataConfig()
+SMALL = Sizes(chunk_bytes=500, bucket_rows=20)
 HOSTILE = [
     "../../x",
     "caf\u00e9",
@@ -87,34 +100,57 @@ def expected_users(rows: Iterable[Raw], max_rows: int | None = None) -> dict[str
 
 
 def read_files(
-    sources: Iterable[Path | str], names: ColumnNames | None = None, piece_bytes: int = 1 << 20
+    sources: Iterable[Path | str], names: ColumnNames | None = None, chunk_bytes: int = 1 << 20
 ) -> tuple[dict[str, list[Example]], list[tuple[str, int, str]], dict[tuple[str, str], int]]:
-    """Read sources without Ray: users' examples, bad rows, notes."""
-    files = find_files([str(source) for source in sources]).files
-    pieces = [piece for file in files for piece in inspect(file, piece_bytes).pieces]
+    """What sources hold, without Ray: users' examples as read, bad rows, notes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _read_files(Store(folder), sources, names or ColumnNames(), chunk_bytes)
+
+
+def _read_files(
+    store: Store, sources: Iterable[Path | str], columns: ColumnNames, chunk_bytes: int
+) -> tuple[dict[str, list[Example]], list[tuple[str, int, str]], dict[tuple[str, str], int]]:
     users: dict[str, list[Example]] = defaultdict(list)
     bad, notes = [], Counter[tuple[str, str]]()
-    for block in read_blocks(pieces, 5, 1 << 20, names or ColumnNames()):
-        for row, example in zip(block.to_pylist(), examples_of(block), strict=True):
-            if row["bucket"] == BAD:
-                bad.append((os.path.basename(row["source_file"]), row["row"], row["reason"]))
-            elif row["bucket"] == NOTE:
-                notes[row["reason"], row["user_id"]] += row["row"]
-            else:
-                users[row["user_id"]].append(example)
+    for file in find_files([str(source) for source in sources]).files:
+        item = inspect(file, chunk_bytes)
+        for chunk in item.chunks:
+            name = chunk_name(chunk, item.file, columns, KEYS)
+            made = make_shards(ChunkJob(store.root, name, item.file, chunk, columns, KEYS))
+            if made.broken:
+                bad.append((item.file.name, 0, made.broken))
+                continue
+            tables = [
+                open_parquet(store, f"{name}/shard-{number}.parquet").read()
+                for number in range(made.shards)
+            ]
+            table = pa.concat_tables([SHARD_SCHEMA.empty_table(), *tables])
+            codes = table["split"].to_pylist()
+            rows = zip(
+                table["number"].to_pylist(),
+                table["user_id"].to_pylist(),
+                codes,
+                examples_of(table),
+                strict=True,
+            )
+            for _, user_id, code, example in sorted(rows, key=lambda row: row[0]):
+                users[user_id].append(replace(example, split=SPLIT_OF.get(code)))
+            if made.bad:
+                for row in open_parquet(store, f"{name}/bad.parquet").read().to_pylist():
+                    number = row["number"] + chunk.first_row
+                    bad.append((item.file.name, number, row["reason"]))
+            for kind, subject, count in made.notes:
+                notes[kind, subject] += count
     return dict(users), bad, dict(notes)
 
 
 def read_all(store: Store, made: Partition) -> dict[str, list[Example]]:
-    """All users of all bucket files. Fails if a user is in two of them."""
-    users: dict[str, list[Example]] = {}
-    for name in store.list(f"partitions/{made.partition_id}"):
-        if name.startswith("user_bucket="):
-            bucket = read_users(store, made.partition_id, int(name.split("=")[1]))
-            assert not set(bucket) & set(users)
-            users |= bucket
-    ids = {entry["user_key"]: entry["user_id"] for entry in read_index_rows(store, made)}
-    return {ids[key]: examples for key, examples in users.items()}
+    """Every user's rows, by id, as a run gathers them."""
+    index = sorted(read_index_rows(store, made), key=lambda entry: entry["user_key"])
+    folder = f"gathered/{made.partition_id}"
+    gather_users(store, made, [(entry["user_key"], entry["rows"]) for entry in index], folder)
+    users = read_users(store, folder, [entry["user_key"] for entry in index])
+    return {entry["user_id"]: users[entry["user_key"]] for entry in index}
 
 
 def read_quarantine(store: Store, partition_id: str) -> list[tuple[str, int, str]]:
@@ -126,4 +162,6 @@ def read_quarantine(store: Store, partition_id: str) -> list[tuple[str, int, str
 
 
 def read_index_rows(store: Store, made: Partition) -> list[Raw]:
-    return read_index(store, made.partition_id).to_pylist()
+    """The index, by user id."""
+    rows: list[Raw] = read_index(store, made.partition_id).to_pylist()
+    return sorted(rows, key=lambda entry: entry["user_id"])

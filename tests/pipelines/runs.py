@@ -50,7 +50,6 @@ def settings(model: Path, *more: str) -> list[str]:
         "backbone.dtype=float32",
         "method.num_virtual_tokens=4",
         "train.epochs=2",
-        "data.buckets=3",
         "ray.cpus_per_worker=1",
         "ray.workers=1",
         *more,

@@ -131,7 +131,7 @@ def store(tmp_path: Path) -> Store:
     stopped = RunFolder(store, "20260102-000000-bbbb")
     with stopped.lock():
         planned = [
-            PlannedUser(user_key=f"u{n}", bucket=0, tokens=1, data_digest="", training_digest="")
+            PlannedUser(user_key=f"u{n}", tokens=1, data_digest="", training_digest="")
             for n in range(4)
         ]
         stopped.write_plan(Plan(packs=make_packs(planned, 1, 1)))

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from partition_rows import (
+    CONFIG,
     HOSTILE,
     KEYS,
     SMALL,
@@ -26,9 +27,9 @@ from partition_rows import (
     write_jsonl,
 )
 
-from pipelines.rows.inputs import find_files, inspect
+from pipelines.rows.inputs import Inspected, find_files, inspect
 from pipelines.rows.partition import make_partition
-from pipelines.rows.readers import Piece, RawRow, read_piece
+from pipelines.rows.readers import RawRow, read_chunk
 from ptuning.data.columns import Columns
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
@@ -39,8 +40,9 @@ from ptuning.store import Store
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-def read(piece: Piece) -> list[RawRow]:
-    return list(read_piece(piece, Columns(), Notes()))
+def read(item: Inspected) -> list[list[RawRow]]:
+    """The raw rows of each chunk."""
+    return [list(read_chunk(item.file, chunk, Columns(), Notes())) for chunk in item.chunks]
 
 
 def write_formats(folder: Path, rows: list[Raw]) -> list[Path]:
@@ -73,7 +75,7 @@ def test_every_format_gives_the_same_index(
     indexes = []
     for file in write_formats(tmp_path / "in", rows):
         store = Store(tmp_path / "stores" / file.name)
-        made = make_partition([str(file)], store, SMALL, template, KEYS, block_bytes=2000)
+        made = make_partition([str(file)], store, CONFIG, template, KEYS, sizes=SMALL)
         assert made.rows_read == len(rows), file.name
         assert read_all(store, made) == expected_users(rows), file.name
         indexes.append(read_index_rows(store, made))
@@ -133,8 +135,8 @@ def test_bad_rows_are_quarantined_with_file_row_and_reason(
     ray_session: None, tmp_path: Path, store: Store, template: Template
 ) -> None:
     expected = write_bad_rows(tmp_path / "in")
-    config = DataConfig(buckets=3, max_bad_fraction=0.2)
-    made = make_partition([str(tmp_path / "in")], store, config, template, KEYS, block_bytes=300)
+    config = DataConfig(max_bad_fraction=0.2)
+    made = make_partition([str(tmp_path / "in")], store, config, template, KEYS, sizes=SMALL)
     assert read_quarantine(store, made.partition_id) == expected
     assert made.rows_quarantined == len(expected)
     assert made.rows_kept == made.rows_read - len(expected) == 104
@@ -161,7 +163,7 @@ def test_conversations_are_kept_turn_by_turn(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(cells)
-    made = make_partition([str(tmp_path / "*.*")], store, SMALL, template, KEYS)
+    made = make_partition([str(tmp_path / "*.*")], store, CONFIG, template, KEYS, sizes=SMALL)
     (examples,) = read_all(store, made).values()
     assert len(examples) == made.rows_read == 27
     assert len({replace(example, timestamp=0, split=None) for example in examples}) == 1
@@ -185,7 +187,7 @@ def test_inputs_that_cannot_be_used_fail_with_a_reason(
     ray_session: None, tmp_path: Path, store: Store, template: Template, make: Any, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        make_partition([str(make(tmp_path))], store, SMALL, template, KEYS)
+        make_partition([str(make(tmp_path))], store, CONFIG, template, KEYS, sizes=SMALL)
 
 
 def test_a_gzip_file_that_breaks_off_fails_and_names_the_file(
@@ -194,7 +196,7 @@ def test_a_gzip_file_that_breaks_off_fails_and_names_the_file(
     whole = gzip.compress(write_jsonl(tmp_path / "x", make_rows(["a"], each=500)).read_bytes())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz"):
-        make_partition([str(tmp_path / "a.jsonl.gz")], store, SMALL, template, KEYS)
+        make_partition([str(tmp_path / "a.jsonl.gz")], store, CONFIG, template, KEYS, sizes=SMALL)
 
 
 def test_a_file_named_twice_is_read_once_and_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -221,17 +223,17 @@ def test_files_behind_a_uri_are_read_as_local_ones_are(tmp_path: Path) -> None:
             local = inspect(find_files([str(tmp_path / "in" / file.name)]).files[0], 100)
             remote = inspect(file, 100)
             assert remote.digest == local.digest
-            assert [*map(read, remote.pieces)] == [*map(read, local.pieces)]
+            assert read(remote) == read(local)
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 10, 64, 1 << 20])
-def test_pieces_of_a_file_are_its_lines_each_once(tmp_path: Path, piece_bytes: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1, 10, 64, 1 << 20])
+def test_chunks_of_a_file_are_its_lines_each_once(tmp_path: Path, chunk_bytes: int) -> None:
     text = "".join(json.dumps({"user_id": "x" * (n % 50)}) + "\n" * (n % 3) for n in range(1, 60))
     path = tmp_path / "a.jsonl"
     path.write_text(text)
     (file,) = find_files([str(path)]).files
-    pieces = inspect(file, piece_bytes).pieces
-    assert [piece.end for piece in pieces[:-1]] == [piece.start for piece in pieces[1:]]
-    rows = [row for piece in pieces for row in read(piece)]
+    item = inspect(file, chunk_bytes)
+    assert [one.end for one in item.chunks[:-1]] == [one.start for one in item.chunks[1:]]
+    rows = [row for chunk in read(item) for row in chunk]
     lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line]
     assert [number for number, _ in rows] == [number for number, _ in lines]

@@ -55,12 +55,10 @@ def _examples(user: str, count: int = 12) -> list[Example]:
 
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Example]]:
-    """The rows in the buckets, which a test may change."""
+    """The users' rows; a test may change them."""
     held = {user: _examples(user) for user in USERS}
 
-    def read(
-        _store: Any, _partition: str, _bucket: int, keys: Sequence[str]
-    ) -> dict[str, list[Example]]:
+    def read(_store: Any, _folder: str, keys: Sequence[str]) -> dict[str, list[Example]]:
         return {
             user_key(user): found for user, found in held.items() if user_key(user) in set(keys)
         }
@@ -83,7 +81,6 @@ def _pack(
         users.append(
             PlannedUser(
                 user_key=key,
-                bucket=0,
                 tokens=1,
                 data_digest=data,
                 training_digest=digest_training(recipe, BackboneIdentity.of(backbone), key, data),

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -16,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from partition_rows import (
+    CONFIG,
     HOSTILE,
     KEYS,
     SMALL,
@@ -27,47 +27,36 @@ from partition_rows import (
     write_jsonl,
 )
 
-from pipelines.rows.buckets import read_bad, read_blocks, shard_of, write_shard
-from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.partition import make_partition
-from pipelines.rows.stored import Partition, read_index, read_partition, read_users
-from ptuning.data.columns import ColumnNames
+from pipelines.rows.gather import read_users
+from pipelines.rows.partition import Sizes, gather_users, make_partition
+from pipelines.rows.stored import Partition, read_index, read_partition
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig, data_digest
 from ptuning.errors import DataError, RunError
 from ptuning.store import Store
 
+SNAPSHOT = DataConfig(delivery="snapshot")
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-@pytest.mark.parametrize("block_bytes", [100, 700, 16 << 20])
-def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
-    ray_session: None, tmp_path: Path, store: Store, template: Template, block_bytes: int
+@pytest.mark.parametrize("sizes", [Sizes(100, 10), Sizes(700, 100), Sizes()])
+def test_a_user_scattered_over_all_files_has_all_rows_in_one_place(
+    ray_session: None, tmp_path: Path, store: Store, template: Template, sizes: Sizes
 ) -> None:
-    import ray.data
-
     rows = make_rows(["everywhere"], each=60) + make_rows([f"u{n}" for n in range(20)], each=9)
     rows += make_rows(HOSTILE, each=8)
     random.Random(0).shuffle(rows)
     for number in range(60):
         write_jsonl(tmp_path / "in" / f"{number % 7}" / f"{number}.jsonl", rows[number::60])
-    context = ray.data.DataContext.get_current()
-    before = context.target_max_block_size
-    context.target_max_block_size = max(block_bytes, 64)
-    try:
-        made = make_partition(
-            [str(tmp_path / "in")], store, SMALL, template, KEYS, block_bytes=block_bytes
-        )
-    finally:
-        context.target_max_block_size = before
+    made = make_partition([str(tmp_path / "in")], store, CONFIG, template, KEYS, sizes=sizes)
 
-    assert read_all(store, made) == expected_users(rows)
+    users = read_all(store, made)
+    assert users == expected_users(rows)
     index = read_index_rows(store, made)
     assert [entry["user_id"] for entry in index] == sorted({row["user_id"] for row in rows})
     for entry in index:
-        users = read_users(store, made.partition_id, entry["bucket"], [entry["user_key"]])
-        assert list(users) == [entry["user_key"]]
-        examples = users[entry["user_key"]]
+        examples = users[entry["user_id"]]
         assert entry["user_key"] == KEYS.user_key(entry["user_id"])
         assert entry["rows"] == len(examples)
         assert entry["data_digest"] == data_digest(examples)
@@ -79,23 +68,24 @@ def test_a_user_scattered_over_all_files_is_in_one_bucket_with_all_rows(
     assert (made.users, made.too_few) == (len(index), 0)
 
 
-def test_bucket_files_are_sorted_by_user_then_time(
+def test_gathered_rows_are_sorted_by_user_then_time_and_a_pack_reads_its_own_only(
     ray_session: None, tmp_path: Path, store: Store, template: Template
 ) -> None:
     rows = make_rows([f"u{n}" for n in range(30)], each=8)
     random.Random(1).shuffle(rows)
-    made = make_partition(
-        [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, SMALL, template, KEYS
-    )
-    folder = Path(store.path("partitions", made.partition_id))
-    files = sorted(folder.glob("user_bucket=*/*"))
-    assert {file.parent.name for file in files} <= {f"user_bucket={n:05d}" for n in range(5)}
-    for file in files:
-        table = pq.read_table(file, partitioning=None).to_pylist()
-        keys = [(row["user_id"], row["timestamp"]) for row in table]
-        assert keys == sorted(keys)
-    assert not list(folder.glob("_attempt*"))
-    assert not list(folder.rglob("*.tmp"))
+    source = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    made = make_partition([source], store, CONFIG, template, KEYS, sizes=SMALL)
+    assert len(made.buckets) == 16  # 240 rows, at most 20 of them in each
+    keys = sorted(KEYS.user_key(f"u{n}") for n in range(30))
+    gather_users(store, made, [(key, 40_000) for key in keys], "rows")
+    assert len(store.list("rows")) == 15 + 1
+    for number in range(15):
+        table = pq.read_table(store.path("rows", f"rows-{number}.parquet")).to_pylist()
+        assert {row["user_key"] for row in table} == set(keys[2 * number : 2 * number + 2])
+        places = [(row["user_key"], row["timestamp"]) for row in table]
+        assert places == sorted(places)
+    Path(store.path("rows", "rows-0.parquet")).unlink()
+    assert list(read_users(store, "rows", keys[2:5])) == keys[2:5]
 
 
 def test_order_and_layout_of_files_change_no_digest(
@@ -112,9 +102,7 @@ def test_order_and_layout_of_files_change_no_digest(
         for number in range(count):
             write_jsonl(folder / f"{seed}-{number}.jsonl", shuffled[number::count])
         store = Store(tmp_path / f"store{seed}")
-        made = make_partition(
-            [str(folder)], store, DataConfig(buckets=5, max_rows=10), template, KEYS
-        )
+        made = make_partition([str(folder)], store, DataConfig(max_rows=10), template, KEYS)
         indexes.append((read_index_rows(store, made), read_all(store, made)))
     assert indexes[0] == indexes[1]
 
@@ -126,7 +114,7 @@ def test_max_rows_keeps_the_newest_and_test_rows_apart(
     rows += [row | {"split": "test"} for row in make_rows(["tested"], each=20, start=10**12)]
     rows += [row | {"split": "valid"} for row in make_rows(["tested"], each=20)]
     rows += make_rows(["tested"], each=60, start=10**11)
-    config = DataConfig(buckets=2, max_rows=40)
+    config = DataConfig(max_rows=40)
     made = make_partition(
         [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
     )
@@ -147,7 +135,7 @@ def test_max_users_keeps_those_with_most_train_and_valid_rows_ties_by_id(
     # Rows that do not count: test rows, and completions that are too long.
     rows += [row | {"split": "test"} for row in make_rows(["few"], each=9, start=10**11)]
     rows += [row | {"completion": "x" * 600} for row in make_rows(["few"], each=3)]
-    config = DataConfig(buckets=5, max_users=3, max_bad_fraction=0.2)
+    config = DataConfig(max_users=3, max_bad_fraction=0.2)
     made = make_partition(
         [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
     )
@@ -161,7 +149,7 @@ def test_users_with_too_few_rows_are_in_the_index_and_marked(
 ) -> None:
     rows = make_rows(["seven"], each=7) + make_rows(["eight"], each=8)
     rows += [row | {"split": "train"} for row in make_rows(["unvalidated"], each=20)]
-    config = DataConfig(buckets=2, max_rows=4)  # fewer than min_examples, but no bad row
+    config = DataConfig(max_rows=4)  # fewer than min_examples: nobody's fault
     made = make_partition(
         [str(write_jsonl(tmp_path / "a.jsonl", rows))], store, config, template, KEYS
     )
@@ -176,7 +164,7 @@ def test_too_many_bad_rows_fail_and_leave_the_quarantine_file(
     rows = make_rows(["a"], each=90) + [{"user_id": True}] * 6 + [{}] * 4
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
     with pytest.raises(DataError) as caught:
-        make_partition([source], store, SMALL, template, KEYS)
+        make_partition([source], store, CONFIG, template, KEYS, sizes=SMALL)
     assert "user_id is not a string but bool (6), user_id is missing (4)" in str(caught.value)
     assert "10 of 100 rows" in str(caught.value)
     file = Path(caught.value.fields["quarantine"])
@@ -201,7 +189,7 @@ def test_a_file_of_bad_rows_alone_fails_and_is_named_with_its_columns(
         write_jsonl(tmp_path / "in" / f"{number}.jsonl", make_rows([f"u{number}"]))
     write_jsonl(tmp_path / "in" / "odd.jsonl", [{"name": "bob", "text": "hi"}] * 10)
     with pytest.raises(DataError) as caught:  # 3 % of the rows are bad
-        make_partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+        make_partition([str(tmp_path / "in")], store, CONFIG, template, KEYS, sizes=SMALL)
     for part in (
         "odd.jsonl: user_id is missing (10)",
         "columns are 'name', 'text'",
@@ -209,7 +197,7 @@ def test_a_file_of_bad_rows_alone_fails_and_is_named_with_its_columns(
     ):
         assert part in str(caught.value)
     assert pq.read_table(caught.value.fields["quarantine"]).num_rows == 10
-    config = DataConfig(buckets=5, max_bad_fraction=1)
+    config = DataConfig(max_bad_fraction=1)
     made = make_partition([str(tmp_path / "in")], store, config, template, KEYS)
     assert made.users == 30
     assert texts_of(made)["lost_file", "odd.jsonl"][0] == 10
@@ -227,7 +215,7 @@ def test_a_user_without_a_usable_row_is_named(
     rows += [{"user_id": "bob", "messages": turns}] * 3  # refused on reading
     rows += [row | {"completion": "x" * 600} for row in make_rows(["dan"], each=2)]  # too long
     rows += [{"user_id": "cy", "prompt": "q"}]
-    config = DataConfig(buckets=3, max_bad_fraction=0.1, max_users=max_users)
+    config = DataConfig(max_bad_fraction=0.1, max_users=max_users)
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
     made = make_partition([source], store, config, template, KEYS)
     lost = {key: count for (kind, key), (count, _) in texts_of(made).items() if kind == "lost_user"}
@@ -240,11 +228,11 @@ def test_files_that_are_not_read_are_named_each_time(
     ray_session: None, tmp_path: Path, store: Store, template: Template
 ) -> None:
     write_jsonl(tmp_path / "in" / "a.jsonl", make_rows(["ann"]))
-    made = make_partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    made = make_partition([str(tmp_path / "in")], store, CONFIG, template, KEYS, sizes=SMALL)
     assert made.notices == ()
     for number in range(30):
         write_jsonl(tmp_path / "in" / f"{number:02}.xlsx", [])
-    again = make_partition([str(tmp_path / "in")], store, SMALL, template, KEYS)
+    again = make_partition([str(tmp_path / "in")], store, CONFIG, template, KEYS, sizes=SMALL)
     assert again.partition_id == made.partition_id
     assert len(again.notices) == 21
     assert again.notices[0].subject == str(tmp_path / "in" / "00.xlsx")
@@ -260,7 +248,7 @@ def test_unexpected_interpretations_of_rows_are_reported(
     ]
     rows = [row | {"weight": min(row["weight"], 1), "split": "dev"} for row in rows]
     source = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    made = make_partition([source], store, SMALL, template, KEYS, block_bytes=100)
+    made = make_partition([source], store, CONFIG, template, KEYS, sizes=SMALL)
     assert (made.rows_read, made.rows_kept, made.rows_quarantined) == (10, 8, 0)
     assert [(one.kind, one.subject, one.count) for one in made.notices] == [
         ("unknown_column", "mood", 10),
@@ -282,35 +270,21 @@ def test_a_partition_depends_on_folders_rules_and_the_stores_keys(
     first = write_jsonl(tmp_path / "split=train" / "a.jsonl", rows)
     moved = write_jsonl(tmp_path / "day=2" / "split=train" / "a.jsonl", rows)
     other = write_jsonl(tmp_path / "split=test" / "a.jsonl", rows)
-    made = make_partition([str(first)], store, SMALL, template, KEYS)
+
+    def partition(source: Path, keys: Keys = KEYS) -> Partition:
+        return make_partition([str(source)], store, SNAPSHOT, template, keys)
+
+    made = partition(first)
     assert made.too_few == 2
-    assert make_partition([str(moved)], store, SMALL, template, KEYS) == made
+    assert partition(moved) == made
     ids = [
         made.partition_id,
-        make_partition([str(other)], store, SMALL, template, KEYS).partition_id,
-        make_partition([str(first)], store, SMALL, template, Keys(b"other")).partition_id,
+        partition(other).partition_id,
+        partition(first, Keys(b"other")).partition_id,
     ]
-    monkeypatch.setattr("pipelines.rows.partition.ROW_RULES", 99)
-    ids.append(make_partition([str(first)], store, SMALL, template, KEYS).partition_id)
+    monkeypatch.setattr("pipelines.rows.shards.ROW_RULES", 99)
+    ids.append(partition(first).partition_id)
     assert len(set(ids)) == 4
-
-
-def test_quarantined_rows_are_read_without_the_others(tmp_path: Path) -> None:
-    rows = [*make_rows(["a"]), {"user_id": "b"}]
-    (file,) = find_files([str(write_jsonl(tmp_path / "a.jsonl", rows))]).files
-    (block,) = read_blocks(inspect(file, 1 << 20).pieces, 5, 1 << 20, ColumnNames())
-    described = write_shard(block, str(tmp_path / "store"), "shards")
-    shard = shard_of(described.to_pylist()[0])
-    assert (sum(shard.rows), shard.bad_rows, shard.files) == (10, 1, (str(tmp_path / "a.jsonl"),))
-    (tmp_path / "store" / shard.name).unlink()
-    assert read_bad(str(tmp_path / "store"), [shard]).to_pylist() == [
-        {
-            "source_file": str(tmp_path / "a.jsonl"),
-            "row": 11,
-            "reason": "prompt, completion or messages is missing",
-            "user_id": "b",
-        }
-    ]
 
 
 def test_too_many_rows_that_do_not_fit_fail_too(
@@ -329,27 +303,24 @@ def test_a_finished_partition_is_found_again_wherever_the_data_lies(
     first = write_jsonl(tmp_path / "here" / "a.jsonl", rows)
     stages: list[str] = []
 
-    def note(stage: str, done: int, total: int) -> None:
-        stages.append(stage)
+    def partition(source: Path, config: DataConfig = SNAPSHOT) -> Partition:
+        def note(stage: str, done: int, total: int) -> None:
+            stages.append(stage)
 
-    made = make_partition([str(first)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
-    assert {"inspect", "read", "finish"} <= set(stages)
-    stages.clear()
-    second = write_jsonl(tmp_path / "there" / "a.jsonl", rows)
-    again = make_partition([str(second)], store, SMALL, str(tiny_model_dir), KEYS, progress=note)
-    assert again == made
+        stages.clear()
+        return make_partition(
+            [str(source)], store, config, str(tiny_model_dir), KEYS, progress=note
+        )
+
+    made = partition(first)
+    assert {"inspect", "read", "index"} <= set(stages)
+    assert partition(write_jsonl(tmp_path / "there" / "b.jsonl", rows)) == made
     assert set(stages) == {"inspect"}
-
     others = [
-        make_partition(
-            [str(write_jsonl(tmp_path / "b.jsonl", rows))], store, SMALL, str(tiny_model_dir), KEYS
-        ),
-        make_partition([str(first)], store, DataConfig(buckets=6), str(tiny_model_dir), KEYS),
-        make_partition(
-            [str(write_jsonl(first, rows[1:]))], store, SMALL, str(tiny_model_dir), KEYS
-        ),
+        partition(first, DataConfig(delivery="snapshot", min_examples=6)),
+        partition(write_jsonl(first, rows[1:])),
     ]
-    assert len({made.partition_id, *(other.partition_id for other in others)}) == 4
+    assert len({made.partition_id, *(other.partition_id for other in others)}) == 3
 
 
 KILLED = """
@@ -365,12 +336,12 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
 
     ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
-    config = DataConfig(buckets=5)
-    make_partition([sys.argv[3]], Store(sys.argv[4]), config, sys.argv[5], KEYS, progress=progress)
+    store, config = Store(sys.argv[4]), DataConfig()
+    make_partition([sys.argv[3]], store, config, sys.argv[5], KEYS, progress=progress)
 """
 
 
-@pytest.mark.parametrize("stage", ["read", "finish"])
+@pytest.mark.parametrize("stage", ["read", "index"])
 def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
     ray_session: None, tmp_path: Path, store: Store, tiny_model_dir: Path, stage: str
 ) -> None:
@@ -389,21 +360,12 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert killed.returncode == -signal.SIGKILL
-    (partition_id,) = store.list("partitions")
-    folder = Path(store.path("partitions", partition_id))
-    assert list(folder.glob("_attempt-*"))
-    assert read_partition(store, partition_id) is None
-    (folder / "index.parquet.0123.tmp").write_bytes(b"half")
-    living = folder / f"_attempt-0-{os.getpid()}-ab-{socket.gethostname()}"
-    living.mkdir()
-
-    made = make_partition([str(source)], store, SMALL, str(tiny_model_dir), KEYS)
-    assert made.partition_id == partition_id
+    assert not store.exists("partitions/delivered.json")
+    made = make_partition([str(source)], store, CONFIG, str(tiny_model_dir), KEYS)
     assert read_all(store, made) == expected_users(rows)
-    assert list(folder.glob("_attempt-*")) == [living]  # of another living process
 
 
-@pytest.mark.parametrize("stage", ["read", "finish"])
+@pytest.mark.parametrize("stage", ["read", "index"])
 def test_killed_workers_lose_no_row_and_count_none_twice(
     ray_session: None, tmp_path: Path, store: Store, template: Template, stage: str
 ) -> None:
@@ -421,7 +383,7 @@ def test_killed_workers_lose_no_row_and_count_none_twice(
                 os.kill(workers.pop(), signal.SIGKILL)
 
     source = str(tmp_path / "in")
-    made = make_partition([source], store, SMALL, template, KEYS, progress=kill, block_bytes=500)
+    made = make_partition([source], store, CONFIG, template, KEYS, progress=kill, sizes=SMALL)
     assert not workers
     assert made.rows_read == len(rows)
     assert read_all(store, made) == expected_users(rows)
@@ -432,13 +394,17 @@ def test_without_ray_the_error_says_so(
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RunError, match="Ray is not initialised"):
-        make_partition([str(tmp_path)], store, SMALL, template, KEYS)
+        make_partition([str(tmp_path)], store, CONFIG, template, KEYS, sizes=SMALL)
 
 
-def test_a_user_that_is_missing_from_its_bucket_is_an_error(store: Store) -> None:
-    assert read_users(store, "none", 0) == {}
-    with pytest.raises(RunError, match="not in their bucket"):
-        read_users(store, "none", 0, [KEYS.user_key("a")])
+def test_a_user_without_gathered_rows_is_an_error(
+    ray_session: None, tmp_path: Path, store: Store, template: Template
+) -> None:
+    source = str(write_jsonl(tmp_path / "a.jsonl", make_rows(["a", "b"])))
+    made = make_partition([source], store, CONFIG, template, KEYS)
+    gather_users(store, made, [(KEYS.user_key("a"), 10)], "rows")
+    with pytest.raises(RunError, match="no rows in the run's folder"):
+        read_users(store, "rows", [KEYS.user_key("a"), KEYS.user_key("b")])
 
 
 def test_the_shared_chat_data(ray_session: None, tmp_path: Path, template: Template) -> None:

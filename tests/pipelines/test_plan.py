@@ -15,11 +15,10 @@ from ptuning.errors import RunError
 from ptuning.registry.base import Current, Version
 
 
-def _users(tokens: list[int], buckets: int = 4) -> list[PlannedUser]:
+def _users(tokens: list[int]) -> list[PlannedUser]:
     return [
         PlannedUser(
             user_key=f"user{n:04d}",
-            bucket=n % buckets,
             tokens=count,
             data_digest="d",
             training_digest=f"t{n}",
@@ -61,7 +60,7 @@ def test_packs_have_about_equal_tokens_where_users_have() -> None:
 
 def test_a_user_with_much_to_train_shares_the_pack_with_few() -> None:
     """Packs are split by tokens, not by users, while they have room."""
-    packs = make_packs(_users([900, *[100] * 9], buckets=1), 9, 2)
+    packs = make_packs(_users([900, *[100] * 9]), 9, 2)
     assert [(len(pack.users), pack.tokens) for pack in packs] == [(1, 900), (9, 900)]
 
 
@@ -81,9 +80,7 @@ RULES = Rules(
 
 
 def _row(key: str, data: str = "rows", *, too_few: bool = False) -> IndexRow:
-    return IndexRow(
-        user_id=key, user_key=key, bucket=0, tokens=10, data_digest=data, too_few=too_few
-    )
+    return IndexRow(user_id=key, user_key=key, tokens=10, data_digest=data, too_few=too_few)
 
 
 def _version(key: str, digest: str = "d", data: str = "rows", gate: str = "gate") -> Version:

@@ -82,7 +82,7 @@ FILES: dict[str, bytes] = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_read_however_tools_write_them(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FILES[name])
-    users, bad, _ = read_files([tmp_path / name], piece_bytes=100)
+    users, bad, _ = read_files([tmp_path / name], chunk_bytes=100)
     assert (users, bad) == ({"ann": EXAMPLES}, [])
 
 

@@ -68,7 +68,6 @@ def _register(
 def _planned_user(champion: str | None, candidate: str | None = None) -> dict[str, PlannedUser]:
     user = PlannedUser(
         user_key=KEY,
-        bucket=0,
         tokens=1,
         data_digest="d",
         training_digest="t",

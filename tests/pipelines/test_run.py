@@ -126,7 +126,7 @@ def _texts(path: Path) -> Iterator[bytes]:
         yield "\n".join(sqlite3.connect(path).iterdump()).encode()
 
 
-def test_ids_of_users_stand_only_in_partitions_and_users_tables(
+def test_ids_of_users_stand_only_in_inputs_partitions_and_users_tables(
     finished: tuple[Path, Path, dict[str, Any]],
 ) -> None:
     """Nowhere else, in no form (plain, escaped, quoted, encoded, compressed), nor in Ray's logs."""
@@ -141,7 +141,7 @@ def test_ids_of_users_stand_only_in_partitions_and_users_tables(
     for path in holders:
         assert path.is_relative_to(store), path
         parts = path.relative_to(store).parts
-        assert parts[0] == "partitions" or (parts[0] == "runs" and parts[2] == "users"), path
+        assert parts[0] in ("inputs", "partitions") or (parts[0] == "runs" and parts[2] == "users")
 
 
 def test_a_second_run_on_the_same_data_changes_nothing(
@@ -238,7 +238,8 @@ class _StopsAt(RunProgress):
 def test_an_older_run_that_is_resumed_moves_no_alias_back(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    store, config = tmp_path / "store", config_of(tiny_model_dir, "gate.min_gain=-10")
+    settings = ("gate.min_gain=-10", "data.delivery=snapshot")
+    store, config = tmp_path / "store", config_of(tiny_model_dir, *settings)
     (tmp_path / "monday").mkdir()
     monday = _data(tmp_path / "monday", {"ann": 10, "bob": 11})
     with pytest.raises(KeyboardInterrupt), _StopsAt("register") as progress:
@@ -265,17 +266,17 @@ def test_only_the_user_with_new_rows_is_trained_again(
 ) -> None:
     _, store, _ = finished
     data = _data(tmp_path, USERS | {"bob": 15})
-    summary = _run(data, store, config_of(tiny_model_dir))
+    summary = _run(data, store, config_of(tiny_model_dir, "data.delivery=snapshot"))
     assert summary["users"]["trained"] == 1
     assert summary["users"]["unchanged"] == 3
 
 
-def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
+def test_neighbours_workers_and_packs_do_not_change_a_users_prefix(
     finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """One worker with one pack of all users, against two workers with packs of two users."""
     _, store, finished_summary = finished
-    others = ("ray.workers=2", "train.pack_users=2", "data.buckets=7")
+    others = ("ray.workers=2", "train.pack_users=2")
     shared = {user: count for user, count in USERS.items() if user not in ("few", "cy/../../x")}
     other = tmp_path / "store"
     summary = _run(_data(tmp_path, shared | {"new": 20}), other, config_of(tiny_model_dir, *others))

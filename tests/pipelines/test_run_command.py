@@ -96,10 +96,10 @@ def test_a_runs_log_has_our_own_lines_only(ran: TypedCommand) -> None:
     assert strange == []
 
 
-def test_a_runs_log_counts_users_and_says_that_the_input_is_a_snapshot(ran: TypedCommand) -> None:
+def test_a_runs_log_counts_users_and_says_how_the_input_was_taken(ran: TypedCommand) -> None:
     assert "tune: 2 of 2 users" in ran.out
     assert "register: 2 of 2 users" in ran.out
-    assert "note: the input was taken as a complete snapshot" in ran.out
+    assert "note: the input was added to what was delivered before (0 other files)" in ran.out
 
 
 def test_the_printed_command_answers_as_a_trained_user(ran: TypedCommand) -> None:

@@ -30,7 +30,6 @@ def _users(count: int, **more: str) -> list[PlannedUser]:
     return [
         PlannedUser(
             user_key=f"u{n}",
-            bucket=n,
             tokens=n,
             data_digest="d",
             training_digest=f"t{n}",
