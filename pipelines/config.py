@@ -86,10 +86,10 @@ class RunConfig(Config):
     def digest(self) -> str:
         """SHA-256 of the settings that a run's result depends on.
 
-        It excludes `serve`, `ray` and the registry's address, so that a run can be resumed after a
-        password has changed or a server has moved.
+        It excludes `serve`, `ray` and how the registry is reached, so that a run can be resumed
+        after a password has changed or a server has moved.
         """
-        left_out: dict[str, Any] = {"serve": True, "ray": True, "registry": {"uri"}}
+        left_out: dict[str, Any] = {"serve": True, "ray": True, "registry": {"uri", "patience_s"}}
         values = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ptuning.types import SplitLosses, UserReport
+from ptuning.types import Gate, SplitLosses, UserReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoneRecord:
     """The outcome of one pack. `champions` are the digests of the champions that candidates were
-    compared with, None for users without one; `attempt` names the process that wrote it."""
+    compared with, None for users without one; `attempt` names the process that wrote it.
+    `seconds` is the worker's time, of which `evaluate_seconds` followed the training of its last
+    user: for saving, scoring and gating."""
 
     pack_id: str
     attempt: str
     seconds: float
+    evaluate_seconds: float = 0.0
     champions: Mapping[str, str | None]
     reports: tuple[UserReport, ...]
 
@@ -31,6 +34,7 @@ class DoneRecord:
             "pack_id": self.pack_id,
             "attempt": self.attempt,
             "seconds": self.seconds,
+            "evaluate_seconds": self.evaluate_seconds,
             "champions": dict(self.champions),
             "users": [_report_to_json(report) for report in self.reports],
         }
@@ -41,6 +45,7 @@ class DoneRecord:
             pack_id=value["pack_id"],
             attempt=value["attempt"],
             seconds=value["seconds"],
+            evaluate_seconds=value["evaluate_seconds"],
             champions=value["champions"],
             reports=tuple(_report_from_json(user) for user in value["users"]),
         )
@@ -66,24 +71,22 @@ def record_from_json(value: Mapping[str, Any]) -> DoneRecord | SplitRecord:
     return DoneRecord.from_json(value)
 
 
-# Fields of a report that have a JSON form of their own, and fields that are made again from the
-# losses on every read.
-_SPECIAL = ("history", "losses")
-_DECIDED = ("decision", "gate")
+_SPECIAL = ("history", "losses", "gate")  # fields of a report with a JSON form of their own
 
 
 def _report_to_json(report: UserReport) -> dict[str, Any]:
-    """Every field of a report but the gate's decision, which is made again on every read."""
     names = [field.name for field in fields(report)]
-    value = {name: getattr(report, name) for name in names if name not in _SPECIAL + _DECIDED}
+    value = {name: getattr(report, name) for name in names if name not in _SPECIAL}
     history = [
         {name: _finite(loss) for name, loss in dict(epoch).items()} for epoch in report.history
     ]
-    return {**value, "history": history, "losses": losses_to_json(report)}
+    gate = None if report.gate is None else asdict(report.gate)
+    return {**value, "history": history, "losses": losses_to_json(report), "gate": gate}
 
 
 def _report_from_json(value: Mapping[str, Any]) -> UserReport:
-    return UserReport(**{**value, "losses": losses_from_json(value["losses"])})
+    gate = None if value["gate"] is None else Gate(**value["gate"])
+    return UserReport(**{**value, "losses": losses_from_json(value["losses"]), "gate": gate})
 
 
 def _finite(loss: object) -> object:

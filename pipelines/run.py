@@ -1,4 +1,6 @@
-"""The run: partition, plan, tune, evaluate, register, deploy; resumes an unfinished run.
+"""The run: partition, plan, tune, register, deploy; resumes an unfinished run.
+
+Workers train, score and gate. Packs are registered as they are committed, while others train.
 
 Progress is read from what has been committed: the partition's record, done-records, the registry.
 A run without a summary.json is unfinished, and the next `ptuning run` with the same inputs and
@@ -13,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines import stages
+from pipelines.candidates.stream import RegistrationStream
 from pipelines.config import RunConfig, command_options
 from pipelines.gangs import cluster
 from pipelines.opening import Run, check_inputs, open_run, reach_registry
@@ -63,15 +66,24 @@ def execute(
                 plan = stages.plan_run(run, registry, rows)
             with watch.time("partition"):
                 stages.gather(run, plan, rows, _rows_of(progress))
-            with watch.time("tune"), _stage(progress, "tune", _users(plan.packs)):
-                stages.train(run, plan, progress.update, progress.note)
-            with watch.time("evaluate"):
-                settled = stages.settled_packs(run, plan)
-                reports = stages.judge(run, settled)
-            total = _users((*plan.packs, *plan.judged))
-            with watch.time("register"), _stage(progress, "register", total):
-                packs = [pack for pack, _ in settled]
-                stages.register(run, plan, packs, registry, reports, progress.update)
+            registrar = stages.Registrar(run, plan, registry)
+            with RegistrationStream(
+                registrar.register,
+                patience_s=config.registry.patience_s,
+                note=progress.note,
+            ) as stream:
+                with watch.time("tune"), _stage(progress, "tune", _users(plan.packs)):
+                    stages.train(run, plan, progress.update, progress.note, stream.add)
+                total = _users((*plan.packs, *plan.judged))
+                with _stage(progress, "register", total):
+                    for pack in registrar.all_packs():
+                        stream.add(pack)
+                    stream.finish(progress.update)
+            watch.seconds |= {
+                "evaluate": registrar.evaluate_seconds,
+                "register": stream.seconds,
+            }
+            reports = registrar.reports
             with watch.time("deploy"):
                 late = stages.publish(run, plan, registry, reports)
             outcomes = stages.outcomes(plan, reports)

@@ -4,6 +4,7 @@ config.yaml    the resolved configuration, and the header that identifies the ru
 plan/          users.parquet, then plan.json: what to do with each user
 done/          one record per pack, written once, which commits the pack or says how it was split
 rows/          the rows of the users who train, by user key, until the run has ended
+registered/    one record per pack whose users are in the registry
 split/         one marker per pack that may have been split, so that these are found by listing
 users/         part-0.parquet: the users table, the only file of a run with user ids
 report.html    the report page
@@ -172,6 +173,21 @@ class RunFolder:
     def _ids(self, folder: str) -> set[str]:
         names = self.store.list(self._name(folder))
         return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+    # Registered packs.
+
+    def registered_packs(self) -> set[str]:
+        """Ids of the packs whose users are registered."""
+        return self._ids("registered")
+
+    def write_registered(self, pack_id: str, held: Mapping[str, str]) -> None:
+        """Record that a pack is registered. `held` are the users whose decision became pending
+        because a newer run had decided about them, with the reason."""
+        self.store.write_json(self._name("registered", f"{pack_id}.json"), {"held": dict(held)})
+
+    def read_held(self, pack_id: str) -> dict[str, str]:
+        """The users of a registered pack who were held, with the reason."""
+        return dict(self.store.read_json(self._name("registered", f"{pack_id}.json"))["held"])
 
     # The results.
 

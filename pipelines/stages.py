@@ -13,12 +13,12 @@ from pipelines.candidates.lost import find_lost
 from pipelines.candidates.publish import deploy
 from pipelines.candidates.register import (
     Lineage,
+    hold,
     hold_overtaken,
     register_pack,
     retire_users,
 )
 from pipelines.candidates.rejudge import find_losses, records_of
-from pipelines.done_record import DoneRecord
 from pipelines.gangs import cluster
 from pipelines.gangs.places import all_places, check_room
 from pipelines.opening import Run
@@ -65,6 +65,7 @@ def plan_run(run: Run, registry: Registry, rows: list[IndexRow]) -> Plan:
     losses = find_losses(run.store, plan.judged)
     plan = plan.train_instead([key for key in judged if key not in losses], rules)
     for record in records_of(plan.judged, losses):
+        gate_all(record.reports, run.config.gate)
         run.folder.commit(record)
     plan = replace(plan, planned_at=time.time_ns() // 1_000_000)
     run.folder.write_plan(plan)
@@ -122,9 +123,15 @@ def gather(run: Run, plan: Plan, rows: Sequence[IndexRow], progress: RowProgress
     gather_users(run.store, run.part, users, run.folder.rows, progress)
 
 
-def train(run: Run, plan: Plan, progress: Progress, note: Callable[[str], None]) -> None:
+def train(
+    run: Run,
+    plan: Plan,
+    progress: Progress,
+    note: Callable[[str], None],
+    on_commit: Callable[[Pack], None],
+) -> None:
     """Train every pack of the plan that has no record yet. `note` is called with a line whenever
-    a training worker died."""
+    a training worker died, `on_commit` with each pack of the plan when it is done."""
     if not plan.packs:
         return
     from pipelines.gangs.supervise import tune
@@ -134,59 +141,78 @@ def train(run: Run, plan: Plan, progress: Progress, note: Callable[[str], None])
         store=run.store.root,
         run_id=run.run_id,
         recipe=run.recipe,
+        gate=run.config.gate,
         backbone=run.config.backbone,
         template=run.config.data.template,
         timeout_s=run.config.ray.timeout_s,
     )
+    packs = {pack.pack_id: pack for pack in plan.packs}
+
+    def committed(pack_id: str) -> None:
+        if (pack := packs.get(pack_id)) is not None:  # parts of split packs are found at the end
+            on_commit(pack)
+
     wanted, failures = cluster.wanted_workers(run.config), run.config.ray.max_failures
-    tune(run.folder, plan.packs, task, wanted, failures, progress, note)
+    tune(run.folder, plan.packs, task, wanted, failures, progress, note, committed)
 
 
-def settled_packs(run: Run, plan: Plan) -> list[tuple[Pack, DoneRecord]]:
-    """The packs that were trained, and those that are only judged, with their records. A pack that
-    was split is there as its parts."""
-    packs = [*run.folder.unfold(plan.packs), *plan.judged]
-    found = [(pack, run.folder.read_done(pack.pack_id)) for pack in packs]
-    missing = sum(record is None for _, record in found)
-    if missing:
-        raise RunError(
-            "training ended without a record of every pack",
-            seen=f"{missing} of {len(packs)} packs without one",
-            fix="run the same command again; what is committed is kept",
-        )
-    return [(pack, record) for pack, record in found if record is not None]
+class Registrar:
+    """Registers the packs of a run, each once, and keeps the reports on their users."""
 
+    def __init__(self, run: Run, plan: Plan, registry: Registry) -> None:
+        self._run, self._plan, self._registry = run, plan, registry
+        self._registered = run.folder.registered_packs()
+        self._seen: set[str] = set()
+        self.reports: dict[str, UserReport] = {}
+        self.evaluate_seconds = 0.0  # of all workers together
 
-def judge(run: Run, settled: Sequence[tuple[Pack, DoneRecord]]) -> dict[str, UserReport]:
-    """The reports, with decisions, of all users who were trained now or are judged again."""
-    reports = {report.user_key: report for _, record in settled for report in record.reports}
-    gate_all(reports.values(), run.config.gate)
-    return reports
+    def all_packs(self) -> list[Pack]:
+        """The packs that were trained, and those that are only judged. A pack that was split is
+        there as its parts."""
+        return [*self._run.folder.unfold(self._plan.packs), *self._plan.judged]
 
+    def register(self, pack: Pack) -> int:
+        """Register a pack's decisions; returns the number of its users. Raises RunError if it has
+        no done-record."""
+        if pack.pack_id in self._seen:
+            return 0
+        record = self._run.folder.read_done(pack.pack_id)
+        if record is None:
+            raise RunError(
+                "training ended without a record of every pack",
+                seen=f"no record of pack {pack.pack_id}",
+                fix="run the same command again; what is committed is kept",
+            )
+        reports = list(record.reports)
+        if pack.pack_id in self._registered:
+            held = self._run.folder.read_held(pack.pack_id)
+            for report in reports:
+                if report.user_key in held:
+                    hold(report, held[report.user_key])
+        else:
+            self._register(pack, reports)
+        self.reports |= {report.user_key: report for report in reports}
+        self.evaluate_seconds += record.evaluate_seconds
+        self._seen.add(pack.pack_id)
+        return len(reports)
 
-def register(
-    run: Run,
-    plan: Plan,
-    packs: Sequence[Pack],
-    registry: Registry,
-    reports: Mapping[str, UserReport],
-    progress: Progress,
-) -> None:
-    """Register the decisions, pack by pack, and update those that a newer run has overtaken."""
-    done = 0
-    for pack in packs:
-        pack_reports = [reports[user.user_key] for user in pack.users]
+    def _register(self, pack: Pack, reports: list[UserReport]) -> None:
+        run, name = self._run, self._run.config.registry.prefix_name
         planned = {user.user_key: user for user in pack.users}
-        overtaken = hold_overtaken(registry, run.config.registry.prefix_name, pack_reports, planned)
+        overtaken = hold_overtaken(self._registry, name, reports, planned)
         register_pack(
-            registry,
-            _pack_record(run, plan, pack, pack_reports),
-            [report for report in pack_reports if report.user_key not in overtaken],
+            self._registry,
+            _pack_record(run, self._plan, pack, reports),
+            [report for report in reports if report.user_key not in overtaken],
             planned,
             _lineage(run),
         )
-        done += len(pack_reports)
-        progress(done, 0)
+        held = {
+            report.user_key: report.gate.reason
+            for report in reports
+            if report.decision == "pending" and report.gate is not None
+        }
+        run.folder.write_registered(pack.pack_id, held)
 
 
 def _pack_record(run: Run, plan: Plan, pack: Pack, reports: list[UserReport]) -> PackRecord:

@@ -110,6 +110,10 @@ class RegistryError(PTuningError):
     """The model registry refused, cannot be reached, or holds something unexpected."""
 
 
+class RegistryUnreachable(RegistryError):
+    """The model registry does not answer now; the same call may work later."""
+
+
 class RunError(PTuningError):
     """A pipeline run cannot continue."""
 

@@ -40,7 +40,7 @@ def register_pack(
         return
     for report, version in zip(ready, registry.register(pack, entries), strict=True):
         if report.decision == "promoted" and version.decision == "pending":
-            _hold(report, "a newer run has decided about this user meanwhile")
+            hold(report, "a newer run has decided about this user meanwhile")
 
 
 def _registration(report: UserReport, user: PlannedUser, lineage: Lineage) -> Registration:
@@ -85,18 +85,19 @@ def hold_overtaken(
         candidate = now.candidate.digest if now and now.candidate else None
         if candidate not in (None, user.candidate_digest, report.digest):
             overtaken.add(report.user_key)
-            _hold(report, "a newer run has trained this user meanwhile; its prefix is kept")
+            hold(report, "a newer run has trained this user meanwhile; its prefix is kept")
         elif report.decision == "promoted" and champion not in (
             None,
             user.champion_digest,
             report.digest,
         ):
             reason = "the champion changed during this run; the next run compares with it"
-            _hold(report, reason)
+            hold(report, reason)
     return overtaken
 
 
-def _hold(report: UserReport, reason: str) -> None:
+def hold(report: UserReport, reason: str) -> None:
+    """Make a user's decision pending."""
     report.decision = "pending"
     report.gate = Gate(decision="pending", reason=reason)
 

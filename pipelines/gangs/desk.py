@@ -25,7 +25,8 @@ from ptuning.types import UserReport
 @dataclass(frozen=True)
 class Standing:
     """How far a run's training is: users and tokens trained, packs that are open, and packs that
-    are open or leased. `told` are the verdicts since the last reading, in words."""
+    are open or leased. Since the last reading: `told` are the verdicts in words, `committed` the
+    ids of packs that have a done-record now."""
 
     users: int
     tokens: int
@@ -33,6 +34,7 @@ class Standing:
     left: int
     done: int = 0  # packs that workers have done since the desk was opened
     told: tuple[str, ...] = ()
+    committed: tuple[str, ...] = ()
 
 
 class Desk:
@@ -50,6 +52,7 @@ class Desk:
                 self.set_users(pack.pack_id, len(pack.users))
         self._tokens = self._done = 0
         self._told: list[str] = []
+        self._committed: list[str] = []
 
     def take(self, holder: str) -> Pack | Literal["wait"] | None:
         """See `Ledger.take`."""
@@ -62,6 +65,7 @@ class Desk:
         pack = self._ledger.find(pack_id)
         if pack is None or committed:
             self._ledger.done(pack_id)
+            self._committed.append(pack_id)
         else:
             self._follow_record(pack)
 
@@ -81,6 +85,8 @@ class Desk:
         for verdict in verdicts:
             if self._record(verdict):
                 self._told.append(_describe(verdict))
+                if isinstance(verdict, Death):
+                    self._committed.append(verdict.pack.pack_id)
                 self._ledger.settle(verdict)
             else:
                 self._follow_record(verdict.pack)
@@ -92,6 +98,7 @@ class Desk:
         leaves = self._folder.unfold([pack])
         if leaves == [pack]:
             self._ledger.done(pack.pack_id)
+            self._committed.append(pack.pack_id)
             self.set_users(pack.pack_id, len(pack.users))
             return
         settled = self._folder.settled_packs()
@@ -107,6 +114,7 @@ class Desk:
 
     def read(self) -> Standing:
         told, self._told = tuple(self._told), []
+        committed, self._committed = tuple(self._committed), []
         return Standing(
             users=self._trained,
             tokens=self._tokens,
@@ -114,6 +122,7 @@ class Desk:
             left=self._ledger.left,
             done=self._done,
             told=told,
+            committed=committed,
         )
 
     def _record(self, verdict: Verdict) -> bool:

@@ -39,9 +39,11 @@ def tune(
     max_failures: int,
     progress: Progress,
     tell: Tell,
+    on_commit: Callable[[str], None],
 ) -> None:
     """Train every pack that is not settled. `task` is the workers' task (train.GangTask); `tell` is
-    called with a line whenever a worker died.
+    called with a line whenever a worker died, `on_commit` with the id of each pack that now has a
+    done-record.
 
     Raises RunError if no gang finds room within ROOM_S, if a worker refuses its work, and if gangs
     keep failing (Patience).
@@ -49,7 +51,7 @@ def tune(
     desk = start_desk(folder.store.root, folder.run_id, packs)
     work = [ray.put((task, desk))]
     wanted = wanted.resolve_gpus(cluster_nodes())
-    supervisor = _Supervisor(desk, work, folder, wanted, max_failures, progress, tell)
+    supervisor = _Supervisor(desk, work, folder, wanted, max_failures, progress, tell, on_commit)
     try:
         supervisor.run()
         supervisor.wait_for_gangs()
@@ -99,7 +101,9 @@ class _Supervisor:
         max_failures: int,
         progress: Progress,
         tell: Tell,
+        on_commit: Callable[[str], None],
     ) -> None:
+        self._on_commit = on_commit
         self._desk, self._work, self._folder = desk, work, folder
         self._wanted, self._patience = wanted, Patience(max_failures)
         self._progress, self._tell = progress, tell
@@ -135,6 +139,8 @@ class _Supervisor:
         self._progress(standing.users, standing.tokens)
         for line in standing.told:
             self._tell(line)
+        for pack_id in standing.committed:
+            self._on_commit(pack_id)
         return standing
 
     def _start_gangs(self, standing: Standing) -> None:

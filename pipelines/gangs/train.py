@@ -11,6 +11,7 @@ import ray
 import ray.train
 import torch
 
+from pipelines.candidates.judge import gate_all
 from pipelines.done_record import DoneRecord
 from pipelines.gangs.desk import PackPost
 from pipelines.gangs.meeting import join_peers, leave_peers
@@ -19,6 +20,7 @@ from pipelines.gangs.worker import PackJob, pack_machine
 from pipelines.plan import Pack
 from pipelines.run_folder import RunFolder
 from ptuning.data.encode import TemplateKind
+from ptuning.gate import GateConfig
 from ptuning.identity import Recipe
 from ptuning.model.backbone import Backbone
 from ptuning.model.devices import choose_device
@@ -38,6 +40,7 @@ class GangTask:
     store: str
     run_id: str
     recipe: Recipe
+    gate: GateConfig
     backbone: BackboneConfig  # dtype and attention resolved
     template: TemplateKind
     timeout_s: float  # how long a silent peer of a sharded gang is waited for
@@ -111,14 +114,23 @@ def _train_pack(
     pack: Pack,
     checksum: str,
 ) -> Machine[None]:
-    start = time.monotonic()
+    start = trained = time.monotonic()
     post = PackPost(desk, pack.pack_id)
-    reports = yield from pack_machine(backbone, job, pack, post.add_user)
+
+    def on_trained(user_key: str) -> None:
+        nonlocal trained
+        trained = time.monotonic()
+        post.add_user(user_key)
+
+    reports = yield from pack_machine(backbone, job, pack, on_trained)
     backbone.verify_unchanged(checksum)
+    gate_all(reports, task.gate)
+    end = time.monotonic()
     record = DoneRecord(
         pack_id=pack.pack_id,
         attempt=f"{holder}-{os.getpid()}",
-        seconds=round(time.monotonic() - start, 3),
+        seconds=round(end - start, 3),
+        evaluate_seconds=round(end - trained, 3),
         champions={user.user_key: user.champion_digest for user in pack.users},
         reports=tuple(reports),
     )

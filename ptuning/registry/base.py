@@ -48,6 +48,11 @@ class RegistryConfig(Config):
         pattern=f"^{PREFIX_NAME_PATTERN}$",
         description="which of a user's named prefixes this run trains",
     )
+    patience_s: float = Field(
+        600.0,
+        ge=0.0,
+        description="how long a run waits for a registry that stops answering, in seconds",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

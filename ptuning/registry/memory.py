@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ptuning.errors import RegistryError
+from ptuning.errors import RegistryError, RegistryUnreachable
 from ptuning.registry.base import (
     Current,
     PackRecord,
@@ -52,7 +52,7 @@ class MemoryServer:
 class MemoryRegistry:
     """A registry in memory, safe to share between threads; by default on a new server.
 
-    `unreachable = True` makes every call raise RegistryError, like a server that is down.
+    `unreachable = True` makes every call raise RegistryUnreachable, like a server that is down.
     """
 
     def __init__(self, scope: Scope | None = None, server: MemoryServer | None = None) -> None:
@@ -170,7 +170,7 @@ class MemoryRegistry:
 
     def _ask(self) -> None:
         if self.server.unreachable:
-            raise RegistryError(
+            raise RegistryUnreachable(
                 "the model registry cannot be reached", uri="memory://", fix="set unreachable=False"
             )
         owner = self.server.owners.get(self.scope.namespace)

@@ -242,7 +242,7 @@ def test_an_older_run_that_is_resumed_moves_no_alias_back(
     store, config = tmp_path / "store", config_of(tiny_model_dir, *settings)
     (tmp_path / "monday").mkdir()
     monday = _data(tmp_path / "monday", {"ann": 10, "bob": 11})
-    with pytest.raises(KeyboardInterrupt), _StopsAt("register") as progress:
+    with pytest.raises(KeyboardInterrupt), _StopsAt("tune") as progress:
         execute([str(monday)], Store(store), config, progress)
     tuesday = _data(tmp_path, {"ann": 14, "bob": 15})
     newer = _run(tuesday, store, config)

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking._model_registry.client import ModelRegistryClient
 
-from ptuning.errors import RegistryError
+from ptuning.errors import RegistryError, RegistryUnreachable
 from ptuning.registry.mlflow.databases import (
     create_sqlite,
     lock_schema,
@@ -126,9 +126,10 @@ class Connection:
             OSError,
             ImportError,  # a database's driver
         ) as error:
-            if self._is_outage(error) and self.outage.began():
+            is_outage = self._is_outage(error)
+            if is_outage and self.outage.began():
                 log.warning("could not %s at %s: %s", what, self.shown_uri, _first_line(error))
-            raise RegistryError(
+            raise (RegistryUnreachable if is_outage else RegistryError)(
                 f"could not {what} at {self.shown_uri}",
                 seen=f"{type(error).__name__}: {error}",
                 fix="check that registry.uri is right and that the registry is up",
