@@ -44,7 +44,17 @@ class RayConfig(Config):
     SECTION: ClassVar[str] = "ray"
 
     address: str | None = Field(
-        None, description="address of a running Ray cluster; none: start one for this run"
+        None,
+        description="address of a running Ray cluster; none: that in RAY_ADDRESS, which `ray job "
+        "submit` sets, or else start one for this run",
+    )
+    runtime_env: dict[str, Any] | None = Field(
+        None, description="Ray's runtime environment for the run's workers, as a JSON object"
+    )
+    connect_s: float = Field(
+        60.0,
+        gt=0,
+        description="how long a run waits for a cluster that does not answer, in seconds",
     )
     workers: int | None = Field(
         None,

@@ -5,6 +5,7 @@ settings, or create a new one.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from pipelines.gangs.cluster import NamedBackbone
 from pipelines.rows.inputs import find_files
 from pipelines.rows.stored import Partition
 from pipelines.run_folder import Header, RunFolder, find_unfinished, lock_runs, new_run_id
-from ptuning.errors import RunError
+from ptuning.errors import ConfigError, RunError
 from ptuning.identity import Recipe
 from ptuning.model.load import load_template, outline
 from ptuning.registry import open_registry, registry_uri
@@ -72,6 +73,19 @@ def reach_registry(
     no_user = identity.user_key("")  # no user has an empty id
     registry.champion(no_user, config.registry.prefix_name)
     return registry
+
+
+def check_place(store: str) -> None:
+    """Raise ConfigError for a relative store in a job of `ray job submit`: it would lie in a copy
+    of the working directory, which Ray removes afterwards."""
+    relative = "://" not in store and not os.path.isabs(os.path.expanduser(store))
+    if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            "a job's store needs an absolute path",
+            seen=store,
+            expected="a directory that all nodes can see, or s3://bucket/prefix",
+            fix="set --store; the job's working directory is a copy that is removed after the job",
+        )
 
 
 def _check_writable(store: Store) -> None:

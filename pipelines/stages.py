@@ -135,7 +135,7 @@ def train(
     if not plan.packs:
         return
     from pipelines.gangs.supervise import tune
-    from pipelines.gangs.train import GangTask
+    from pipelines.gangs.train import Expected, GangTask, package_versions
 
     task = GangTask(
         store=run.store.root,
@@ -144,6 +144,9 @@ def train(
         gate=run.config.gate,
         backbone=run.config.backbone,
         template=run.config.data.template,
+        expected=Expected(
+            package_versions(), run.backbone.fingerprint, run.backbone.template_digest
+        ),
         timeout_s=run.config.ray.timeout_s,
     )
     packs = {pack.pack_id: pack for pack in plan.packs}

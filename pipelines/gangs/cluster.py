@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,36 +33,62 @@ _WORKER_BYTES = 4 << 30  # a worker's interpreter, libraries and activations, me
 @contextlib.contextmanager
 def session(config: RayConfig) -> Iterator[float]:
     """Initialise Ray for the block; gives the seconds that this took. If Ray was already
-    initialised, it is left running."""
+    initialised, it is left running. Raises RunError if the cluster does not answer in time."""
     begin = time.monotonic()
     ours = not ray.is_initialized()
-    if ours and config.address is None:
-        # A local Ray is only for this machine, so it must listen on loopback only. Without
-        # clusters, Ray sets the node's address to 127.0.0.1, as on Windows.
-        environment.keep_new_ray_on_loopback()
-        set_private(ray_constants, "ENABLE_RAY_CLUSTER", False)
     if ours:
+        address = config.address or os.environ.get("RAY_ADDRESS")
+        if address is None:
+            # A local Ray is only for this machine, so it must listen on loopback only. Without
+            # clusters, Ray sets the node's address to 127.0.0.1, as on Windows.
+            environment.keep_new_ray_on_loopback()
+            set_private(ray_constants, "ENABLE_RAY_CLUSTER", False)
+        else:
+            _wait_for(address, config.connect_s)
         try:
             environment.silence_loggers()
             with environment.neutral_directory():
                 ray.init(
-                    address=config.address or "local",
-                    include_dashboard=False if config.address is None else None,
+                    address=address or "local",
+                    include_dashboard=False if address is None else None,
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                     configure_logging=False,
+                    runtime_env=config.runtime_env,
                 )
         except (ConnectionError, RuntimeError) as error:
             raise RunError(
                 "Ray cannot be reached or started",
                 seen=str(error),
-                fix="check ray.address, or omit it to start Ray on this machine",
+                fix="check ray.address and RAY_ADDRESS, or omit both to start Ray on this machine",
             ) from error
     try:
         yield time.monotonic() - begin
     finally:
         if ours:
             ray.shutdown()
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    """Wait until something listens at `host:port`: Ray itself waits for minutes, with a warning of
+    its own every few seconds. Other forms of address (auto, local) are left to Ray."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not (host and port.isdigit()):
+        return
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RunError(
+                    "the Ray cluster does not answer",
+                    seen=f"{address}: {error}",
+                    expected=f"a connection within ray.connect_s = {seconds:g} s",
+                    fix="check ray.address or RAY_ADDRESS, and that the cluster's head is up",
+                ) from error
+        time.sleep(1.0)
 
 
 def cluster_nodes() -> list[Node]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import ray
@@ -20,6 +23,7 @@ from pipelines.gangs.worker import PackJob, pack_machine
 from pipelines.plan import Pack
 from pipelines.run_folder import RunFolder
 from ptuning.data.encode import TemplateKind
+from ptuning.errors import RunError
 from ptuning.gate import GateConfig
 from ptuning.identity import Recipe
 from ptuning.model.backbone import Backbone
@@ -34,6 +38,38 @@ WAIT_S = 1.0  # how often a worker asks again that has to wait
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What a worker must find on its node: the driver's package versions, backbone and template."""
+
+    versions: Mapping[str, str]
+    fingerprint: str
+    template_digest: str
+
+
+def package_versions() -> dict[str, str]:
+    """The versions here of the packages that a training depends on; torch without its build."""
+    names = ("ptuning", "torch", "transformers", "tokenizers")
+    return {name: version(name).partition("+")[0] for name in names}
+
+
+def check_node(expected: Expected, found: Expected) -> None:
+    """Raise RunError if a node's packages, model or tokenizer differ from the driver's."""
+    pairs = [(name, found.versions.get(name), want) for name, want in expected.versions.items()]
+    pairs += [
+        ("backbone", found.fingerprint[:12], expected.fingerprint[:12]),
+        ("template", found.template_digest[:12], expected.template_digest[:12]),
+    ]
+    wrong = [(name, seen, want) for name, seen, want in pairs if seen != want]
+    if wrong:
+        raise RunError(
+            f"node {socket.gethostname()} differs from the driver",
+            seen=", ".join(f"{name} {seen}" for name, seen, _ in wrong),
+            expected=", ".join(f"{name} {want}" for name, _, want in wrong),
+            fix="install the same packages and put the same model on every node",
+        )
+
+
+@dataclass(frozen=True)
 class GangTask:
     """A worker's task. Plain values only, since it is sent to other hosts."""
 
@@ -43,6 +79,7 @@ class GangTask:
     gate: GateConfig
     backbone: BackboneConfig  # dtype and attention resolved
     template: TemplateKind
+    expected: Expected
     timeout_s: float  # how long a silent peer of a sharded gang is waited for
 
     @property
@@ -61,6 +98,8 @@ def run_worker(task: GangTask, desk: Any, gang: str, place: Place) -> None:
         return  # before the backbone is loaded for nothing
     try:
         backbone, driver = _load(task)
+        found = Expected(package_versions(), backbone.fingerprint, backbone.template.digest)
+        check_node(task.expected, found)
         folder = RunFolder(Store(task.store), task.run_id)
         job = PackJob(folder.store, folder.rows, task.recipe)
         packs = _train_packs(backbone, job, task, desk, holder, first)
