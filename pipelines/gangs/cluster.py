@@ -6,12 +6,14 @@ Also resolves, once per run for all workers, the dtype, the attention and the nu
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import ray._private.ray_constants as ray_constants
@@ -54,9 +56,9 @@ def session(config: RayConfig) -> Iterator[float]:
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                     configure_logging=False,
-                    runtime_env=config.runtime_env,
+                    runtime_env=_runtime_env(config) if address else config.runtime_env,
                 )
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunError(
                 "Ray cannot be reached or started",
                 seen=str(error),
@@ -67,6 +69,20 @@ def session(config: RayConfig) -> Iterator[float]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _runtime_env(config: RayConfig) -> dict[str, Any]:
+    """The runtime environment of a run on a cluster. Its workers do not inherit the driver's
+    variables, so they get our defaults, unless the user or the job has set them."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    given = ((job.get("runtime_env") or {}).get("env_vars") or {}).keys()
+    chosen = dict(config.runtime_env or {})
+    defaults = {
+        name: value
+        for name, value in environment.DEFAULTS.items()
+        if os.environ.get(name) == value and name not in given
+    }
+    return chosen | {"env_vars": defaults | chosen.get("env_vars", {})}
 
 
 def _wait_for(address: str, seconds: float) -> None:
