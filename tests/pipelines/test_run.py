@@ -281,7 +281,7 @@ def test_neighbours_workers_and_packs_do_not_change_a_users_prefix(
     other = tmp_path / "store"
     summary = _run(_data(tmp_path, shared | {"new": 20}), other, config_of(tiny_model_dir, *others))
     records = [json.loads(p.read_text()) for p in (other / "runs").glob("*/done/*.json")]
-    assert len({record["attempt"] for record in records}) == 2, "both workers trained packs"
+    assert len(records) == 2, "two packs, for whichever of the two workers took them"
     assert summary["users"]["trained"] == len(shared) + 1
     first, second = _prefixes(store, finished_summary), _prefixes(other, summary)
     for user in shared:
