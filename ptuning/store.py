@@ -62,7 +62,9 @@ class Store:
             found = self.fs.ls(self._inner(name), detail=False)
         except FileNotFoundError:
             return []
-        return sorted(str(entry).rsplit("/", 1)[-1] for entry in found)
+        names = (str(entry).rsplit("/", 1)[-1] for entry in found)
+        # Other clients put an empty object under a folder's own name into an object store.
+        return sorted(name for name in names if name)
 
     def read(self, name: str) -> bytes:
         with self.fs.open(self._inner(name), "rb") as file:

@@ -22,6 +22,7 @@ from pipelines.rows.shards import (
     clean,
     examples_of,
     open_parquet,
+    without_collection,
     write_parquet,
 )
 from ptuning.data.encode import Template
@@ -43,7 +44,11 @@ def measure(store: Store, made: Shards, template: Template, max_length: int) -> 
     record = f"{made.name}/fit-{fit}.json"
     if store.exists(record):
         return int(store.read_json(record)["unfit"])
-    rules = Fit(template, max_length)
+    with without_collection():
+        return _measure(store, made, fit, Fit(template, max_length))
+
+
+def _measure(store: Store, made: Shards, fit: str, rules: Fit) -> int:
     unfit: list[pa.Table] = []
     for number in range(made.shards):
         rows = open_parquet(store, f"{made.name}/shard-{number}.parquet").read()
@@ -66,7 +71,7 @@ def measure(store: Store, made: Shards, template: Template, max_length: int) -> 
     bad = pa.concat_tables([BAD_SCHEMA.empty_table(), *unfit])
     if bad.num_rows:
         write_parquet(store, f"{made.name}/unfit-{fit}.parquet", bad)
-    store.write_json(record, {"unfit": bad.num_rows})
+    store.write_json(f"{made.name}/fit-{fit}.json", {"unfit": bad.num_rows})
     return bad.num_rows
 
 

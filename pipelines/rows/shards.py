@@ -14,11 +14,13 @@ Writing is idempotent: two processes that read one chunk write the same rows.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,6 +51,7 @@ from ptuning.types import Example, Message
 FORMAT = 1  # of a chunk's files; part of their names
 SHARD_BYTES = 16 << 20  # text per shard
 GROUP_ROWS = 2048  # rows per row group: what is read for one user
+_FIRST, _LAST = 10**11, 10**14  # numbers between these are epoch milliseconds, as they are
 _MOST_LAYOUTS = 256  # every JSONL row may have different keys
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -144,6 +147,24 @@ def make_shards(job: ChunkJob) -> Shards:
     store = Store(job.root)
     if (found := read_record(store, job.name)) is not None:
         return found
+    with without_collection():
+        return _make_shards(store, job)
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Rows are many small objects without cycles; to look for cycles among them again and again
+    takes a third of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _make_shards(store: Store, job: ChunkJob) -> Shards:
     rows = _Rows(job)
     shards = 0
     try:
@@ -264,7 +285,7 @@ class _Rows:
         if split not in CODES or not (time is None or type(time) is int):
             return False
         try:
-            stamp = None if time is None else read_time(time, self.notes)
+            stamp = time if time is None or _FIRST <= time < _LAST else read_time(time, self.notes)
             digest = digest_fields(stamp, prompt, completion)
             key = self._key_of(user_id)
         except (DataError, UnicodeEncodeError):
@@ -345,7 +366,15 @@ def _table(rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> pa.Table:
 
 
 def _write(store: Store, name: str, table: pa.Table) -> None:
-    write_parquet(store, name, table, row_group_size=GROUP_ROWS)
+    users = ["user_key", "user_id"]  # the columns with repeated values; texts have few
+    write_parquet(
+        store,
+        name,
+        table,
+        row_group_size=GROUP_ROWS,
+        use_dictionary=users,
+        write_statistics=["user_key"],
+    )
 
 
 def write_parquet(store: Store, name: str, table: pa.Table, **options: Any) -> None:

@@ -387,6 +387,12 @@ def digest_fields(
     The texts follow a head that names the fields and gives their lengths, so that no two rows have
     the same encoding. Fields that are not set are left out: adding a field changes no digest.
     """
+    is_usual = init_words is None and not messages
+    if is_usual and timestamp is not None and prompt is not None and completion is not None:
+        # The same encoding, in one step.
+        first, second = prompt.encode("utf-8"), completion.encode("utf-8")
+        data = b"t%dp%dc%d:%b%b" % (timestamp, len(first), len(second), first, second)
+        return hashlib.sha256(data).digest()[:ROW_DIGEST_BYTES]
     head = "" if timestamp is None else f"t{timestamp}"
     texts = []
     for tag, text in (("p", prompt), ("c", completion), ("w", init_words)):

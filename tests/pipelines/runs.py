@@ -62,7 +62,7 @@ def users_of(store: Path, run_id: str) -> list[dict[str, Any]]:
     return rows
 
 
-def registry_of(store: Path, config: RunConfig) -> Registry:
+def registry_of(store: Path | str, config: RunConfig) -> Registry:
     """The registry of a run with `config` in this store."""
     place = Store(store)
     fingerprint = identify_backbone(config).fingerprint

@@ -176,3 +176,15 @@ def test_a_put_whose_answer_was_lost_counts_as_done(
         reader = ChampionList(store, "f" * 64)
         reader.refresh()
         assert reader.get(*name) == ChampionRef("ab" * 32, str(number))
+
+
+@pytest.mark.slow
+def test_a_folders_marker_in_an_object_store_is_no_entry(s3_server: str) -> None:
+    """Ray Train's storage, for one, puts an empty object `runs/` beside the runs."""
+    import s3fs
+
+    store = Store(f"s3://{make_bucket()}/store")
+    store.write("runs/a/config.yaml", b"")
+    bucket = store.root.removeprefix("s3://").split("/")[0]
+    s3fs.S3FileSystem().call_s3("put_object", Bucket=bucket, Key="store/runs/", Body=b"")
+    assert store.list("runs") == ["a"]
