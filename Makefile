@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gemma chaos-ci mutants docs lint serve clean
+.PHONY: help install demo test test-fast test-gemma chaos-ci mutants bench-rows docs lint serve clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ test-gemma: install  ## fetch Gemma 3 270M (238 MB, Gemma's terms) and test on i
 mutants: install  ## mutation testing of the pure code and the trainers (an hour or more)
 	$(BIN)/mutmut run
 	$(BIN)/mutmut results
+
+bench-rows: install  ## time the rows' partition against Polars, DuckDB and map_groups (minutes)
+	$(BIN)/python -m infra.bench.rows --rows 1000000 --users 20000
 
 docs: install  ## build the pages of infra/docs into build/docs, without network
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/mkdocs build --quiet --config-file infra/mkdocs.yml
