@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import ray
-from runs import config_of, registry_of, user_rows, users_of, write_rows
+from listening import Listeners, watch_listeners
+from runs import command, config_of, registry_of, start, user_rows, users_of, write_rows
 from safetensors.torch import load_file
 from salted import user_key
 
@@ -343,19 +344,48 @@ def test_neighbours_workers_packs_and_buckets_do_not_change_a_users_prefix(
         assert (first[user_key(user)] - second[user_key(user)]).abs().max() < 1e-4, user
 
 
+@pytest.fixture(scope="module")
+def sharded(
+    scattered: tuple[Path, Path, dict[str, Any]],
+    tiny_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Any], Listeners]:
+    """`ptuning run` on the same rows with ZeRO-3, in a Ray of its own: (store, summary, where its
+    processes listened)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    store, log = folder / "store", folder / "log"
+    typed = command(scattered[0], store, tiny_model_dir, *SCATTERED, "backbone.sharding=zero3")
+    with watch_listeners() as listeners:
+        process = start(typed, log, **listeners.environment)
+        try:
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+    assert code == 0, log.read_text()[-3000:]
+    (path,) = store.glob("runs/*/summary.json")
+    return store, json.loads(path.read_text()), listeners
+
+
 def test_a_sharded_gang_with_unequal_work_trains_the_prefixes_of_a_whole_backbone(
-    scattered: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+    scattered: tuple[Path, Path, dict[str, Any]], sharded: tuple[Path, dict[str, Any], Listeners]
 ) -> None:
     """DeepSpeed ZeRO-3 on two real gloo workers, from partition to registration."""
-    data, whole_store, replicated = scattered
-    config = config_of(tiny_model_dir, *SCATTERED, "backbone.sharding=zero3")
-    summary = _run(data, tmp_path / "zero3", config)
-    whole, sharded = _prefixes(whole_store, replicated), _prefixes(tmp_path / "zero3", summary)
-    assert set(whole) == set(sharded)
+    _, whole_store, replicated = scattered
+    store, summary, _ = sharded
+    whole, kvs = _prefixes(whole_store, replicated), _prefixes(store, summary)
+    assert set(whole) == set(kvs)
     assert len(whole) == 5
     for key, kv in whole.items():
-        assert (kv - sharded[key]).abs().max() < 1e-4
+        assert (kv - kvs[key]).abs().max() < 1e-4
     assert replicated["users"] == summary["users"]
+
+
+def test_no_port_of_a_sharded_run_is_open_beyond_loopback(
+    sharded: tuple[Path, dict[str, Any], Listeners],
+) -> None:
+    """Of workers that hold the whole model, test_run_command.py says the same."""
+    _, _, listeners = sharded
+    listeners.check_loopback()
 
 
 def test_too_many_bad_rows_fail_the_run_and_name_the_quarantine(
