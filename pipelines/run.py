@@ -58,6 +58,7 @@ def execute(
                 config.data,
                 config.backbone.name,
                 identity,
+                series=config.registry.prefix_name,
                 progress=_rows_of(progress),
             )
         with open_run(store, config, part, identity, backbone) as run:

@@ -1,6 +1,6 @@
 """Which chunks make a partition, and what a delivery makes of the chunks before it.
 
-partitions/delivered.json         names the partition of everything that was delivered so far
+partitions/delivered/<name>.json  names the partition of all that was delivered for prefixes of a name
 partitions/latest/<rules>.json    names the newest partition under these rules
 partitions/<id>/chunks.parquet    one row per chunk (and per empty file), with its counts
 """

@@ -78,7 +78,6 @@ from ptuning.errors import DataError, RunError
 from ptuning.store import Store
 
 FORMAT = 3  # of everything below partitions/; part of the id
-_DELIVERED = "partitions/delivered.json"
 _RACES = 20  # deliveries by other runs that one run waits out
 _GROUP_BYTES, _GROUP_FILES = 64 << 20, 500  # small files that share a task
 _JOB_USERS = 20_000  # changed users per indexing task
@@ -107,11 +106,13 @@ def make_partition(
     backbone: str | Template,
     identity: UserKeys,
     *,
+    series: str = "default",
     progress: Progress | None = None,
     sizes: Sizes | None = None,
 ) -> Partition:
     """Partition the rows of `sources` (paths, globs, directories, URIs) by user; under
-    `data.delivery=append` with the rows that were delivered to this store before.
+    `data.delivery=append` with the rows that were delivered to this store before, in the same
+    `series`: users' prefixes of different names may be trained on different data.
 
     `backbone` is the name of the model whose tokenizer decides which rows fit, or its Template.
     `identity` is the store's, for the users' keys. A finished partition of the same data,
@@ -123,7 +124,7 @@ def make_partition(
         raise RunError("Ray is not initialised", fix="call ray.init() before make_partition()")
     listing = find_files(sources)
     template = backbone if isinstance(backbone, Template) else _load_template(backbone, config)
-    work = _Work(store, config, template, identity, listing, progress, sizes or Sizes())
+    work = _Work(store, config, template, identity, listing, series, progress, sizes or Sizes())
     for _ in range(_RACES):
         if (made := work.try_once()) is not None:
             return made
@@ -167,6 +168,7 @@ class _Work:
         template: Template,
         identity: UserKeys,
         listing: Listing,
+        series: str,
         progress: Progress | None,
         sizes: Sizes,
     ) -> None:
@@ -176,11 +178,12 @@ class _Work:
         fit = fit_name(template.digest, config.max_length)
         self.rules = IndexRules(fit, config.max_rows, config.min_examples)
         self.started = time.monotonic()
+        self._delivered = f"partitions/delivered/{series}.json"
         self._inspected: dict[str, Inspected] = {}
 
     def try_once(self) -> Partition | None:
         """The partition; None if another run has delivered to the store meanwhile."""
-        delivered = self.store.read_versioned(_DELIVERED)
+        delivered = self.store.read_versioned(self._delivered)
         before = "" if delivered is None else str(json.loads(delivered[0])["partition_id"])
         known = read_entries(self.store, partition_folder(before)) if before else []
         files = self._files(files_of(known))
@@ -214,8 +217,8 @@ class _Work:
         """Make the partition what has been delivered, unless that has changed meanwhile."""
         data = json.dumps({"partition_id": partition_id}).encode()
         if before is None:
-            return self.store.put_if_absent(_DELIVERED, data)
-        return self.store.replace_if_unchanged(_DELIVERED, data, before[1])
+            return self.store.put_if_absent(self._delivered, data)
+        return self.store.replace_if_unchanged(self._delivered, data, before[1])
 
     def _files(self, known: dict[str, Inspected]) -> list[Inspected]:
         """The partition's files. Only those are opened whose stamp is not known."""

@@ -89,8 +89,11 @@ def command(data: Path, store: Path, model: Path, *more: str) -> list[str]:
     ]
 
 
-def start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a driver in a separate Ray cluster, not in that of the tests."""
+def start(arguments: Sequence[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
+    """Start a driver in a Ray cluster of its own, whatever cluster the tests use. `more` is added
+    to its environment."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     with log.open("wb") as output:
-        return subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            arguments, stdout=output, stderr=subprocess.STDOUT, env={**environment, **more}
+        )

@@ -146,6 +146,22 @@ def test_absence_removes_nobody_unless_the_input_is_a_snapshot(
     assert (made.users, made.files) == (2, 2), "to the snapshot, not to what was before"
 
 
+def test_prefixes_of_another_name_have_deliveries_of_their_own(
+    ray_session: None, store: Store, template: Template, tmp_path: Path
+) -> None:
+    sources = {
+        name: str(write_jsonl(tmp_path / f"{name}.jsonl", make_rows([name], each=8)))
+        for name in ("mail", "chat")
+    }
+    made = {
+        name: make_partition([source], store, APPEND, template, KEYS, series=name)
+        for name, source in sources.items()
+    }
+    for name, part in made.items():
+        assert [entry["user_id"] for entry in read_index_rows(store, part)] == [name]
+        assert part.earlier_files == part.shrunk == 0
+
+
 def test_a_file_whose_stamp_is_known_is_not_opened(deliveries: Deliveries, tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "in" / "1.jsonl", make_rows(["ann"], each=8))
     os.utime(first, (10**9, 10**9))
@@ -205,7 +221,7 @@ def test_of_two_deliveries_at_once_none_is_lost(
     for thread in threads:
         thread.join(120)
     assert len(made) == 4
-    pointer = json.loads(store.read("partitions/delivered.json"))["partition_id"]
+    pointer = json.loads(store.read("partitions/delivered/default.json"))["partition_id"]
     (last,) = [part for part in made.values() if part.users == 4]
     assert pointer == last.partition_id
     assert [entry["user_id"] for entry in read_index_rows(store, last)] == ["u0", "u1", "u2", "u3"]

@@ -9,13 +9,15 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
-from runs import config_of, registry_of, user_rows, users_of, write_rows
+from listening import Listeners, watch_listeners
+from runs import command, config_of, registry_of, start, user_rows, users_of, write_rows
 from safetensors.torch import load_file
 from salted import user_key
 
@@ -28,6 +30,10 @@ from ptuning.store import Store, prefix_path
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 USERS = {"ann": 10, "bob": 14, "cy/../../x": 12, "few": 3, "Ωmega": 11}
+STRICT, MILD = (("train.pack_users=1", f"gate.min_gain={gain}") for gain in (99, -10))
+SHARED = ("ann", "bob", "Ωmega")  # with other neighbours in another run
+SCATTERED = ("ray.workers=2", "train.pack_users=2")
+SNAPSHOT = "data.delivery=snapshot"
 
 
 def _data(folder: Path, users: dict[str, int] = USERS, seed: int = 0) -> Path:
@@ -63,6 +69,28 @@ def finished(
     folder = tmp_path_factory.mktemp("run")
     data, store = _data(folder), folder / "store"
     return data, store, _run(data, store, config_of(tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def rejected(
+    ray_session: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, Any]]:
+    """A finished run that promoted nobody, with a pack for each user: (data, store, summary).
+    Tests that change the store use a copy."""
+    folder = tmp_path_factory.mktemp("rejected")
+    data, store = _data(folder, {"ann": 10, "bob": 11, "cyd": 12, "dan": 13}), folder / "store"
+    return data, store, _run(data, store, config_of(tiny_model_dir, *STRICT))
+
+
+@pytest.fixture(scope="module")
+def scattered(
+    ray_session: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, Any]]:
+    """Some of the same users in a run of two workers with unequal work: (data, store, summary)."""
+    folder = tmp_path_factory.mktemp("scattered")
+    users = {user: count for user, count in USERS.items() if user in SHARED}
+    data, store = _data(folder, users | {"new": 60, "eve": 40}), folder / "store"
+    return data, store, _run(data, store, config_of(tiny_model_dir, *SCATTERED))
 
 
 def test_a_run_trains_everybody_with_enough_rows_and_says_so(
@@ -157,68 +185,111 @@ def test_a_second_run_on_the_same_data_changes_nothing(
 
 
 def test_another_gate_judges_again_without_training_and_as_training_would(
-    tiny_model_dir: Path, tmp_path: Path
+    rejected: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
-    strict, mild = (config_of(tiny_model_dir, f"gate.min_gain={gain}") for gain in (99, -10))
+    data, finished_store, first = rejected
+    store = shutil.copytree(finished_store, tmp_path / "store")
+    strict, mild = (config_of(tiny_model_dir, *gate) for gate in (STRICT, MILD))
     registry = registry_of(store, strict)
-    first = _run(data, store, strict)
-    assert first["users"]["trained"] == first["users"]["rejected"] == 2
+    assert first["users"]["trained"] == first["users"]["rejected"] == 4
     assert registry.champion(user_key("ann")) is None
     reasons = {row["user_id"]: row["reason"] for row in users_of(store, first["run_id"])}
     for config, decision in ((mild, "promoted"), (strict, "rejected")):
         judged = _run(data, store, config)
         assert judged["users"]["trained"] == judged["tokens_trained"] == 0
-        assert judged["users"]["unchanged"] == judged["judged_again"][decision] == 2
-        assert registry.champion(user_key("ann")) is not None, "judging again removes no champion"
+        assert judged["users"]["unchanged"] == judged["judged_again"][decision] == 4
+        assert registry.champion(user_key("ann")) is not None, "a gate takes nobody's champion"
         rows = {row["user_id"]: row for row in users_of(store, judged["run_id"])}
         assert (rows["ann"]["status"], rows["ann"]["decision"]) == ("unchanged", decision)
     assert {user: row["reason"] for user, row in rows.items()} == reasons
-    for path in (store / "runs").glob("*/done"):
-        shutil.rmtree(path)
-    again = _run(data, store, mild)
-    assert again["users"]["trained"] == 2, "missing losses are computed again"
 
 
-def test_a_damaged_prefix_file_is_noticed(tiny_model_dir: Path, tmp_path: Path) -> None:
-    """No user stays unchanged with a file that cannot be served."""
-    data, store = _data(tmp_path, {"ann": 10, "bob": 11}), tmp_path / "store"
-    _run(data, store, config_of(tiny_model_dir))
+@dataclass(frozen=True)
+class Changed:
+    """A run after several changes at once, and the users tables of both runs, by user id."""
+
+    damaged_file: Path
+    whole: bytes
+    summary: dict[str, Any]
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def changed(
+    rejected: tuple[Path, Path, dict[str, Any]],
+    tiny_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Changed:
+    """Another gate; and before it ran, ann's prefix file was damaged, bob got new rows and cyd's
+    losses were lost. Every user has their own pack, so none of it touches another's training."""
+    folder = tmp_path_factory.mktemp("changed")
+    _, finished_store, first = rejected
+    store = shutil.copytree(finished_store, folder / "store")
     (path,) = (store / "prefixes").glob(f"*/{user_key('ann')}/*.safetensors")
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    again = _run(data, store, config_of(tiny_model_dir))
-    assert (again["users"]["trained"], again["users"]["unchanged"]) == (1, 1)
-    assert path.read_bytes() == whole
+    (lost,) = (p for p in store.glob("runs/*/done/*.json") if user_key("cyd") in p.read_text())
+    lost.unlink()
+    data = _data(folder, {"ann": 10, "bob": 15, "cyd": 12, "dan": 13})
+    summary = _run(data, store, config_of(tiny_model_dir, *MILD, SNAPSHOT))
+    before, after = (
+        {row["user_id"]: row for row in users_of(store, one["run_id"])} for one in (first, summary)
+    )
+    return Changed(path, whole, summary, before, after)
 
 
-def test_users_whose_rows_are_gone_are_no_longer_served(
-    tiny_model_dir: Path, tmp_path: Path
+def test_a_damaged_prefix_file_is_noticed(changed: Changed) -> None:
+    """Nobody stays unchanged on a file that cannot serve."""
+    assert changed.after["ann"]["status"] == "trained"
+    assert changed.damaged_file.read_bytes() == changed.whole
+
+
+def test_only_users_with_new_rows_or_without_what_they_need_are_trained_again(
+    changed: Changed,
 ) -> None:
-    store, always = tmp_path / "store", ("gate.min_gain=-10",)
-    everybody = {"ann": 10, "bob": 11, "cyd": 12, "dan": 13, "eve": 14}
-    first = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))
-    assert first["users"]["promoted"] == 5
+    assert (changed.summary["users"]["trained"], changed.summary["users"]["unchanged"]) == (3, 1)
+    digests = {user: row["digest"] for user, row in changed.before.items()}
+    assert changed.after["bob"]["status"] == "trained"
+    assert changed.after["bob"]["digest"] != digests["bob"]
+    assert changed.after["dan"]["status"] == "unchanged"
+    assert changed.after["dan"]["digest"] == digests["dan"]
+
+
+def test_losses_that_nobody_has_are_made_anew(changed: Changed) -> None:
+    assert changed.after["cyd"]["status"] == "trained"
+    assert changed.after["cyd"]["decision"] == "promoted"
+    assert changed.after["dan"]["decision"] == "promoted", "by the losses that it has"
+
+
+def test_rows_that_went_away_stop_being_served(
+    finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    data, finished_store, _ = finished
+    store, always = shutil.copytree(finished_store, tmp_path / "store"), (MILD[1], SNAPSHOT)
+    _run(data, store, config_of(tiny_model_dir, *always))
     registry = registry_of(store, config_of(tiny_model_dir))
-    left = {user: everybody[user] for user in ("cyd", "dan", "eve")} | {"ann": 3}  # bob is gone
+    assert len(list(registry.with_champion())) == 4
+    left = USERS | {"ann": 3}
+    del left["bob"]
     with pytest.raises(RunError, match=r"data\.max_shrink") as stopped:
         _run(_data(tmp_path, left), store, config_of(tiny_model_dir, *always))
-    assert stopped.value.seen == "2 of 5 served users"
-    assert len(list(registry.with_champion())) == 5, "a run that stopped changed nothing"
+    assert stopped.value.seen == "2 of 4 served users"
+    assert len(list(registry.with_champion())) == 4, "a run that stops has changed nothing"
 
     second = _run(
         _data(tmp_path, left), store, config_of(tiny_model_dir, *always, "data.max_shrink=1")
     )
     users = second["users"]
-    assert (users["total"], users["unchanged"], users["retired"]) == (5, 3, 2)
+    assert (users["total"], users["unchanged"], users["retired"]) == (5, 2, 2)
     for user in ("ann", "bob"):
         assert registry.champion(user_key(user)) is None
     table = {row["user_key"]: row for row in users_of(store, second["run_id"])}
     assert table[user_key("ann")]["user_id"] == "ann"
     assert table[user_key("bob")]["user_id"] is None, "no table keeps the id of a removed user"
 
-    third = _run(_data(tmp_path, everybody), store, config_of(tiny_model_dir, *always))
-    assert (third["users"]["trained"], third["users"]["unchanged"]) == (2, 3)
+    third = _run(data, store, config_of(tiny_model_dir, *always))
+    assert (third["users"]["trained"], third["users"]["unchanged"]) == (2, 2)
     assert registry.champion(user_key("bob")) is not None
 
 
@@ -238,7 +309,7 @@ class _StopsAt(RunProgress):
 def test_an_older_run_that_is_resumed_moves_no_alias_back(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    settings = ("gate.min_gain=-10", "data.delivery=snapshot")
+    settings = ("gate.min_gain=-10", SNAPSHOT)
     store, config = tmp_path / "store", config_of(tiny_model_dir, *settings)
     (tmp_path / "monday").mkdir()
     monday = _data(tmp_path / "monday", {"ann": 10, "bob": 11})
@@ -261,55 +332,62 @@ def test_an_older_run_that_is_resumed_moves_no_alias_back(
         assert now.candidate.digest == now.champion.digest == digest
 
 
-def test_only_the_user_with_new_rows_is_trained_again(
-    finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    _, store, _ = finished
-    data = _data(tmp_path, USERS | {"bob": 15})
-    summary = _run(data, store, config_of(tiny_model_dir, "data.delivery=snapshot"))
-    assert summary["users"]["trained"] == 1
-    assert summary["users"]["unchanged"] == 3
-
-
 def test_neighbours_workers_and_packs_do_not_change_a_users_prefix(
-    finished: tuple[Path, Path, dict[str, Any]], tiny_model_dir: Path, tmp_path: Path
+    finished: tuple[Path, Path, dict[str, Any]], scattered: tuple[Path, Path, dict[str, Any]]
 ) -> None:
     """One worker with one pack of all users, against two workers with packs of two users."""
     _, store, finished_summary = finished
-    others = ("ray.workers=2", "train.pack_users=2")
-    shared = {user: count for user, count in USERS.items() if user not in ("few", "cy/../../x")}
-    other = tmp_path / "store"
-    summary = _run(_data(tmp_path, shared | {"new": 20}), other, config_of(tiny_model_dir, *others))
+    _, other, summary = scattered
     records = [json.loads(p.read_text()) for p in (other / "runs").glob("*/done/*.json")]
-    assert len(records) == 2, "two packs, for whichever of the two workers took them"
-    assert summary["users"]["trained"] == len(shared) + 1
+    assert len(records) == 3, "packs, for whichever of the two workers took them"
+    assert summary["users"]["trained"] == len(SHARED) + 2
     first, second = _prefixes(store, finished_summary), _prefixes(other, summary)
-    for user in shared:
+    for user in SHARED:
         assert (first[user_key(user)] - second[user_key(user)]).abs().max() < 1e-4, user
 
 
+@pytest.fixture(scope="module")
+def sharded(
+    scattered: tuple[Path, Path, dict[str, Any]],
+    tiny_model_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Any], Listeners]:
+    """`ptuning run` on the same rows with ZeRO-3, in a Ray of its own: (store, summary, where its
+    processes listened)."""
+    folder = tmp_path_factory.mktemp("sharded")
+    store, log = folder / "store", folder / "log"
+    typed = command(scattered[0], store, tiny_model_dir, *SCATTERED, "backbone.sharding=zero3")
+    with watch_listeners() as listeners:
+        process = start(typed, log, **listeners.environment)
+        try:
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+    assert code == 0, log.read_text()[-3000:]
+    (path,) = store.glob("runs/*/summary.json")
+    return store, json.loads(path.read_text()), listeners
+
+
 def test_a_sharded_gang_with_unequal_work_trains_the_prefixes_of_a_whole_backbone(
-    tiny_model_dir: Path, tmp_path: Path
+    scattered: tuple[Path, Path, dict[str, Any]], sharded: tuple[Path, dict[str, Any], Listeners]
 ) -> None:
-    """DeepSpeed ZeRO-3 with two real gloo workers, from partition to registration."""
-    data = _data(tmp_path, {"ann": 40, "bob": 8, "cy": 9, "dee": 11, "eve": 60})
-    summaries = {}
-    for sharding in ("replicate", "zero3"):
-        config = config_of(
-            tiny_model_dir,
-            f"backbone.sharding={sharding}",
-            "ray.workers=2",
-            "train.pack_users=2",
-        )
-        summaries[sharding] = _run(data, tmp_path / sharding, config)
-    whole, sharded = (
-        _prefixes(tmp_path / sharding, summaries[sharding]) for sharding in ("replicate", "zero3")
-    )
-    assert set(whole) == set(sharded)
+    """DeepSpeed ZeRO-3 on two real gloo workers, from partition to registration."""
+    _, whole_store, replicated = scattered
+    store, summary, _ = sharded
+    whole, kvs = _prefixes(whole_store, replicated), _prefixes(store, summary)
+    assert set(whole) == set(kvs)
     assert len(whole) == 5
     for key, kv in whole.items():
-        assert (kv - sharded[key]).abs().max() < 1e-4
-    assert summaries["replicate"]["users"] == summaries["zero3"]["users"]
+        assert (kv - kvs[key]).abs().max() < 1e-4
+    assert replicated["users"] == summary["users"]
+
+
+def test_no_port_of_a_sharded_run_is_open_beyond_loopback(
+    sharded: tuple[Path, dict[str, Any], Listeners],
+) -> None:
+    """Of workers that hold the whole model, test_run_command.py says the same."""
+    _, _, listeners = sharded
+    listeners.check_loopback()
 
 
 def test_too_many_bad_rows_fail_the_run_and_name_the_quarantine(

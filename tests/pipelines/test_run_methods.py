@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +154,34 @@ def test_an_encoder_decoder_backbone_goes_from_rows_to_answers(
     check_answers(tmp_path / "store", config, table)
 
 
-def test_users_own_several_prefixes_by_name(tiny_model_dir: Path, tmp_path: Path) -> None:
-    store, tables = tmp_path / "store", {}
-    for seed, (name, method) in enumerate([("default", []), ("tone", ["method.type=prompt"])]):
-        config = settings_of(tiny_model_dir, *ALWAYS, *method, f"registry.prefix_name={name}")
-        rows = [row for user, count in USERS.items() for row in user_rows(user, count, seed)]
-        data = write_rows(tmp_path / f"{name}.jsonl", rows)
-        _, table = run(data, store, config)
-        tables[name] = {row["user_id"]: row["digest"] for row in table}
+STEADY = [*ALWAYS, "train.schedule=constant", "train.keep_resume=true", "train.patience=null"]
+
+
+@pytest.fixture(scope="module")
+def first(
+    ray_session: None, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict[str, str]]:
+    """A run of two epochs: its data, its store (tests use a copy), digests by user id."""
+    folder = tmp_path_factory.mktemp("first")
+    rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
+    data, store = write_rows(folder / "rows.jsonl", rows), folder / "store"
+    _, table = run(data, store, settings_of(tiny_model_dir, *STEADY, "train.epochs=2"))
+    return data, store, {row["user_id"]: row["digest"] for row in table}
+
+
+def test_users_own_several_prefixes_by_name(
+    first: tuple[Path, Path, dict[str, str]], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    _, first_store, digests_of_first = first
+    store = shutil.copytree(first_store, tmp_path / "store")
+    more = ("method.type=prompt", "registry.prefix_name=tone")
+    config = settings_of(tiny_model_dir, *ALWAYS, *more)
+    rows = [row for user, count in USERS.items() for row in user_rows(user, count, 1)]
+    _, table = run(write_rows(tmp_path / "tone.jsonl", rows), store, config)
+    tables = {
+        "default": digests_of_first,
+        "tone": {row["user_id"]: row["digest"] for row in table},
+    }
     for name, digests in tables.items():
         given = ask_service(store, config, dict.fromkeys(USERS, name))
         for user, digest in digests.items():
@@ -171,19 +192,17 @@ def test_users_own_several_prefixes_by_name(tiny_model_dir: Path, tmp_path: Path
 
 
 def test_trainings_start_from_the_champion_and_go_on_where_they_stopped(
-    tiny_model_dir: Path, tmp_path: Path
+    first: tuple[Path, Path, dict[str, str]], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    rows = [row for user, count in USERS.items() for row in user_rows(user, count)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    steady = [*ALWAYS, "train.schedule=constant", "train.keep_resume=true", "train.patience=null"]
+    data, first_store, digests_of_first = first
+    shutil.copytree(first_store, tmp_path / "one")
 
     def digests(store: str, *more: str) -> dict[str, str]:
-        _, table = run(data, tmp_path / store, settings_of(tiny_model_dir, *steady, *more))
+        _, table = run(data, tmp_path / store, settings_of(tiny_model_dir, *STEADY, *more))
         return {row["user_key"]: row["digest"] for row in table}
 
-    first = digests("one", "train.epochs=2")
-    for key, digest in first.items():
-        assert (tmp_path / "one" / resume_path(key, digest)).is_file()
+    for user, digest in digests_of_first.items():
+        assert (tmp_path / "one" / resume_path(user_key(user), digest)).is_file()
     further = digests("one", "train.epochs=4", "train.start=resume")
     at_once = digests("two", "train.epochs=4")
 
@@ -191,8 +210,8 @@ def test_trainings_start_from_the_champion_and_go_on_where_they_stopped(
         path = Store(tmp_path / store).path("prefixes", key[:2], key, f"{digest}.safetensors")
         return load_file(path)["decoder.0.keys"]
 
-    for key in first:
+    for key in at_once:
         assert (kv("one", key, further[key]) - kv("two", key, at_once[key])).abs().max() < 1e-5
     warm = digests("one", "train.epochs=1", "train.start=champion", "train.learning_rate=1e-9")
-    for key in first:
+    for key in at_once:
         assert (kv("one", key, warm[key]) - kv("one", key, further[key])).abs().max() < 1e-6

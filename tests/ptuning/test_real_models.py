@@ -46,9 +46,9 @@ def test_every_method_learns_and_answers_on_real_weights(backbone: ptuning.Backb
     prefixes = []
     for n, (name, method) in enumerate(METHODS.items()):
         answer = f"{('green', 'blue', 'red', 'black')[n]} as ever"
-        # Twelve steps are few for keys and values at their default learning rate.
+        # Six steps are few for keys and values at their default.
         rate = 0.03 if method.type == "prefix" else None
-        train = ptuning.TrainConfig(epochs=6, batch_size=2, patience=None, learning_rate=rate)
+        train = ptuning.TrainConfig(epochs=3, batch_size=2, patience=None, learning_rate=rate)
         result = ptuning.tune(
             backbone, {name: rows(answer)}, method=method, train=train, data=data
         )[name]

@@ -444,23 +444,31 @@ def http_server(status: int, body: bytes, wait: threading.Event | None = None) -
         thread.join(10)
 
 
-def assert_every_call_raises(registry: Registry, uri: str, seconds: float) -> None:
+def assert_every_call_raises(
+    registry: Registry, uri: str, seconds: float, *, at_once: bool = False
+) -> None:
+    """`at_once`: the calls wait together, where each waits for seconds."""
     user = new_user()
-    for call in (
-        lambda: registry.champion(user),
-        lambda: registry.current([user]),
-        lambda: registry.register(new_pack(), [entry(user)]),
-    ):
+
+    def check(call: Callable[[], object]) -> None:
         began = time.monotonic()
         with pytest.raises(RegistryError) as caught:
             call()
         assert time.monotonic() - began < seconds
         assert uri in str(caught.value)
 
+    calls: list[Callable[[], object]] = [
+        lambda: registry.champion(user),
+        lambda: registry.current([user]),
+        lambda: registry.register(new_pack(), [entry(user)]),
+    ]
+    with ThreadPoolExecutor(len(calls) if at_once else 1) as pool:
+        list(pool.map(check, calls))
+
 
 def test_a_server_that_is_down_raises_soon_and_never_reads_as_none() -> None:
     uri = f"http://127.0.0.1:{free_port()}"
-    assert_every_call_raises(open_at(uri), uri, seconds=20)
+    assert_every_call_raises(open_at(uri), uri, seconds=20, at_once=True)
 
 
 def test_a_server_that_never_answers_raises_after_its_timeout(
@@ -469,7 +477,7 @@ def test_a_server_that_never_answers_raises_after_its_timeout(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with http_server(200, b"{}", wait=threading.Event()) as uri:
-        assert_every_call_raises(open_at(uri), uri, seconds=10)
+        assert_every_call_raises(open_at(uri), uri, seconds=10, at_once=True)
 
 
 @pytest.mark.parametrize("body", [b"<html>Not Found</html>", b'{"detail": "Not Found"}', b"[]"])

@@ -219,9 +219,12 @@ def test_the_openai_client_raises_its_own_errors(served: Served) -> None:
 
 def test_concurrent_users_get_their_own_digests_on_both_replicas(served: Served) -> None:
     users = [f"user{n}" for n in range(8)]
-    prefixes = {
-        user: served.promote(user, length=1 + n, seed=20 + n) for n, user in enumerate(users)
-    }
+    prefixes = {}
+    for n, user in enumerate(users):
+        key = served.identity.user_key(user)
+        prefixes[user] = prefix_file(served.backbone, user, key=key, length=1 + n, seed=20 + n)
+        served.files.promote(prefixes[user])
+    served.publish(prefixes["user7"])  # waits until both replicas know them all
     alone = {user: served.post(user=user).json() for user in users}
     assert len({answer["choices"][0]["text"] for answer in alone.values()}) > 4
     with ThreadPoolExecutor(16) as pool:
@@ -371,6 +374,34 @@ def test_a_port_in_use_is_said_before_anything_starts(served: Served, tmp_path: 
         )
 
 
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A service that cannot come back, and its output: its engine was killed, and its model is
+    damaged. It waits for 40 s before it gives up."""
+    folder = tmp_path_factory.mktemp("lost")
+    model, port, output = save_llama(folder / "model"), free_port(), folder / "output.txt"
+    settings = {
+        "model": str(model),
+        "store": str(folder),
+        "serve": {"port": port, "model_name": MODEL, "start_timeout_s": 40, "num_threads": 1},
+    }
+    process = start(settings, output)
+    try:
+        wait_until(lambda: f":{port}" in output.read_text() or process.poll() is not None, 120)
+        assert process.poll() is None, output.read_text()
+        (model / "model.safetensors").write_bytes(b"no weights")
+        [engine] = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if "ServeReplica:ptuning:Engine" in " ".join(child.cmdline())
+        ]
+        engine.kill()
+        yield process, output
+    finally:
+        process.kill()
+
+
+@pytest.mark.usefixtures("lost")  # it gives up meanwhile
 def test_a_model_that_cannot_be_served_ends_the_start_with_its_reason(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "model")
     (model / "model.safetensors").write_bytes(b"no weights")
@@ -390,28 +421,11 @@ def test_a_model_that_cannot_be_served_ends_the_start_with_its_reason(tmp_path: 
     assert "safetensors" in text.lower() or "header" in text.lower()
 
 
-def test_a_service_that_cannot_come_back_ends_the_process_with_its_reason(tmp_path: Path) -> None:
-    model, port = save_llama(tmp_path / "model"), free_port()
-    settings = {
-        "model": str(model),
-        "store": str(tmp_path),
-        "serve": {"port": port, "model_name": MODEL, "start_timeout_s": 40, "num_threads": 1},
-    }
-    output = tmp_path / "output.txt"
-    process = start(settings, output)
-    try:
-        wait_until(lambda: f":{port}" in output.read_text() or process.poll() is not None, 120)
-        assert process.poll() is None, output.read_text()
-        (model / "model.safetensors").write_bytes(b"no weights")
-        [engine] = [
-            child
-            for child in psutil.Process(process.pid).children(recursive=True)
-            if "ServeReplica:ptuning:Engine" in " ".join(child.cmdline())
-        ]
-        engine.kill()
-        assert process.wait(180) == 1
-    finally:
-        process.kill()
+def test_a_service_that_cannot_come_back_ends_the_process_with_its_reason(
+    lost: tuple[subprocess.Popen[str], Path],
+) -> None:
+    process, output = lost
+    assert process.wait(180) == 1
     text = output.read_text()
     assert "ServeError: the service has" in text
     assert "safetensors" in text.lower() or "header" in text.lower()
