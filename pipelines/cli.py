@@ -137,13 +137,13 @@ def run(
     config = _load(model, config_file, settings)
     from rich.console import Console
 
-    from pipelines.opening import check_place
+    from pipelines.opening import check_places
     from pipelines.report.progress import RunProgress
     from pipelines.report.summary import print_report
     from pipelines.run import execute
     from ptuning.store import Store
 
-    check_place(store)
+    check_places(store, sources)
     console = Console()
     with RunProgress(console) as progress:
         facts = execute(sources, Store(store), config, progress)

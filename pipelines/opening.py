@@ -75,17 +75,20 @@ def reach_registry(
     return registry
 
 
-def check_place(store: str) -> None:
-    """Raise ConfigError for a relative store in a job of `ray job submit`: it would lie in a copy
-    of the working directory, which Ray removes afterwards."""
-    relative = "://" not in store and not os.path.isabs(os.path.expanduser(store))
-    if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        raise ConfigError(
-            "a job's store needs an absolute path",
-            seen=store,
-            expected="a directory that all nodes can see, or s3://bucket/prefix",
-            fix="set --store; the job's working directory is a copy that is removed after the job",
-        )
+def check_places(store: str, sources: Sequence[str]) -> None:
+    """Raise ConfigError for relative places in a job of `ray job submit`. They would lie in a copy
+    of the working directory that Ray removes afterwards, and each job's copy has another path, so
+    that its files would count as new ones."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    for option, place in (("--store", store), *(("--data", source) for source in sources)):
+        if "://" not in place and not os.path.isabs(os.path.expanduser(place)):
+            raise ConfigError(
+                "a job's store and data need absolute paths",
+                seen=f"{option} {place}",
+                expected="a path that all nodes can see, or s3://bucket/prefix",
+                fix="the job's working directory is a copy that is removed after the job",
+            )
 
 
 def _check_writable(store: Store) -> None:

@@ -229,8 +229,9 @@ def _check_shrink(shrunk: int, served: int, most: float) -> None:
         "too many users would lose their prefix: their rows are gone or too few",
         seen=f"{shrunk:,} of {served:,} served users",
         expected=f"at most data.max_shrink = {most:g} of them",
-        fix="check that --data names all rows (the input is taken as complete); if these users "
-        "did leave, raise data.max_shrink, or keep their prefixes with data.on_shrink=keep",
+        fix="check that --data is complete (under data.delivery=snapshot what is missing is gone); "
+        "if these users did leave, raise data.max_shrink, or keep their prefixes with "
+        "data.on_shrink=keep",
     )
 
 

@@ -23,7 +23,7 @@ from pipelines.plan import IndexRow, Plan
 from pipelines.report.page import html_report
 from pipelines.report.progress import RunProgress
 from pipelines.report.summary import RunFacts, make_summary, users_table
-from pipelines.rows.manifest import Delivery
+from pipelines.rows.manifest import Delivery, record_delivery
 from pipelines.rows.partition import make_partition
 from ptuning.registry import registry_uri
 from ptuning.store import Store
@@ -65,6 +65,13 @@ def execute(
             with watch.time("plan"):
                 rows = stages.read_rows(run)
                 plan = stages.plan_run(run, registry, rows)
+                record_delivery(  # not before: the plan may refuse what was delivered
+                    store,
+                    config.registry.prefix_name,
+                    part.partition_id,
+                    part.delivered,
+                    config.data.delivery,
+                )
             with watch.time("partition"):
                 stages.gather(run, plan, rows, _rows_of(progress))
             registrar = stages.Registrar(run, plan, registry)

@@ -113,4 +113,4 @@ def test_all_candidates_find_the_same_users_and_keep_the_same_rows(tmp_path: Pat
     ours = records[0]
     assert ours["counts"]["read"] == 2000
     assert ours["counts"]["changed"] == 1
-    assert all(record["memory"]["all"] > 0 and record["cpu"]["first"] > 0 for record in records)
+    assert all(record["memory"]["all"] > 0 for record in records)

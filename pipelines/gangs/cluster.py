@@ -39,8 +39,8 @@ def session(config: RayConfig) -> Iterator[float]:
     begin = time.monotonic()
     ours = not ray.is_initialized()
     if ours:
-        address = config.address or os.environ.get("RAY_ADDRESS")
-        if address is None:
+        address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
             # A local Ray is only for this machine, so it must listen on loopback only. Without
             # clusters, Ray sets the node's address to 127.0.0.1, as on Windows.
             environment.keep_new_ray_on_loopback()
@@ -51,12 +51,12 @@ def session(config: RayConfig) -> Iterator[float]:
             environment.silence_loggers()
             with environment.neutral_directory():
                 ray.init(
-                    address=address or "local",
-                    include_dashboard=False if address is None else None,
+                    address=address,
+                    include_dashboard=False if address == "local" else None,
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                     configure_logging=False,
-                    runtime_env=_runtime_env(config) if address else config.runtime_env,
+                    runtime_env=config.runtime_env if address == "local" else _runtime_env(config),
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RunError(

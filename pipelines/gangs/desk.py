@@ -65,7 +65,8 @@ class Desk:
         pack = self._ledger.find(pack_id)
         if pack is None or committed:
             self._ledger.done(pack_id)
-            self._committed.append(pack_id)
+            if committed:
+                self._committed.append(pack_id)
         else:
             self._follow_record(pack)
 

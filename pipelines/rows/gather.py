@@ -93,8 +93,7 @@ def read_users(store: Store, folder: str, user_keys: Sequence[str]) -> dict[str,
     numbers = sorted({bisect_right(firsts, key) - 1 for key in keys} - {-1})
     users: dict[str, list[Example]] = {}
     for number in numbers:
-        file = open_parquet(store, file_name(folder, number))
-        table = _read_wanted(file, keys)
+        table = _read_wanted(store, file_name(folder, number), keys)
         splits = table["split"].to_pylist()
         found = zip(table["user_key"].to_pylist(), splits, examples_of(table), strict=True)
         for key, split, example in found:
@@ -104,17 +103,25 @@ def read_users(store: Store, folder: str, user_keys: Sequence[str]) -> dict[str,
         raise RunError(
             "users have no rows in the run's folder",
             seen=f"{len(missing)} missing in {store.path(folder)}, first {missing[0]}",
-            fix="remove the run's folder and run again",
+            fix="remove that folder and run again",
         )
     return users
 
 
-def _read_wanted(file: pq.ParquetFile, keys: Sequence[str]) -> pa.Table:
+def _read_wanted(store: Store, name: str, keys: Sequence[str]) -> pa.Table:
     wanted = Wanted(keys=keys)
-    metadata = file.metadata
-    ranges = [
-        metadata.row_group(group).column(0).statistics for group in range(metadata.num_row_groups)
-    ]
-    groups = [at for at, found in enumerate(ranges) if wanted.may_have(found.min, found.max)]
-    table = file.read_row_groups(groups)
+    try:
+        file = open_parquet(store, name)
+        ranges = [
+            file.metadata.row_group(group).column(0).statistics
+            for group in range(file.metadata.num_row_groups)
+        ]
+        groups = [at for at, found in enumerate(ranges) if wanted.may_have(found.min, found.max)]
+        table = file.read_row_groups(groups)
+    except pa.ArrowException as error:
+        raise RunError(
+            "a file of gathered rows is damaged",
+            seen=f"{store.path(name)}: {error}",
+            fix=f"remove {store.path(name.rsplit('/', 1)[0])} and run again",
+        ) from error
     return table.filter(wanted.mask(table["user_key"]))

@@ -24,8 +24,10 @@ from pipelines.rows.streams import (
     EXPECTED,
     Chunk,
     InputFile,
+    changed_meanwhile,
     guess_format,
     open_binary,
+    open_filesystem,
     reading,
     recognise,
 )
@@ -41,10 +43,9 @@ _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A file's chunks, and the digest of its contents (SHA-256, hex)."""
+    """A file's chunks."""
 
     file: InputFile
-    digest: str
     chunks: tuple[Chunk, ...]
 
 
@@ -87,7 +88,7 @@ def _expand(source: str) -> Listing:
                 )
             return Listing((file,), ())
         if fs.isdir(path):
-            infos = fs.find(path, detail=True)
+            infos = _walk(path) if local else fs.find(path, detail=True)
             infos = {n: info for n, info in infos.items() if not _is_hidden(n.removeprefix(path))}
         else:
             infos = fs.glob(path, detail=True)
@@ -98,7 +99,11 @@ def _expand(source: str) -> Listing:
             raise
         # Network file systems raise their client's exceptions.
         raise DataError("the input cannot be listed", seen=f"{source}: {error}") from error
-    urls = {_url(fs, name): info for name, info in infos.items() if info["type"] == "file"}
+    urls = {
+        _url(fs, name): info
+        for name, info in infos.items()
+        if info["type"] == "file" or (local and os.path.isfile(name))
+    }
     files = {url: _input_file(url, info) for url, info in urls.items()}
     known = tuple(file for file in files.values() if file is not None)
     if not known:
@@ -110,12 +115,27 @@ def _expand(source: str) -> Listing:
     return Listing(known, tuple(url for url, file in files.items() if file is None))
 
 
+def _walk(folder: str) -> dict[str, dict[str, Any]]:
+    """The files below a local folder, through links too; no folder twice."""
+    found: dict[str, dict[str, Any]] = {}
+    seen = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen |= set(real.values())
+        for name in files:
+            path = os.path.join(parent, name)
+            if os.path.isfile(path):
+                found[path] = {"type": "file", "size": os.path.getsize(path)}
+    return found
+
+
 def _filesystem(source: str) -> tuple[Any, str]:
     local = source.removeprefix("file://")
     if "://" not in local:
         return fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(local))
     try:
-        fs, path = fsspec.core.url_to_fs(source)
+        fs, path = open_filesystem(source)
     except Exception as error:  # no package for the protocol, unknown protocol, no credentials
         raise DataError("this kind of input cannot be read", seen=f"{source}: {error}") from error
     return fs, str(path).rstrip("/")
@@ -131,7 +151,7 @@ def _input_file(url: str, info: Mapping[str, Any]) -> InputFile | None:
         return None
     kind, compression = known
     stamp = _remote_stamp(info) if "://" in url else _stamp_of(url)
-    size = int(info["size"])
+    size = int(info["size"]) if "://" in url else os.path.getsize(url)
     return InputFile(url, kind, size, compression, folders=_folders(url), stamp=stamp)
 
 
@@ -147,32 +167,27 @@ def _is_hidden(relative: str) -> bool:
 
 
 def inspect(file: InputFile, chunk_bytes: int = CHUNK_BYTES) -> Inspected:
-    """Read a file once, for its digest and chunks. Raises DataError if it cannot be read."""
+    """Read a file once, for its chunks. Raises DataError if it cannot be read."""
     with reading(file), open_binary(file.url) as stream:
         file = recognise(file, stream)
-        file = replace(file, stamp="" if _is_fresh(file) else file.stamp)
+        file = replace(file, is_fresh=_is_fresh(file))
         if file.kind == "jsonl" and file.is_plain:
             chunks = tuple(_cut_lines(stream, chunk_bytes))
-            joined = "".join(chunk.digest for chunk in chunks)
             size = sum(chunk.size for chunk in chunks)
-            return Inspected(replace(file, size=size), _sha256(joined), chunks)
+            return Inspected(replace(file, size=size), chunks)
         digest, size = _scan(stream)
         file = replace(file, size=size)
         if file.kind == "parquet":
             stream.seek(0)
-            return Inspected(file, digest, _cut_row_groups(stream, digest, chunk_bytes))
+            return Inspected(file, _cut_row_groups(stream, digest, chunk_bytes))
     whole = (Chunk(0, size, 1, size, digest),) if size else ()
-    return Inspected(file, digest, whole)
+    return Inspected(file, whole)
 
 
 def check_unchanged(file: InputFile) -> None:
-    """Raise DataError if a file is not as it was when it was inspected."""
+    """Raise DataError if a file's stamp is not that of its inspection."""
     if file.stamp and _stamp_of(file.url) not in ("", file.stamp):
-        raise DataError(
-            "an input file changed while it was read",
-            seen=file.url,
-            fix="run again when it is complete",
-        )
+        raise changed_meanwhile(file)
 
 
 def _stamp_of(url: str) -> str:
@@ -183,7 +198,7 @@ def _stamp_of(url: str) -> str:
         except OSError:
             return ""  # reading it will say why
         return f"{found.st_size}-{found.st_mtime_ns}"
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = open_filesystem(url)
     return _remote_stamp(fs.info(path))
 
 

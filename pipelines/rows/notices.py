@@ -86,6 +86,7 @@ def make_notices(counts: Mapping[tuple[str, str], int]) -> tuple[Notice, ...]:
 
 
 def _notice(kind: Kind, subject: str, count: int) -> Notice:
+    subject = subject.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name
     text = _TEXTS[kind].format(subject=subject, count=count)
     return Notice(kind=kind, subject=subject, count=count, text=text)
 

@@ -44,10 +44,12 @@ from pipelines.rows.index import (
 )
 from pipelines.rows.inputs import CHUNK_BYTES, Inspected, Listing, find_files, inspect
 from pipelines.rows.manifest import (
+    Delivered,
     Entry,
     add_delivery,
+    chunks_name,
     drop_copies,
-    files_of,
+    read_delivered,
     read_entries,
     write_entries,
 )
@@ -74,11 +76,10 @@ from pipelines.rows.stored import (
 from pipelines.rows.streams import InputFile
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
-from ptuning.errors import DataError, RunError
+from ptuning.errors import DataError, PTuningError, RunError
 from ptuning.store import Store
 
 FORMAT = 3  # of everything below partitions/; part of the id
-_RACES = 20  # deliveries by other runs that one run waits out
 _GROUP_BYTES, _GROUP_FILES = 64 << 20, 500  # small files that share a task
 _JOB_USERS = 20_000  # changed users per indexing task
 QUARANTINE_SCHEMA = pa.schema(
@@ -117,18 +118,16 @@ def make_partition(
     `backbone` is the name of the model whose tokenizer decides which rows fit, or its Template.
     `identity` is the store's, for the users' keys. A finished partition of the same data,
     configuration, rules and template is reused. Raises DataError (no or unreadable input, too many
-    bad rows, a file with only bad rows), or RunError if Ray is not initialised. Example:
+    bad rows, a file with only bad rows), or RunError if Ray is not initialised. The files count as
+    delivered once `record_delivery` is called with the partition's `delivered`. Example:
     `make_partition(["rows.jsonl"], store, DataConfig(), "smollm2", open_identity(store)).users`.
     """
     if not ray.is_initialized():
         raise RunError("Ray is not initialised", fix="call ray.init() before make_partition()")
     listing = find_files(sources)
     template = backbone if isinstance(backbone, Template) else _load_template(backbone, config)
-    work = _Work(store, config, template, identity, listing, series, progress, sizes or Sizes())
-    for _ in range(_RACES):
-        if (made := work.try_once()) is not None:
-            return made
-    raise RunError("other runs deliver to this store all the time", seen=store.root)
+    work = _Work(store, config, template, identity, listing, progress, sizes or Sizes())
+    return work.run(read_delivered(store, series))
 
 
 def _load_template(backbone: str, config: DataConfig) -> Template:
@@ -146,7 +145,7 @@ def gather_users(
 ) -> None:
     """Bring the rows of each user together, in files below `folder` (gather.py). `users` are (key,
     rows), sorted by key."""
-    entries = read_entries(store, partition_folder(part.partition_id))
+    entries = read_entries(store, chunks_name(part.partition_id))
     shards = _Shared([entry.shards for entry in entries if entry.shards.rows])
     files = cut_users(users)
     jobs = [
@@ -168,7 +167,6 @@ class _Work:
         template: Template,
         identity: UserKeys,
         listing: Listing,
-        series: str,
         progress: Progress | None,
         sizes: Sizes,
     ) -> None:
@@ -178,22 +176,16 @@ class _Work:
         fit = fit_name(template.digest, config.max_length)
         self.rules = IndexRules(fit, config.max_rows, config.min_examples)
         self.started = time.monotonic()
-        self._delivered = f"partitions/delivered/{series}.json"
-        self._inspected: dict[str, Inspected] = {}
 
-    def try_once(self) -> Partition | None:
-        """The partition; None if another run has delivered to the store meanwhile."""
-        delivered = self.store.read_versioned(self._delivered)
-        before = "" if delivered is None else str(json.loads(delivered[0])["partition_id"])
-        known = read_entries(self.store, partition_folder(before)) if before else []
-        files = self._files(files_of(known))
+    def run(self, before: Delivered) -> Partition:
+        """The partition of what was delivered before and is delivered now."""
+        delivered = self._inspect(before.files)
+        files = add_delivery(before.files, delivered, self.config.delivery)
         kept, copies = drop_copies([(item, self._names(item)) for item in files])
         partition_id = self._partition_id(name for _, names in kept for name in names)
         part = read_partition(self.store, partition_id)
         if part is None:
-            part = self._make(partition_id, kept, known)
-        if partition_id != before and not self._record(partition_id, delivered):
-            return None
+            part = self._make(partition_id, kept, before.partition_id)
         here = {file.url for file in self.listing.files}
         notices = {("unread_file", url): 1 for url in self.listing.unread}
         notices |= {("copied_file", url): 1 for url in copies}
@@ -201,8 +193,9 @@ class _Work:
             part,
             files=len(files),
             earlier_files=sum(item.file.url not in here for item in files),
-            shrunk=self._count_shrunk(before, part),
+            shrunk=self._count_shrunk(before.partition_id, part),
             notices=(*make_notices(notices), *part.notices),
+            delivered=tuple(delivered),
         )
 
     def _count_shrunk(self, before: str, now: Partition) -> int:
@@ -213,32 +206,30 @@ class _Work:
         tasks = [partial(count_shrunk, self.store.root, part, now.buckets) for part in parts]
         return sum(run_all(tasks, "compare", self._report))
 
-    def _record(self, partition_id: str, before: tuple[bytes, str] | None) -> bool:
-        """Make the partition what has been delivered, unless that has changed meanwhile."""
-        data = json.dumps({"partition_id": partition_id}).encode()
-        if before is None:
-            return self.store.put_if_absent(self._delivered, data)
-        return self.store.replace_if_unchanged(self._delivered, data, before[1])
-
-    def _files(self, known: dict[str, Inspected]) -> list[Inspected]:
-        """The partition's files. Only those are opened whose stamp is not known."""
-        known_stamps = {url: item for url, item in known.items() if item.file.stamp}
+    def _inspect(self, known: dict[str, Inspected]) -> list[Inspected]:
+        """The listed files. Only those are opened whose stamp is not known, or may be out of
+        date."""
+        found: dict[str, Inspected] = {}
         new = []
         for file in self.listing.files:
-            item = self._inspected.get(file.url) or known_stamps.get(file.url)
-            if item is None or (item.file.stamp or file.stamp) != file.stamp:
+            item = known.get(file.url)
+            if (
+                item is None
+                or not file.stamp
+                or item.file.is_fresh
+                or item.file.stamp != file.stamp
+            ):
                 new.append(file)
             else:
-                self._inspected[file.url] = item
+                found[file.url] = item
         tasks = [
             partial(_inspect_files, group, self.sizes.chunk_bytes)
             for group in _groups(new, lambda file: file.size)
         ]
         if tasks:
-            found = run_all(tasks, "inspect", self._report)
-            self._inspected |= {item.file.url: item for items in found for item in items}
-        delivered = [self._inspected[file.url] for file in self.listing.files]
-        return add_delivery(known, delivered, self.config.delivery)
+            inspected = run_all(tasks, "inspect", self._report)
+            found |= {item.file.url: item for items in inspected for item in items}
+        return [found[file.url] for file in self.listing.files]
 
     def _names(self, item: Inspected) -> tuple[str, ...]:
         columns, identity = self.config.columns, self._identity
@@ -256,9 +247,10 @@ class _Work:
         self,
         partition_id: str,
         files: Sequence[tuple[Inspected, tuple[str, ...]]],
-        known: Sequence[Entry],
+        before: str,
     ) -> Partition:
         folder = partition_folder(partition_id)
+        known = read_entries(self.store, chunks_name(before)) if before else []
         base, base_entries = self._base()
         entries = self._read(files, [*known, *base_entries], base_entries)
         chunks = [entry for entry in entries if entry.chunk is not None]
@@ -289,7 +281,7 @@ class _Work:
             notices=make_notices(counts),
             bad_files=bad.files,
         )
-        write_entries(self.store, folder, entries)
+        write_entries(self.store, chunks_name(partition_id), entries)
         write_partition(self.store, part, {"config": self.config.model_dump(mode="json")})
         self.store.write_json(self._latest, {"partition_id": partition_id})
         return part
@@ -308,9 +300,7 @@ class _Work:
             return None, []
         partition_id = self.store.read_json(self._latest)["partition_id"]
         base = read_partition(self.store, partition_id)
-        return base, [] if base is None else read_entries(
-            self.store, partition_folder(partition_id)
-        )
+        return base, [] if base is None else read_entries(self.store, chunks_name(partition_id))
 
     # --- chunks to shards -------------------------------------------------------------------
 
@@ -347,9 +337,9 @@ class _Work:
         entries = []
         for item, names in files:
             for chunk, name in zip(item.chunks, names, strict=True):
-                entries.append(Entry(item.file, item.digest, chunk, made[name], unfit[name]))
+                entries.append(Entry(item.file, chunk, made[name], unfit[name]))
             if not names:
-                entries.append(Entry(item.file, item.digest, None, Shards("")))
+                entries.append(Entry(item.file, None, Shards("")))
         return entries
 
     def _read_chunks(self, jobs: Sequence[ChunkJob]) -> Iterator[tuple[Shards, int]]:
@@ -532,7 +522,8 @@ def _lost_files(entries: Iterable[Entry]) -> list[tuple[tuple[str, str], int]]:
         bad[entry.file.url] += entry.shards.bad
         if entry.shards.rows or entry.shards.unlearned:
             used.add(entry.file.url)
-    return [(("lost_file", url), n) for url, n in sorted(bad.items()) if n and url not in used]
+    lost = [(url, n) for url, n in sorted(bad.items()) if n and url not in used]
+    return [(("lost_file", url), n) for url, n in lost]
 
 
 def _only_bad(
@@ -592,6 +583,11 @@ def _any_between(keys: Sequence[str], first: str, end: str) -> bool:
     return at < len(keys) and keys[at] < end
 
 
+def _is_known(before: InputFile, now: InputFile) -> bool:
+    """Whether a file is surely as it was when it was inspected."""
+    return bool(now.stamp) and now.stamp == before.stamp and not before.is_fresh
+
+
 def _inspect_files(files: list[InputFile], chunk_bytes: int) -> list[Inspected]:
     return [inspect(file, chunk_bytes) for file in files]
 
@@ -630,9 +626,12 @@ def _read_group(
         _templates[digest] = ray.get(template[0])
     made = []
     for job in pickle.loads(row["jobs"]):
-        shards = make_shards(job)
         unfit = 0
-        if not shards.broken:
-            unfit = measure(Store(job.root), shards, _templates[digest], max_length)
+        try:
+            shards = make_shards(job)
+            if not shards.broken:
+                unfit = measure(Store(job.root), shards, _templates[digest], max_length)
+        except PTuningError as error:  # Ray Data would hide it in an error of its own
+            shards = Shards(job.name, broken=str(error))
         made.append((shards, unfit))
     return {"made": pickle.dumps(made)}

@@ -22,7 +22,14 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.rows.streams import UNREADABLE, Chunk, InputFile, open_binary, open_content
+from pipelines.rows.streams import (
+    UNREADABLE,
+    Chunk,
+    InputFile,
+    open_binary,
+    open_chunk,
+    open_content,
+)
 from ptuning.data.columns import Columns
 from ptuning.data.times import EpochMs
 from ptuning.data.values import Notes
@@ -49,35 +56,26 @@ def read_chunk(file: InputFile, chunk: Chunk, columns: Columns, notes: Notes) ->
     if file.kind == "parquet":
         with open_binary(file.url) as stream:
             yield from _read_parquet(stream, chunk, columns)
-    elif file.kind == "jsonl" and file.is_plain:
-        with open_binary(file.url) as stream:
-            stream.seek(chunk.start)
-            yield from _read_jsonl(stream, chunk.first_row, chunk.end - chunk.start)
-    else:
-        with open_content(file) as stream:
-            if file.kind == "csv":
-                yield from _read_csv(stream, file, columns, notes)
-            elif file.kind == "json":
-                yield from _read_values(stream)
-            else:
-                yield from _read_jsonl(stream, chunk.first_row, None)
+        return
+    with open_chunk(file, chunk) as stream:
+        if file.kind == "csv":
+            yield from _read_csv(stream, file, columns, notes)
+        elif file.kind == "json":
+            yield from _read_values(stream)
+        else:
+            yield from _read_jsonl(stream, chunk.first_row)
 
 
-def _read_jsonl(stream: IO[bytes], first_row: int, length: int | None) -> Iterator[RawRow]:
-    """Read JSONL, numbered by line. Blank lines are counted but skipped. `length` is in bytes."""
-    number, done = first_row - 1, 0
-    while length is None or done < length:
-        line = stream.readline(MAX_LINE)
-        if not line:
-            return
-        number, done = number + 1, done + len(line)
+def _read_jsonl(stream: IO[bytes], first_row: int) -> Iterator[RawRow]:
+    """Read JSONL, numbered by line. Blank lines are counted but skipped."""
+    number = first_row - 1
+    while line := stream.readline(MAX_LINE):
+        number += 1
         if len(line) == MAX_LINE and not line.endswith(b"\n"):
             while (rest := stream.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                done += len(rest)
-            done += len(rest)
+                pass
             yield number, f"the line is longer than {MAX_LINE >> 20} MiB"
-            continue
-        if line.strip():
+        elif line.strip():
             yield number, _parse_json(line)
 
 

@@ -48,9 +48,9 @@ from ptuning.errors import DataError
 from ptuning.store import Store
 from ptuning.types import Example, Message
 
-FORMAT = 1  # of a chunk's files; part of their names
 SHARD_BYTES = 16 << 20  # text per shard
 GROUP_ROWS = 2048  # rows per row group: what is read for one user
+FORMAT = [1, SHARD_BYTES, GROUP_ROWS]  # of a chunk's files; part of their names
 _FIRST, _LAST = 10**11, 10**14  # numbers between these are epoch milliseconds, as they are
 _MOST_LAYOUTS = 256  # every JSONL row may have different keys
 
@@ -132,7 +132,7 @@ def chunk_name(chunk: Chunk, file: InputFile, columns: ColumnNames, keys: UserKe
     sources = Columns(columns).layout(tuple(stated)).sources
     folders = sorted([field, stated[name]] for field, name in sources.items())
     rules = [
-        [FORMAT, ROW_RULES],
+        [*FORMAT, ROW_RULES],
         columns.model_dump(mode="json"),
         [file.kind, file.compression, file.encoding],
         folders,
@@ -282,14 +282,19 @@ class _Rows:
             return False
         split = raw[names.split] if names.split is not None else None
         time = raw[names.timestamp] if names.timestamp is not None else None
-        if split not in CODES or not (time is None or type(time) is int):
+        if not (split is None or (type(split) is str and split in CODES)):
             return False
+        if not (time is None or type(time) is int):
+            return False
+        notes = Notes()  # counted once it is known that the row is good
         try:
-            stamp = time if time is None or _FIRST <= time < _LAST else read_time(time, self.notes)
+            stamp = time if time is None or _FIRST <= time < _LAST else read_time(time, notes)
             digest = digest_fields(stamp, prompt, completion)
             key = self._key_of(user_id)
         except (DataError, UnicodeEncodeError):
             return False
+        if notes:
+            self.notes.update(notes)
         layout.uses += 1
         self.size += 64 + len(prompt) + len(completion)
         self.good.append(

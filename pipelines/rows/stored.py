@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipelines.rows.choose import INDEX_SCHEMA
 from pipelines.rows.index import Bucket, IndexRules, iterate_index
+from pipelines.rows.inputs import Inspected
 from pipelines.rows.notices import BadFile, Notice, bad_files_from, notices_from
 from ptuning.errors import RunError
 from ptuning.store import Store
@@ -49,6 +50,8 @@ class Partition:
     last_user: tuple[int, str] | None = None
     notices: tuple[Notice, ...] = ()
     bad_files: tuple[BadFile, ...] = ()
+    # The files of this call; not in the record.
+    delivered: tuple[Inspected, ...] = field(default=(), compare=False, repr=False)
 
 
 def partition_folder(partition_id: str) -> str:
@@ -57,7 +60,7 @@ def partition_folder(partition_id: str) -> str:
 
 def write_partition(store: Store, part: Partition, more: dict[str, Any]) -> None:
     """Commit a partition; `more` is for people to read."""
-    record = dataclasses.asdict(part) | more
+    record = dataclasses.asdict(dataclasses.replace(part, delivered=())) | more
     store.write_json(f"{partition_folder(part.partition_id)}/manifest.json", record)
 
 
@@ -67,12 +70,13 @@ def read_partition(store: Store, partition_id: str) -> Partition | None:
     if not store.exists(name):
         return None
     record = store.read_json(name)
-    values = {field.name: record[field.name] for field in dataclasses.fields(Partition)}
+    values = {part.name: record[part.name] for part in dataclasses.fields(Partition)}
     values["rules"] = IndexRules(**values["rules"])
     values["buckets"] = tuple(Bucket(**bucket) for bucket in values["buckets"])
     values["last_user"] = None if values["last_user"] is None else tuple(values["last_user"])
     values["notices"] = notices_from(values["notices"])
     values["bad_files"] = bad_files_from(values["bad_files"])
+    values["delivered"] = ()
     return Partition(**values)
 
 

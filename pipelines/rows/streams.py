@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import hashlib
 import io
 import json
 import zlib
@@ -54,7 +55,8 @@ class InputFile:
 
     `folders` are the columns in the names of its folders (`split=test`). `stamp` changes when the
     contents do: the etag in an object store, size and time of change on a disk. It is "" where
-    neither is known.
+    neither is known. `is_fresh`: the file changed so recently when it was inspected that another
+    change may have the same stamp.
     """
 
     url: str
@@ -64,6 +66,7 @@ class InputFile:
     encoding: str = "utf-8"
     folders: tuple[tuple[str, str], ...] = ()
     stamp: str = ""
+    is_fresh: bool = False
 
     @property
     def name(self) -> str:
@@ -130,12 +133,64 @@ def unreadable(file: InputFile, error: Exception) -> DataError:
     )
 
 
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The file system of a URI, without its cache of listings: files change between runs of one
+    process."""
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, str(path)
+
+
 def open_binary(url: str) -> IO[bytes]:
     """A buffered, seekable reader of a path or URI."""
     if "://" not in url:
         return open(url, "rb", buffering=1 << 20)
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = open_filesystem(url)
     return io.BufferedReader(fs.open(path, "rb"), 1 << 20)
+
+
+class _Hashed(io.RawIOBase):
+    """The bytes of a chunk, which are hashed as they are read."""
+
+    def __init__(self, stream: IO[bytes], chunk: Chunk) -> None:
+        stream.seek(chunk.start)
+        self._stream, self._left = stream, chunk.end - chunk.start
+        self._digest = hashlib.sha256()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(min(len(buffer), self._left))
+        self._digest.update(data)
+        self._left -= len(data)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def hexdigest(self) -> str:
+        """Of the whole chunk: what nobody has read yet is read."""
+        while data := self._stream.read(min(_HEAD, self._left)):
+            self._digest.update(data)
+            self._left -= len(data)
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def open_chunk(file: InputFile, chunk: Chunk) -> Iterator[IO[bytes]]:
+    """The content of a chunk of text, decompressed and as UTF-8. Raises DataError if it is not what
+    was inspected: under its digest, a chunk is kept for ever."""
+    with ExitStack() as stack:
+        hashed = _Hashed(stack.enter_context(open_binary(file.url)), chunk)
+        yield _content(stack, io.BufferedReader(hashed, 1 << 20), file)
+        if hashed.hexdigest() != chunk.digest:
+            raise changed_meanwhile(file)
+
+
+def changed_meanwhile(file: InputFile) -> DataError:
+    return DataError(
+        "an input file changed while it was read",
+        seen=file.url,
+        fix="run again when it is complete",
+    )
 
 
 @contextmanager
@@ -146,7 +201,7 @@ def open_content(file: InputFile) -> Iterator[IO[bytes]]:
         yield _content(stack, raw, file)
 
 
-def _content(stack: ExitStack, raw: IO[bytes], file: InputFile) -> IO[bytes]:
+def _content(stack: ExitStack, raw: Any, file: InputFile) -> IO[bytes]:
     stream: Any = raw
     if file.compression == "gzip":
         stream = stack.enter_context(gzip.GzipFile(fileobj=raw))

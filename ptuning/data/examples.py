@@ -35,7 +35,7 @@ _SLACK = 16  # tokens that text and template may take more when tokenised togeth
 
 
 class DataConfig(Config):
-    """Which rows are used, and how they are partitioned on disk."""
+    """Which rows are used, and how a delivery changes them."""
 
     SECTION: ClassVar[str] = "data"
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import socket
 import time
 import uuid
 from pathlib import Path
 
 _STALE_SECONDS = 24 * 3600
+_ATTEMPT = re.compile(r"(\d+)-(\d+)-[0-9a-f]{32}-(.+)\.tmp")  # time, process, host
 
 
 def write_atomic(
@@ -25,6 +28,11 @@ def write_atomic(
     attempt = _write_attempt(path, data, attempts)
     try:
         os.replace(attempt, path)
+    except OSError as error:
+        attempt.unlink(missing_ok=True)
+        if error.errno == errno.EXDEV and attempts is not None:  # a folder on another volume
+            return write_atomic(target, data)
+        raise
     except BaseException:
         attempt.unlink(missing_ok=True)
         raise
@@ -44,6 +52,10 @@ def write_new(
         os.link(attempt, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno == errno.EXDEV and attempts is not None:
+            return write_new(target, data)
+        raise
     finally:
         attempt.unlink(missing_ok=True)
     return True
@@ -58,7 +70,9 @@ def sweep_attempts(attempts: str | os.PathLike[str]) -> None:
 
 
 def _is_alive(attempt: str) -> bool:
-    began, pid, _, host = attempt.removesuffix(".tmp").split("-", 3)
+    if (named := _ATTEMPT.fullmatch(attempt)) is None:
+        return True  # not ours
+    began, pid, host = named.groups()
     if host != socket.gethostname():
         return time.time() - int(began) < _STALE_SECONDS
     try:

@@ -108,7 +108,7 @@ def test_a_store_in_the_jobs_own_folder_is_refused(
     data = write_rows(tmp_path / "rows.jsonl", user_rows("ann", 10))
     code, output = head.submit(*command(data, Path("store"), tiny_model_dir))
     assert code != 0
-    assert "a job's store needs an absolute path" in output
+    assert "a job's store and data need absolute paths" in output
 
 
 def test_without_the_clusters_token_nothing_is_submitted(head: Head) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from pipelines.config import RayConfig
+from pipelines.gangs import cluster
 from pipelines.gangs.cluster import session
 from pipelines.gangs.train import Expected, check_node, package_versions
-from pipelines.opening import check_place
+from pipelines.opening import check_places
 from ptuning.errors import ConfigError, RunError
 from ptuning.system.ports import free_port
 
@@ -74,10 +75,30 @@ def test_a_node_that_differs_is_refused_with_both_versions() -> None:
     assert caught.value.expected == expected
 
 
-def test_a_jobs_store_has_an_absolute_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_place("store")
+def test_a_jobs_store_and_data_have_absolute_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_places("store", ["rows.jsonl"])
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     for store in ("/data/store", "~/store", "s3://bucket/store"):
-        check_place(store)
-    with pytest.raises(ConfigError, match="absolute path"):
-        check_place("./ptuning-store")
+        check_places(store, ["/rows.jsonl", "s3://bucket/rows"])
+    for store, source in (("./ptuning-store", "/rows.jsonl"), ("/store", "rows.jsonl")):
+        with pytest.raises(ConfigError, match="absolute paths"):
+            check_places(store, [source])
+
+
+@pytest.mark.parametrize("value", ["", "local", None])
+def test_a_ray_of_our_own_stays_on_loopback_whatever_says_so(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, Any]] = []
+    guarded: list[str] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: started.append(options))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "set_private", lambda _, name, value: guarded.append(name))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("RAY_ADDRESS", value)
+    _join(RayConfig())
+    (options,) = started
+    assert (options["address"], options["include_dashboard"]) == ("local", False)
+    assert guarded == ["ENABLE_RAY_CLUSTER"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from pathlib import Path
@@ -19,6 +18,7 @@ from partition_rows import (
     write_jsonl,
 )
 
+from pipelines.rows.manifest import read_delivered, record_delivery
 from pipelines.rows.partition import Sizes, make_partition
 from pipelines.rows.stored import Partition
 from ptuning.data.encode import Template
@@ -40,7 +40,9 @@ class Deliveries:
         self.read = self.inspected = 0
         self.new_index_files = 0
 
-    def deliver(self, *sources: Path, config: DataConfig = APPEND) -> Partition:
+    def deliver(
+        self, *sources: Path, config: DataConfig = APPEND, series: str = "default"
+    ) -> Partition:
         self.read = self.inspected = 0
 
         def note(stage: str, done: int, total: int) -> None:
@@ -56,9 +58,11 @@ class Deliveries:
             config,
             self.template,
             KEYS,
+            series=series,
             progress=note,
             sizes=SIZES,
         )
+        record_delivery(self.store, series, made.partition_id, made.delivered, config.delivery)
         self.new_index_files = len(set(self.store.list("partitions/index")) - before)
         return made
 
@@ -147,18 +151,15 @@ def test_absence_removes_nobody_unless_the_input_is_a_snapshot(
 
 
 def test_prefixes_of_another_name_have_deliveries_of_their_own(
-    ray_session: None, store: Store, template: Template, tmp_path: Path
+    deliveries: Deliveries, tmp_path: Path
 ) -> None:
     sources = {
-        name: str(write_jsonl(tmp_path / f"{name}.jsonl", make_rows([name], each=8)))
+        name: write_jsonl(tmp_path / f"{name}.jsonl", make_rows([name], each=8))
         for name in ("mail", "chat")
     }
-    made = {
-        name: make_partition([source], store, APPEND, template, KEYS, series=name)
-        for name, source in sources.items()
-    }
-    for name, part in made.items():
-        assert [entry["user_id"] for entry in read_index_rows(store, part)] == [name]
+    for name, source in sources.items():
+        part = deliveries.deliver(source, series=name)
+        assert [entry["user_id"] for entry in read_index_rows(deliveries.store, part)] == [name]
         assert part.earlier_files == part.shrunk == 0
 
 
@@ -206,6 +207,56 @@ def test_a_bad_delivery_is_refused_however_much_was_delivered_before_and_is_not_
     assert (made.users, made.rows_quarantined) == (41, 1)
 
 
+def users_of(deliveries: Deliveries, made: Partition) -> dict[str, int]:
+    return {row["user_id"]: row["usable"] for row in read_index_rows(deliveries.store, made)}
+
+
+def test_what_was_delivered_is_known_by_path_though_contents_name_the_partition(
+    deliveries: Deliveries, tmp_path: Path
+) -> None:
+    """Copies, moves and snapshots of equal contents change which files are delivered."""
+    rows = make_rows(["ann"], each=10)
+    first, copy = (write_jsonl(tmp_path / n / "a.jsonl", rows) for n in ("1", "2"))
+    deliveries.deliver(first, copy)
+    made = deliveries.deliver(write_jsonl(first, make_rows(["bob"], each=9)))
+    assert users_of(deliveries, made) == {"ann": 10, "bob": 9}, "the copy is delivered still"
+
+    moved = write_jsonl(tmp_path / "3" / "a.jsonl", rows)
+    deliveries.deliver(moved, config=SNAPSHOT)
+    corrected = [rows[0] | {"completion": "better"}, *rows[1:]]
+    made = deliveries.deliver(write_jsonl(moved, corrected))
+    assert users_of(deliveries, made) == {"ann": 10}, "the snapshot forgot the first and the copy"
+
+
+def test_a_delivery_that_is_not_recorded_is_not_kept(
+    deliveries: Deliveries, template: Template, tmp_path: Path
+) -> None:
+    """As after a run whose plan was refused."""
+    both = write_jsonl(tmp_path / "1.jsonl", make_rows(["ann", "bob"], each=8))
+    deliveries.deliver(both)
+    other = str(write_jsonl(tmp_path / "2.jsonl", make_rows(["ann"], each=8)))
+    make_partition([other], deliveries.store, SNAPSHOT, template, KEYS)
+    made = deliveries.deliver(both)
+    assert users_of(deliveries, made) == {"ann": 8, "bob": 8}
+
+
+def test_links_are_followed_and_names_need_not_be_utf8(
+    deliveries: Deliveries, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "link.jsonl").symlink_to(write_jsonl(elsewhere / "x", make_rows(["ann"], each=8)))
+    write_jsonl(elsewhere / "more" / "b.jsonl", make_rows(["bob"], each=8))
+    (folder / "more").symlink_to(elsewhere / "more")
+    (elsewhere / "more" / "round").symlink_to(folder)
+    name = os.fsdecode(b"\xff.jsonl")
+    write_jsonl(folder / name, [*make_rows(["cyd"], each=30), {}])
+    made = deliveries.deliver(folder)
+    assert users_of(deliveries, made) == {"ann": 8, "bob": 8, "cyd": 30}
+    assert deliveries.deliver(folder).partition_id == made.partition_id
+
+
 def test_of_two_deliveries_at_once_none_is_lost(
     ray_session: None, store: Store, template: Template, tmp_path: Path
 ) -> None:
@@ -213,7 +264,9 @@ def test_of_two_deliveries_at_once_none_is_lost(
 
     def deliver(user: str) -> None:
         source = write_jsonl(tmp_path / f"{user}.jsonl", make_rows([user], each=8))
-        made[user] = make_partition([str(source)], store, APPEND, template, KEYS)
+        part = make_partition([str(source)], store, APPEND, template, KEYS)
+        record_delivery(store, "default", part.partition_id, part.delivered, "append")
+        made[user] = part
 
     threads = [threading.Thread(target=deliver, args=(f"u{n}",)) for n in range(4)]
     for thread in threads:
@@ -221,7 +274,9 @@ def test_of_two_deliveries_at_once_none_is_lost(
     for thread in threads:
         thread.join(120)
     assert len(made) == 4
-    pointer = json.loads(store.read("partitions/delivered/default.json"))["partition_id"]
-    (last,) = [part for part in made.values() if part.users == 4]
-    assert pointer == last.partition_id
-    assert [entry["user_id"] for entry in read_index_rows(store, last)] == ["u0", "u1", "u2", "u3"]
+    assert [Path(url).stem for url in read_delivered(store, "default").files] == [
+        *("u0", "u1", "u2", "u3")
+    ]
+    last = make_partition([str(tmp_path / "u0.jsonl")], store, APPEND, template, KEYS)
+    users = [entry["user_id"] for entry in read_index_rows(store, last)]
+    assert users == ["u0", "u1", "u2", "u3"]

@@ -87,6 +87,8 @@ def test_a_late_worker_cannot_commit_a_pack_that_was_split(folder: RunFolder) ->
     desk.end("gang-0", 1, {0: "cut off"})
     assert not folder.commit(record(pack, "late"))
     assert [len(part.users) for part in folder.unfold([pack])] == [1, 1]
+    desk.done(pack.pack_id, committed=False)
+    assert desk.read().committed == (), "there is no record of it to register"
 
 
 def test_a_pack_that_was_done_before_its_worker_died_is_not_split(folder: RunFolder) -> None:

@@ -360,7 +360,7 @@ def test_a_killed_partition_is_not_taken_for_whole_and_is_made_again(
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert killed.returncode == -signal.SIGKILL
-    assert not store.exists("partitions/delivered/default.json")
+    assert not store.exists("partitions/latest")
     made = make_partition([str(source)], store, CONFIG, str(tiny_model_dir), KEYS)
     assert read_all(store, made) == expected_users(rows)
 

@@ -5,13 +5,16 @@ The index of a changed delivery is the one that a fresh store would have.
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -167,7 +170,25 @@ def _update(
 
 
 _VALUES: st.SearchStrategy[Any] = st.sampled_from(
-    [None, "", "x", "é", "\ud800", "train", "dev", "12", 0, 7, True, 1.5, 1e30, 2**70, [], {}]
+    [
+        None,
+        "",
+        "x",
+        "é",
+        "\ud800",
+        "train",
+        "dev",
+        "12",
+        0,
+        7,
+        True,
+        1.5,
+        1e30,
+        2**70,
+        [],
+        {},
+        ["train"],
+    ]
 )
 _ANY_ROW = st.dictionaries(
     st.sampled_from(["user_id", "prompt", "completion", "timestamp", "split", "weight", "mood"]),
@@ -224,24 +245,51 @@ def test_a_chunk_is_read_once_and_a_half_written_one_again(tmp_path: Path) -> No
     assert read_keys(store, made).to_pylist() == [KEYS.user_key("a")]
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipelines.rows.inputs._FRESH_SECONDS", 0.0)
-    path = write_jsonl(tmp_path / "a.jsonl", make_rows(["a"], each=9))
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv"])
+def test_a_file_that_changes_before_it_is_read_is_refused(tmp_path: Path, name: str) -> None:
+    """Also if its size and time are the same: a chunk is kept for ever under its digest."""
+    texts = {
+        user: "user_id,prompt,completion\n" + f"{user},p,c\n" * 9
+        if name.endswith("csv")
+        else "".join(json.dumps(row) + "\n" for row in make_rows([user], each=9))
+        for user in ("a", "b")
+    }
+    path = tmp_path / name
+
+    def write(user: str) -> None:
+        data = texts[user].encode()
+        path.write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
+        os.utime(path, (10**9, 10**9))
+
+    write("a")
     item = inspect(find_files([str(path)]).files[0])
-    path.write_text(path.read_text() + json.dumps({"user_id": "b"}) + "\n")
-    name = chunk_name(item.chunks[0], item.file, ColumnNames(), KEYS)
+    write("b")
+    folder = chunk_name(item.chunks[0], item.file, ColumnNames(), KEYS)
     store = Store(tmp_path / "store")
-    job = ChunkJob(store.root, name, item.file, item.chunks[0], ColumnNames(), KEYS)
+    job = ChunkJob(store.root, folder, item.file, item.chunks[0], ColumnNames(), KEYS)
+    assert make_shards(job).broken
+    assert read_record(store, folder) is None
+    write("a")
+    assert read_keys(store, make_shards(job)).to_pylist() == [KEYS.user_key("a")]
+
+
+def test_a_parquet_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(make_rows(["a"], each=9)), path)
+    item = inspect(find_files([str(path)]).files[0])
+    pq.write_table(pa.Table.from_pylist(make_rows(["b"], each=9)), path)
+    os.utime(path, (10**9, 10**9))
+    folder = chunk_name(item.chunks[0], item.file, ColumnNames(), KEYS)
+    job = ChunkJob(str(tmp_path), folder, item.file, item.chunks[0], ColumnNames(), KEYS)
     assert "changed while it was read" in make_shards(job).broken
-    assert read_record(store, name) is None
 
 
 def test_a_change_within_the_clocks_step_is_not_missed(tmp_path: Path) -> None:
-    """A file that was written just now has no stamp to be known by the next time."""
+    """A file that was written just now is not known by its stamp the next time."""
     path = write_jsonl(tmp_path / "a.jsonl", make_rows(["a"]))
-    assert inspect(find_files([str(path)]).files[0]).file.stamp == ""
+    assert inspect(find_files([str(path)]).files[0]).file.is_fresh
+    os.utime(path, (10**9, 10**9))
+    assert not inspect(find_files([str(path)]).files[0]).file.is_fresh
 
 
 def test_buckets_are_ranges_of_keys_and_only_ever_cut_in_two() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packs import pack_of
 from registry_backends import FINGERPRINT, digest_of, open_at, start_postgresql
+from waiting import wait_until
 
 from pipelines.candidates import stream as stream_module
 from pipelines.candidates.stream import RegistrationStream
@@ -84,12 +85,30 @@ def _register_all(registry: Registry, packs: list[int], patience_s: float) -> No
         stream.finish(_ignore)
 
 
-def test_patience_ends_and_a_refusal_is_not_tried_again() -> None:
-    for error, patience in ((RegistryUnreachable("down"), 0.0), (RegistryError("refused"), 60.0)):
-        registry = Registry(error)
-        with pytest.raises(RegistryError, match=error.message):
-            _register_all(registry, [1, 2], patience)
-        assert registry.packs == []
+def test_a_refusal_is_not_tried_again_and_is_told_at_once() -> None:
+    registry, notes = Registry(RegistryError("refused")), list[str]()
+    with _open(registry, notes) as stream:
+        stream.add(1)
+        wait_until(lambda: bool(notes), 10)
+        with pytest.raises(RegistryError, match="refused"):
+            stream.finish(_ignore)
+    assert notes == ["registration stopped: refused"]
+    assert registry.packs == []
+
+
+def test_what_was_given_up_is_tried_once_more_at_the_end() -> None:
+    down = RegistryUnreachable("down")
+    registry, notes = Registry(down), list[str]()
+    with _open(registry, notes, patience_s=0) as stream:
+        stream.add(1)
+        wait_until(lambda: bool(notes), 10)
+        stream.add(2)
+        stream.finish(_ignore)
+    assert registry.packs == [1, 2]
+    registry = Registry(down, down)
+    with pytest.raises(RegistryUnreachable):
+        _register_all(registry, [1, 2], 0.0)
+    assert registry.packs == []
 
 
 def _raise_beside(registry: Registry, packs: list[int], error: BaseException) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import errno
 import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipelines.config import load_config
 from ptuning.system import environment
-from ptuning.system.files import write_atomic, write_new
+from ptuning.system.files import sweep_attempts, write_atomic, write_new
 from ptuning.system.redaction import hide_passwords, hide_user
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +88,42 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "folder" / "x").mkdir(parents=True)
     with pytest.raises(OSError):
         write_atomic(tmp_path / "folder", b"three")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_files_of_dead_writers_are_swept_and_others_left_alone(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, now = socket.gethostname(), int(time.time())
+    names = {
+        "dead": f"{now}-{dead.pid}-{'a' * 32}-{host}.tmp",
+        "living": f"{now}-{os.getpid()}-{'b' * 32}-{host}.tmp",
+        "elsewhere": f"{now}-{dead.pid}-{'c' * 32}-another.tmp",
+        "long ago": f"{now - 100_000}-1-{'d' * 32}-another.tmp",
+        "a stranger's": "x.tmp",
+    }
+    for name in names.values():
+        (tmp_path / name).write_bytes(b"half")
+    sweep_attempts(tmp_path)
+    left = {what for what, name in names.items() if (tmp_path / name).exists()}
+    assert left == {"living", "elsewhere", "a stranger's"}
+    sweep_attempts(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("write", [write_atomic, write_new])
+def test_a_folder_on_another_volume_is_written_too(
+    write: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def across(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        rename(source, target)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "replace", across)
+    monkeypatch.setattr(os, "link", across)
+    write(tmp_path / "volume" / "x", b"one", tmp_path / "attempts")
+    assert (tmp_path / "volume" / "x").read_bytes() == b"one"
     assert not list(tmp_path.rglob("*.tmp"))
 
 
