@@ -92,9 +92,16 @@ def keep_new_ray_on_loopback() -> None:
 
 def silence_loggers() -> None:
     """Show only errors from chatty libraries. Call it again after importing one of them: Ray and
-    MLflow set their loggers' levels at import."""
+    MLflow set their loggers' levels at import. (DeepSpeed warns while it is imported, which
+    Transformers may do at any time; a filter stays.)"""
     for name in _TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def silence_libraries(*, terminal: bool) -> None:

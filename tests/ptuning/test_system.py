@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,24 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     environment.set_defaults()
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"
     assert os.environ["DO_NOT_TRACK"] == "true"
+
+
+def test_a_library_that_warns_while_it_is_imported_is_not_heard() -> None:
+    """DeepSpeed sets its level and prints to standard output, before anybody can ask it not to."""
+    code = """
+        import logging, sys
+        from ptuning.system import environment
+        environment.silence_libraries(terminal=False)
+        library = logging.getLogger("DeepSpeed")
+        library.addHandler(logging.StreamHandler(sys.stdout))
+        library.setLevel(logging.WARNING)
+        library.warning("setting the accelerator")
+        library.error("broken")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "broken\n"
 
 
 def test_a_neutral_directory_is_empty_and_left_again() -> None:
