@@ -19,14 +19,8 @@ import pyarrow.parquet as pq
 
 from pipelines.rows.choose import SPLIT_OF, choose_rows
 from pipelines.rows.index import IndexRules
-from pipelines.rows.shards import (
-    TEXT_COLUMNS,
-    Shards,
-    Wanted,
-    examples_of,
-    open_parquet,
-    read_shards,
-)
+from pipelines.rows.shards import TEXT_COLUMNS, Shards, examples_of, open_parquet
+from pipelines.rows.wanted import Wanted, read_shards
 from ptuning.errors import RunError
 from ptuning.store import Store
 from ptuning.types import Example

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.rows.choose import INDEX_SCHEMA, choose_rows
-from pipelines.rows.shards import Shards, Wanted, open_parquet, read_shards
+from pipelines.rows.shards import Shards, open_parquet
+from pipelines.rows.wanted import Wanted, read_shards
 from ptuning.store import Store
 
 BUCKET_ROWS = 500_000  # rows of input per bucket, at most about

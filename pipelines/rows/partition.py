@@ -19,18 +19,17 @@ import pickle
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 from ray import cloudpickle
 
-from pipelines.rows.fits import fit_name, measure, read_bad
+from pipelines.rows.fits import fit_name, measure
 from pipelines.rows.gather import GatherJob, commit_rows, cut_users, file_name, gather_rows
 from pipelines.rows.index import (
     BUCKET_ROWS,
@@ -53,18 +52,19 @@ from pipelines.rows.manifest import (
     read_entries,
     write_entries,
 )
-from pipelines.rows.notices import BadFile, bad_files, make_notices
-from pipelines.rows.ray_tasks import Progress, cpus, quiet_ray_data, run_all
-from pipelines.rows.readers import describe
-from pipelines.rows.shards import (
-    ChunkJob,
-    Shards,
-    UserKeys,
-    chunk_name,
-    count_notes,
-    make_shards,
-    read_keys,
+from pipelines.rows.notices import make_notices
+from pipelines.rows.quarantine import Quarantine, check_bad, find_lost_files, write_quarantine
+from pipelines.rows.ray_tasks import (
+    Progress,
+    Shared,
+    call_with,
+    cpus,
+    make_groups,
+    quiet_ray_data,
+    run_all,
+    split_evenly,
 )
+from pipelines.rows.shards import ChunkJob, Shards, UserKeys, chunk_name, make_shards
 from pipelines.rows.stored import (
     Partition,
     choose_largest,
@@ -74,22 +74,14 @@ from pipelines.rows.stored import (
     write_partition,
 )
 from pipelines.rows.streams import InputFile
+from pipelines.rows.wanted import count_notes, read_keys
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
 from ptuning.errors import DataError, PTuningError, RunError
 from ptuning.store import Store
 
 FORMAT = 3  # of everything below partitions/; part of the id
-_GROUP_BYTES, _GROUP_FILES = 64 << 20, 500  # small files that share a task
 _JOB_USERS = 20_000  # changed users per indexing task
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        ("source_file", pa.string()),
-        ("row", pa.int64()),
-        ("reason", pa.string()),
-        ("user_id", pa.string()),
-    ]
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,13 +138,13 @@ def gather_users(
     """Bring the rows of each user together, in files below `folder` (gather.py). `users` are (key,
     rows), sorted by key."""
     entries = read_entries(store, chunks_name(part.partition_id))
-    shards = _Shared([entry.shards for entry in entries if entry.shards.rows])
+    shards = Shared([entry.shards for entry in entries if entry.shards.rows])
     files = cut_users(users)
     jobs = [
         GatherJob(store.root, file_name(folder, number), part.rules, keys)
         for number, keys in enumerate(files)
     ]
-    tasks = [partial(_with_shards, gather_rows, job, shards) for job in jobs]
+    tasks = [partial(call_with, gather_rows, job, shards) for job in jobs]
     run_all(tasks, "gather", progress or (lambda *_: None))
     commit_rows(store, folder, files)
 
@@ -202,7 +194,7 @@ class _Work:
         old = read_partition(self.store, before) if before else None
         if old is None or old.buckets == now.buckets:
             return 0
-        parts = [list(part) for part in _split(old.buckets, 2 * cpus())]
+        parts = [list(part) for part in split_evenly(old.buckets, 2 * cpus())]
         tasks = [partial(count_shrunk, self.store.root, part, now.buckets) for part in parts]
         return sum(run_all(tasks, "compare", self._report))
 
@@ -224,7 +216,7 @@ class _Work:
                 found[file.url] = item
         tasks = [
             partial(_inspect_files, group, self.sizes.chunk_bytes)
-            for group in _groups(new, lambda file: file.size)
+            for group in make_groups(new, lambda file: file.size)
         ]
         if tasks:
             inspected = run_all(tasks, "inspect", self._report)
@@ -257,7 +249,9 @@ class _Work:
         read = sum(entry.shards.read for entry in chunks)
         if not read:
             raise DataError("the inputs contain no rows", seen=f"{len(files)} files")
-        self._check_delivered(folder, chunks)
+        here = {file.url for file in self.listing.files}
+        mine = [entry for entry in chunks if entry.file.url in here]
+        check_bad(self.store, folder, mine, self.rules.fit, self.config.max_bad_fraction)
         buckets = self._index(chunks, base, base_entries)
         part = Partition(
             partition_id=partition_id,
@@ -272,9 +266,12 @@ class _Work:
             buckets=tuple(buckets),
         )
         part = self._limit_users(part)
-        bad = _write_quarantine(self.store, folder, chunks, self.rules.fit)
+        bad = write_quarantine(self.store, folder, chunks, self.rules.fit)
         counts = count_notes([entry.shards for entry in chunks])
-        counts += self._lost_users(bad, part) + Counter(dict(_lost_files(chunks)))
+        lost = _find_lost_users(self.store, bad, part)
+        counts += Counter({("lost_user", key): rows for key, rows in lost.items()})
+        lost = find_lost_files(chunks)
+        counts += Counter({("lost_file", url): rows for url, rows in lost.items()})
         part = dataclasses.replace(
             part,
             seconds=round(time.monotonic() - self.started, 3),
@@ -346,7 +343,7 @@ class _Work:
         """Read chunks and measure their rows, by Ray Data."""
         if not jobs:
             return
-        groups = _groups(jobs, lambda job: job.chunk.size)
+        groups = make_groups(jobs, lambda job: job.chunk.size)
         items = [{"jobs": cloudpickle.dumps(group)} for group in groups]
         template = [ray.put(self._template)]
         with quiet_ray_data():
@@ -362,39 +359,6 @@ class _Work:
             )
             for row in read.iter_rows():
                 yield from pickle.loads(row["made"])
-
-    # --- bad rows ---------------------------------------------------------------------------
-
-    def _check_delivered(self, folder: str, entries: Sequence[Entry]) -> None:
-        """Raise DataError if, among the files of this delivery, one has only bad rows, or too many
-        rows are bad."""
-        here = {file.url for file in self.listing.files}
-        mine = [entry for entry in entries if entry.file.url in here]
-        lost = [url for (_, url), _ in _lost_files(mine)]
-        read, bad = sum(entry.shards.read for entry in mine), sum(entry.bad for entry in mine)
-        most = self.config.max_bad_fraction
-        if (not lost or most >= 1) and bad <= most * read:
-            return
-        found = _write_quarantine(self.store, folder, mine, self.rules.fit)
-        quarantine = self.store.path(f"{folder}/quarantine.parquet")
-        if lost and most < 1:
-            raise _only_bad(lost, found, {entry.file.url: entry.file for entry in mine}, quarantine)
-        raise DataError(
-            "too many input rows are bad",
-            seen=f"{bad} of {read} rows; most often: {_count_reasons(found.reasons)}; most in "
-            + ", ".join(f"{file.file} ({file.rows})" for file in found.files[:3]),
-            expected=f"at most data.max_bad_fraction = {most:g} of them",
-            fix=f"see {quarantine} for each row's file, number and reason",
-            quarantine=quarantine,
-        )
-
-    def _lost_users(self, bad: _Quarantine, part: Partition) -> Counter[tuple[str, str]]:
-        """The number of quarantined rows of each user, by key, who has no other rows."""
-        lost = dict(bad.by_user)
-        for table in iterate_index(self.store, part.buckets) if lost else ():
-            for key in table["user_key"].to_pylist():
-                lost.pop(key, None)
-        return Counter({("lost_user", key): count for key, count in lost.items()})
 
     # --- the index --------------------------------------------------------------------------
 
@@ -426,13 +390,13 @@ class _Work:
                 _between(keys, group[0][0], group[-1][1]),
                 base.buckets,
             )
-            for group in _split(touched, max(2 * cpus(), len(keys) // _JOB_USERS))
+            for group in split_evenly(touched, max(2 * cpus(), len(keys) // _JOB_USERS))
         ]
         return sorted([*done, *self._run_index(jobs, good)], key=lambda bucket: bucket.first)
 
     def _run_index(self, jobs: Sequence[IndexJob], good: list[Shards]) -> list[Bucket]:
-        shards = _Shared(good)
-        tasks = [partial(_with_shards, index_buckets, job, shards) for job in jobs]
+        shards = Shared(good)
+        tasks = [partial(call_with, index_buckets, job, shards) for job in jobs]
         return [bucket for made in run_all(tasks, "index", self._report) for bucket in made]
 
     def _changed(self, now: Sequence[Shards], before: Sequence[Shards]) -> list[str] | None:
@@ -444,7 +408,7 @@ class _Work:
         rows = sum(made.rows * moved[name] for name, made in found.items())
         if 2 * rows > sum(made.rows for made in now):
             return None
-        groups = _groups(list(found.values()), lambda made: made.rows * 64)
+        groups = make_groups(list(found.values()), lambda made: made.rows * 64)
         tasks = [partial(_read_group_keys, self.store.root, group) for group in groups]
         arrays = run_all(tasks, "changes", self._report) if tasks else []
         unique = pc.unique(pa.chunked_array(arrays, pa.string()))
@@ -471,107 +435,16 @@ class _Work:
         )
 
 
-# --- quarantine ----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Quarantine:
-    """What is in a quarantine file: rows by reason, by user key, and the worst files."""
-
-    reasons: tuple[tuple[str, int], ...]
-    by_user: dict[str, int]
-    files: tuple[BadFile, ...]
-
-
-def _write_quarantine(store: Store, folder: str, entries: Sequence[Entry], fit: str) -> _Quarantine:
-    """Write the quarantined rows of all chunks, by file and row number."""
-    reasons: Counter[str] = Counter()
-    by_file: Counter[tuple[str, str]] = Counter()
-    by_user: Counter[str] = Counter()
-    with (
-        store.open_write(f"{folder}/quarantine.parquet") as file,
-        pq.ParquetWriter(file, QUARANTINE_SCHEMA, compression="zstd") as writer,
-    ):
-        for entry in sorted(entries, key=_place_of):
-            if not entry.bad or entry.chunk is None:
-                continue
-            bad = read_bad(store, entry.shards, fit, entry.unfit)
-            url = entry.file.url.encode("utf-8", "backslashreplace").decode("utf-8")
-            numbers = pc.add(bad["number"], entry.chunk.first_row)
-            sources = pa.array([url] * bad.num_rows, pa.string())
-            columns = [sources, numbers, bad["reason"], bad["user_id"]]
-            writer.write_table(pa.table(columns, schema=QUARANTINE_SCHEMA))
-            for found in pc.value_counts(bad["reason"]).to_pylist():
-                reasons[found["values"]] += found["counts"]
-                by_file[url, found["values"]] += found["counts"]
-            for found in pc.value_counts(bad["user_key"].drop_null()).to_pylist():
-                by_user[found["values"]] += found["counts"]
-    files = bad_files(by_file)
-    return _Quarantine(tuple(reasons.most_common(3)), dict(by_user), files)
-
-
-def _place_of(entry: Entry) -> tuple[str, int]:
-    return entry.file.url, entry.chunk.start if entry.chunk is not None else 0
-
-
-def _lost_files(entries: Iterable[Entry]) -> list[tuple[tuple[str, str], int]]:
-    """The files whose rows were all refused on reading, as notices with the number of rows."""
-    bad: Counter[str] = Counter()
-    used: set[str] = set()
-    for entry in entries:
-        bad[entry.file.url] += entry.shards.bad
-        if entry.shards.rows or entry.shards.unlearned:
-            used.add(entry.file.url)
-    lost = [(url, n) for url, n in sorted(bad.items()) if n and url not in used]
-    return [(("lost_file", url), n) for url, n in lost]
-
-
-def _only_bad(
-    lost: Sequence[str], found: _Quarantine, files: dict[str, InputFile], quarantine: str
-) -> DataError:
-    by_name = {one.file: one for one in found.files}
-    first = next((url for url in lost if url in by_name), lost[0])
-    reasons = by_name[first].reasons if first in by_name else found.reasons
-    details = [f"{first}: {_count_reasons(reasons)}"]
-    if columns := describe(files[first]):
-        details.append(columns)
-    if len(lost) > 1:
-        details.append(f"so are {len(lost) - 1} more files")
-    return DataError(
-        "every row of an input file is bad",
-        seen="; ".join(details),
-        expected="columns user_id, prompt and completion, or user_id and messages",
-        fix="repair or omit the file; if its columns have other names, set "
-        "data.columns.user_id=NAME etc.; data.max_bad_fraction=1 continues without the file",
-        quarantine=quarantine,
-        files=len(lost),
-    )
-
-
-def _count_reasons(reasons: Sequence[tuple[str, int]]) -> str:
-    return ", ".join(f"{reason} ({count})" for reason, count in reasons)
+def _find_lost_users(store: Store, bad: Quarantine, part: Partition) -> dict[str, int]:
+    """The number of quarantined rows of each user, by key, who has no other rows."""
+    lost = dict(bad.by_user)
+    for table in iterate_index(store, part.buckets) if lost else ():
+        for key in table["user_key"].to_pylist():
+            lost.pop(key, None)
+    return lost
 
 
 # --- tasks ---------------------------------------------------------------------------------
-
-
-def _groups(items: Sequence[Any], size: Callable[[Any], int]) -> list[list[Any]]:
-    """Group consecutive items, so that small ones share a task."""
-    groups: list[list[Any]] = []
-    filled = 0
-    for item in items:
-        if not groups or filled + size(item) > _GROUP_BYTES or len(groups[-1]) >= _GROUP_FILES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(item)
-        filled += size(item)
-    return groups
-
-
-def _split(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
-    """Cut items into at most `parts` groups of about equal length, in order."""
-    size = -(-len(items) // max(parts, 1)) or 1
-    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def _between(keys: Sequence[str], first: str, end: str) -> list[str]:
@@ -595,22 +468,6 @@ def _inspect_files(files: list[InputFile], chunk_bytes: int) -> list[Inspected]:
 def _read_group_keys(root: str, group: Sequence[Shards]) -> pa.Array:
     arrays = [read_keys(Store(root), made) for made in group]
     return pc.unique(pa.chunked_array(arrays, pa.string()))
-
-
-class _Shared:
-    """Shards that many tasks need, sent to each node once."""
-
-    def __init__(self, shards: list[Shards]) -> None:
-        # In a list, because Ray would otherwise fetch it for each task.
-        self._reference = [ray.put(shards)]
-
-    def get(self) -> list[Shards]:
-        found: list[Shards] = ray.get(cast(Any, self._reference[0]))
-        return found
-
-
-def _with_shards(function: Callable[..., Any], job: Any, shards: _Shared) -> Any:
-    return function(job, shards.get())
 
 
 _templates: dict[str, Template] = {}  # cache of this worker process by digest, at most one entry

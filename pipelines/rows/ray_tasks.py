@@ -1,11 +1,11 @@
-"""Helpers for Ray: run many tasks with progress and our errors, and silence Ray Data."""
+"""Helpers for Ray: cut work into tasks, run them with progress and our errors, silence Ray Data."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import ray
 import ray.data
@@ -13,6 +13,8 @@ import ray.data
 from ptuning.errors import PTuningError
 
 Progress = Callable[[str, int, int], None]  # stage, done, total (0: not known)
+GROUP_BYTES, GROUP_ITEMS = 64 << 20, 500  # of small items that share a task
+_Value = TypeVar("_Value")
 
 
 def cpus() -> int:
@@ -60,3 +62,39 @@ def run_all(tasks: Sequence[Callable[[], Any]], stage: str, report: Progress) ->
     finally:
         for reference in pending:
             ray.cancel(reference)
+
+
+class Shared(Generic[_Value]):
+    """A value that many tasks need, sent to each node once."""
+
+    def __init__(self, value: _Value) -> None:
+        # In a list, because Ray would otherwise fetch it for each task.
+        self._reference = [ray.put(value)]
+
+    def get(self) -> _Value:
+        found: _Value = ray.get(cast(Any, self._reference[0]))
+        return found
+
+
+def call_with(function: Callable[..., Any], job: Any, shared: Shared[Any]) -> Any:
+    """`function(job, value)`, in a task."""
+    return function(job, shared.get())
+
+
+def make_groups(items: Sequence[Any], size: Callable[[Any], int]) -> list[list[Any]]:
+    """Group consecutive items, so that small ones share a task."""
+    groups: list[list[Any]] = []
+    filled = 0
+    for item in items:
+        if not groups or filled + size(item) > GROUP_BYTES or len(groups[-1]) >= GROUP_ITEMS:
+            groups.append([])
+            filled = 0
+        groups[-1].append(item)
+        filled += size(item)
+    return groups
+
+
+def split_evenly(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """Cut items into at most `parts` groups of about equal length, in order."""
+    size = -(-len(items) // max(parts, 1)) or 1
+    return [items[start : start + size] for start in range(0, len(items), size)]

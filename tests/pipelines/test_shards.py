@@ -35,15 +35,8 @@ from pipelines.rows.index import (
     read_index_files,
 )
 from pipelines.rows.inputs import find_files, inspect
-from pipelines.rows.shards import (
-    ChunkJob,
-    Shards,
-    Wanted,
-    chunk_name,
-    make_shards,
-    read_keys,
-    read_record,
-)
+from pipelines.rows.shards import ChunkJob, Shards, chunk_name, make_shards, read_record
+from pipelines.rows.wanted import Wanted, read_keys
 from ptuning.data.columns import ColumnNames
 from ptuning.data.encode import Template
 from ptuning.data.examples import data_digest
