@@ -106,9 +106,11 @@ def test_cpu_and_peaks_are_those_between_two_times() -> None:
 
 
 @pytest.mark.slow
-def test_all_candidates_find_the_same_users_and_keep_the_same_rows(tmp_path: Path) -> None:
-    records = list(rows.run(tmp_path, 2000, 60, list(CANDIDATES), 1, 2))
-    assert {record["candidate"] for record in records} == set(CANDIDATES)
+def test_candidates_find_the_same_users_and_keep_the_same_rows(tmp_path: Path) -> None:
+    chosen = ["ours", "polars", "duckdb"]  # the shuffles of Ray Data take half a minute
+    assert set(chosen) < set(CANDIDATES)
+    records = list(rows.run(tmp_path, 2000, 60, chosen, 1, 2))
+    assert [record["candidate"] for record in records] == chosen
     assert rows.check_agreement(records).startswith("All agree: 60 users")
     ours = records[0]
     assert ours["counts"]["read"] == 2000
