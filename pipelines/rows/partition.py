@@ -64,7 +64,14 @@ from pipelines.rows.ray_tasks import (
     run_all,
     split_evenly,
 )
-from pipelines.rows.shards import ChunkJob, Shards, UserKeys, chunk_name, make_shards
+from pipelines.rows.shards import (
+    ChunkJob,
+    Shards,
+    UserKeys,
+    chunk_name,
+    count_notes,
+    make_shards,
+)
 from pipelines.rows.stored import (
     Partition,
     choose_largest,
@@ -74,7 +81,7 @@ from pipelines.rows.stored import (
     write_partition,
 )
 from pipelines.rows.streams import InputFile
-from pipelines.rows.wanted import count_notes, read_keys
+from pipelines.rows.wanted import read_keys
 from ptuning.data.encode import Template
 from ptuning.data.examples import DataConfig
 from ptuning.errors import DataError, PTuningError, RunError
@@ -205,15 +212,10 @@ class _Work:
         new = []
         for file in self.listing.files:
             item = known.get(file.url)
-            if (
-                item is None
-                or not file.stamp
-                or item.file.is_fresh
-                or item.file.stamp != file.stamp
-            ):
-                new.append(file)
-            else:
+            if item is not None and _is_known(item.file, file):
                 found[file.url] = item
+            else:
+                new.append(file)
         tasks = [
             partial(_inspect_files, group, self.sizes.chunk_bytes)
             for group in make_groups(new, lambda file: file.size)
@@ -268,8 +270,8 @@ class _Work:
         part = self._limit_users(part)
         bad = write_quarantine(self.store, folder, chunks, self.rules.fit)
         counts = count_notes([entry.shards for entry in chunks])
-        lost = _find_lost_users(self.store, bad, part)
-        counts += Counter({("lost_user", key): rows for key, rows in lost.items()})
+        users = _find_lost_users(self.store, bad, part)
+        counts += Counter({("lost_user", key): rows for key, rows in users.items()})
         lost = find_lost_files(chunks)
         counts += Counter({("lost_file", url): rows for url, rows in lost.items()})
         part = dataclasses.replace(
@@ -444,9 +446,6 @@ def _find_lost_users(store: Store, bad: Quarantine, part: Partition) -> dict[str
     return lost
 
 
-# --- tasks ---------------------------------------------------------------------------------
-
-
 def _between(keys: Sequence[str], first: str, end: str) -> list[str]:
     return list(keys[bisect_left(keys, first) : bisect_left(keys, end)])
 
@@ -459,6 +458,9 @@ def _any_between(keys: Sequence[str], first: str, end: str) -> bool:
 def _is_known(before: InputFile, now: InputFile) -> bool:
     """Whether a file is surely as it was when it was inspected."""
     return bool(now.stamp) and now.stamp == before.stamp and not before.is_fresh
+
+
+# --- tasks ---------------------------------------------------------------------------------
 
 
 def _inspect_files(files: list[InputFile], chunk_bytes: int) -> list[Inspected]:

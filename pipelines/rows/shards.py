@@ -17,6 +17,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,8 +261,8 @@ class _Rows:
             self.notes["weight_zero", ""] += 1
 
     def _add_plain(self, number: int, raw: dict[str, Any]) -> bool:
-        """Add a row whose fields are just what they should be, in a quarter of the time that
-        `check_row` takes; returns False for any other row, which then goes there."""
+        """Add a row whose fields are just what they should be, much faster than `check_row` would;
+        returns False for any other row, which then goes there."""
         try:
             layout = self.columns.layout(tuple(raw))
         except DataError:
@@ -404,3 +405,12 @@ def examples_of(table: pa.Table) -> list[Example]:
         )
         for timestamp, prompt, completion, turns, init_words in zip(*columns, strict=True)
     ]
+
+
+def count_notes(shards: Sequence[Shards]) -> Counter[tuple[str, str]]:
+    """The chunks' notes, added up."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for made in shards:
+        for kind, subject, count in made.notes:
+            counts[kind, subject] += count
+    return counts

@@ -7,7 +7,6 @@ only row groups that may have a wanted user are read.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -92,12 +91,3 @@ def _key_ranges(file: pq.ParquetFile) -> Iterator[tuple[int, str, str]]:
     for group in range(metadata.num_row_groups):
         found = metadata.row_group(group).column(at).statistics
         yield group, found.min, found.max
-
-
-def count_notes(shards: Sequence[Shards]) -> Counter[tuple[str, str]]:
-    """The chunks' notes, added up."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for made in shards:
-        for kind, subject, count in made.notes:
-            counts[kind, subject] += count
-    return counts
